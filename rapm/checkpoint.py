@@ -1,0 +1,72 @@
+"""Checkpoints: one safetensors file in a folder `checkpoint-N`, which appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.trajectories import write_atomic
+
+STATE = "state.safetensors"
+# Settings that a resumed run may change: they decide where, how far and how often, not what is computed.
+FREE = {
+    "output_dir", "store", "device", "vram", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "validation_steps", "log_steps", "report_to", "solve_batch",
+}  # fmt: skip
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folder's checkpoints, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def save_checkpoint(folder: Path, state: dict[str, Tensor], done: int, config: Config) -> Path:
+    """Write `checkpoint-{done}` and remove the oldest ones beyond the limit."""
+    path = folder / f"checkpoint-{done}"
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    write_atomic(path / STATE, save(tensors, {"iterations": str(done), "config": json.dumps(asdict(config))}))
+    for old in checkpoints(folder)[: -config.checkpoints_total_limit]:
+        shutil.rmtree(old)
+    return path
+
+
+def find_checkpoint(folder: Path, which: str, config: Config) -> Path:
+    """The checkpoint that `which` ("latest" or a path) names, made with the same settings. UserError otherwise."""
+    if which == "latest":
+        found = checkpoints(folder)
+        if not found:
+            raise UserError(f"resume: {folder} has no checkpoint: leave out --resume_from_checkpoint")
+        path = found[-1]
+    else:
+        path = Path(which)
+    _, _, then = _open(path)
+    for name, value in asdict(config).items():
+        if name not in FREE and then.get(name) != json.loads(json.dumps(value)):
+            raise UserError(f"resume: {path} was made with {name} = {then.get(name)!r}, not {value!r}")
+    return path
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The state and the number of iterations done. UserError for a damaged file."""
+    state, done, _ = _open(path)
+    return state, done
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], int, dict]:
+    try:
+        with safe_open(path / STATE, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state, int(header["iterations"]), json.loads(header["config"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error

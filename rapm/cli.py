@@ -1,0 +1,183 @@
+"""The command line: `rapm COMMAND`. A user's mistake is one line and exit code 2, a failed run one line and 1."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rapm import __version__
+from rapm.config import PRESETS, Config, parse_resolution
+from rapm.errors import UserError
+
+# Flag, the names people already type for it, the field it sets.
+FLAGS = (
+    (("--teacher", "--pretrained_model_name_or_path", "--pretrained_teacher_model"), "teacher", str),
+    (("--prompts",), "prompts", str),
+    (("--output_dir",), "output_dir", str),
+    (("--vram",), "vram", str),
+    (("--max_train_steps",), "max_train_steps", int),
+    (("--lora_rank", "--rank", "--network_dim"), "lora_rank", int),
+    (("--seed",), "seed", int),
+    (("--resolution",), "resolution", str),
+    (("--steps",), "steps", int),
+    (("--report_to",), "report_to", str),
+    (("--learning_rate",), "learning_rate", float),
+    (("--checkpointing_steps",), "checkpointing_steps", int),
+    (("--validation_steps",), "validation_steps", int),
+    (("--validation_prompts",), "validation_prompts", int),
+    (("--mixed_precision",), "mixed_precision", str),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    from rapm.export import ExportError
+    from rapm.train import Interrupted, RunError
+
+    try:
+        arguments = build_parser().parse_args(argv)
+        return arguments.run(arguments) or 0
+    except UserError as error:
+        code, message = 2, error
+    except (RunError, ExportError) as error:
+        code, message = 1, error
+    except Interrupted as error:
+        code, message = error.code, error
+    except KeyboardInterrupt:
+        code, message = 130, "stopped; the same command goes on with the trajectories"
+    print(f"rapm: {message}", file=sys.stderr)
+    return code
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="rapm", description="Distil a text-to-image diffusion model into a 4-step LoRA.")
+    parser.add_argument("--version", action="version", version=f"rapm-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", run_train, "Distil a teacher into a LoRA; without arguments the embedded teacher.")
+    _add_settings(sub)
+    sub.add_argument("--resume_from_checkpoint", metavar="latest|PATH")
+    sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    sub = command("trajectories", run_trajectories, "Stage 1 only: compute or check the teacher's trajectories.")
+    _add_settings(sub)
+    sub.add_argument("--verify", metavar="DIR", help="read every byte of a store and report what is damaged")
+    sub = command("sample", run_sample, "Draw pictures with a LoRA, or with the bare teacher.")
+    sub.add_argument("prompt", nargs="*", help="prompts; or --prompts FILE")
+    sub.add_argument("--prompts", metavar="FILE")
+    sub.add_argument("--teacher", default="embedded")
+    sub.add_argument("--lora", type=Path)
+    sub.add_argument("--steps", type=int, default=4)
+    sub.add_argument("--guidance", type=float, default=1.0)
+    sub.add_argument("--negative_prompt", default="")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0])
+    sub.add_argument("--resolution")
+    sub.add_argument("--mixed_precision", default="no")
+    sub.add_argument("--output", type=Path, default=Path("samples.png"))
+    sub = command("evaluate", run_evaluate, "Compare a student of the embedded teacher with its teacher.")
+    sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    sub.add_argument("--lora", type=Path, help="another LoRA file than the run's")
+    sub.add_argument("--pairs", type=int, default=4096, help="held-out caption and seed pairs in each half")
+    sub.add_argument("--batch", type=int, default=512)
+    sub = command("export", run_export, "Write the LoRA files of a run's newest checkpoint again, and prove them.")
+    sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    return parser
+
+
+def _add_settings(sub: argparse.ArgumentParser) -> None:
+    for names, field, kind in FLAGS:
+        sub.add_argument(*names, dest=field, type=kind, metavar=field.upper())
+    sub.add_argument("--config", metavar="FILE.toml", help="any setting of rapm/config.py; flags override it")
+    sub.add_argument("--preset", help=", ".join(PRESETS))
+
+
+def settings(arguments: argparse.Namespace) -> Config:
+    """Preset, then the TOML file, then the flags."""
+    changes = Config.from_toml(arguments.config) if arguments.config else {}
+    given = {field: getattr(arguments, field) for _, field, _ in FLAGS}
+    changes |= {field: value for field, value in given.items() if value is not None}
+    if isinstance(changes.get("resolution"), str):
+        changes["resolution"] = parse_resolution(changes["resolution"])
+    teacher = changes.get("teacher", "embedded")
+    guess = "embedded" if teacher == "embedded" else "sdxl" if "xl" in str(teacher).lower() else "sd15"
+    config = Config.preset(arguments.preset or guess)
+    return config.replace(**changes)
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from rapm.train import train
+
+    train(settings(arguments), resume=arguments.resume_from_checkpoint, dry_run=arguments.dry_run)
+
+
+def run_trajectories(arguments: argparse.Namespace) -> int:
+    from rapm.train import solve_only
+    from rapm.trajectories import verify
+
+    if arguments.verify:
+        problems = verify(arguments.verify)
+        print("\n".join(problems) or f"{arguments.verify}: every byte is as it was written")
+        return 1 if problems else 0
+    store = solve_only(settings(arguments))
+    print(f"{len(store)} trajectories in {store.folder}")
+    return 0
+
+
+def run_sample(arguments: argparse.Namespace) -> None:
+    from rapm.prompts import read_prompts
+    from rapm.sample import grid, sample_prompts
+    from rapm.teacher import load_teacher
+    from rapm.train import DTYPES, pick_device
+
+    prompts = arguments.prompt or (read_prompts(arguments.prompts) if arguments.prompts else [])
+    if not prompts:
+        raise UserError("sample: give prompts, or --prompts FILE")
+    config = Config(mixed_precision=arguments.mixed_precision).checked()
+    resolution = parse_resolution(arguments.resolution) if arguments.resolution else None
+    teacher = load_teacher(arguments.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    images = sample_prompts(
+        teacher,
+        prompts,
+        lora_path=arguments.lora,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seeds=arguments.seeds,
+        resolution=resolution,
+        negative_prompt=arguments.negative_prompt,
+    )
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        grid(images, columns=len(arguments.seeds)).save(arguments.output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"output {arguments.output} cannot be written ({error})") from error
+    print(arguments.output)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    from rapm.evaluate import evaluate_run
+
+    if arguments.pairs < 4 or arguments.pairs % 2:
+        raise UserError(f"pairs {arguments.pairs}: an even number, at least 4")
+    print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=arguments.pairs, batch=arguments.batch))
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from rapm.train import export_run
+
+    export_run(arguments.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

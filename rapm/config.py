@@ -1,0 +1,178 @@
+"""Every setting of a run, with its default and the reason beside it. Symbols in brackets are METHOD.md's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rapm.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CHOICES = {
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "trajectory_dtype": ("float32", "float16", "bfloat16"),
+    "lr_schedule": ("cosine", "constant"),
+    "relative_start": ("teacher", "student"),
+    "report_to": ("tensorboard", "wandb", "none"),
+}
+AT_LEAST_ONE = (
+    "steps", "fine_steps", "trajectories", "solve_batch", "lora_rank", "max_train_steps", "checkpointing_steps",
+    "checkpoints_total_limit", "validation_steps", "validation_prompts", "log_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "lr_warmup_steps", "head_warmup_steps", "replay_size", "replay_batch", "weight_relative", "weight_absolute",
+    "adversarial_relative", "adversarial_absolute", "renoise",
+)  # fmt: skip
+POSITIVE = ("guidance", "learning_rate", "head_learning_rate", "max_grad_norm", "huber_c")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `Config.preset(name)` gives the defaults of a teacher family; `replace` changes single fields."""
+
+    # What is distilled
+    teacher: str = "embedded"  # a diffusers folder, a hub id, a .safetensors file, or the bundled teacher
+    prompts: str | None = None  # a text file, one prompt a line; None: the bundled list of the teacher
+    output_dir: str = "runs/demo"
+    store: str | None = None  # the folder of the trajectories, to share between runs; None: output_dir/trajectories
+    resolution: tuple[int, int] | None = None  # height, width in pixels; None: the teacher's own
+    seed: int = 0
+    mixed_precision: str = "no"  # dtype of the frozen weights: "no" (fp32), "bf16" or "fp16"; LoRA and heads stay fp32
+    device: str = "auto"
+    vram: str = "auto"  # "12G", "16GB" or "auto": the allocator's cap
+
+    # Stage 1: trajectories
+    steps: int = 4  # [N] coarse slots
+    fine_steps: int = 10  # [M] teacher steps per slot: 40 in all, as in the paper
+    guidance: float = 7.5  # [w] the teacher's own recommended scale
+    negative_prompt: str = ""
+    trajectories: int = 1000  # the paper's count
+    solve_batch: int = 8  # trajectories solved together
+    trajectory_dtype: str = "float32"  # stored positions; fp32 keeps the equality with the stock sampler testable
+
+    # Stage 2: the student
+    lora_rank: int = 1  # the paper's rank for SDXL (about 7 MB)
+    learning_rate: float = 1e-4
+    lr_warmup_steps: int = 50  # in iterations; Adam's second moment is empty at first
+    lr_schedule: str = "cosine"  # batch 1 is noisy: a rate that decays to zero averages the noise away
+    max_grad_norm: float = 1.0
+    max_train_steps: int = 20_000  # iterations of N slots, the paper's count
+    relative_start: str = "teacher"  # the relative branch starts from the stored fine position; "student": from its own
+
+    # The losses
+    huber_c: float = 1e-3  # [c] from PCM
+    weight_relative: float = 1.0  # [w_r]
+    weight_absolute: float = 1.0  # [w_a]
+    adversarial_relative: float = 0.1  # [lambda_r] from PCM
+    adversarial_absolute: float = 0.1  # [lambda_a]
+
+    # The discriminators
+    head_learning_rate: float = 1e-4
+    renoise: float = 1.0  # share of a slot over which u is drawn: u in [t_n, t_n + renoise * (t_{n+1} - t_n))
+    head_warmup_steps: int = (
+        0  # iterations before the generator terms count: heads that have learned nothing only add noise
+    )
+    replay_size: int = 0  # iterations whose features (fake and real) are kept for the heads: batch 1 starves them
+    replay_batch: int = 8  # kept slots shown to the heads at each update, beside the current one
+
+    # The loop
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    validation_steps: int = 500
+    validation_prompts: int = 8  # held-out trajectories, for the grid and for the discriminators' curve
+    log_steps: int = 10
+    report_to: str = "tensorboard"
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """The defaults of `sd15`, `sdxl` or `embedded`. UserError for another name."""
+        if name not in PRESETS:
+            raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+    def replace(self, **changes: object) -> Config:
+        """A checked copy with `changes`. UserError for an unknown field or an impossible value."""
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
+        if unknown:
+            raise UserError(f"unknown setting {unknown[0]!r}: see rapm/config.py for the list")
+        return dataclasses.replace(self, **changes).checked()
+
+    def checked(self) -> Config:
+        """This configuration. UserError, naming the field, for an impossible value."""
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), KINDS[field.type]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise UserError(f"{field.name} = {value!r}: expected {field.type}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        for names, low, words in ((AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "at least 0")):
+            for name in names:
+                if not low <= getattr(self, name) < float("inf"):
+                    raise UserError(f"{name} = {getattr(self, name)}: must be {words}")
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} = {getattr(self, name)}: must be above 0")
+        if self.renoise > 1:
+            raise UserError(f"renoise = {self.renoise}: a share of a slot, at most 1")
+        parse_vram(self.vram)
+        return self
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> dict[str, object]:
+        """The settings of a TOML file, for `replace`. UserError if it cannot be read."""
+        try:
+            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"config {path}: cannot be read ({str(error).splitlines()[0]})") from error
+        if isinstance(settings.get("resolution"), list):
+            settings["resolution"] = tuple(settings["resolution"])
+        return settings
+
+    def to_toml(self) -> str:
+        """Every setting as TOML; those that are None are left out. JSON's strings, numbers and lists are TOML's too."""
+        settings = dataclasses.asdict(self)
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items() if value is not None)
+
+
+KINDS = {
+    "str": (str,), "int": (int,), "float": (float, int), "str | None": (str, type(None)),
+    "tuple[int, int] | None": (tuple, type(None)),
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, object]] = {
+    "embedded": dict(
+        teacher="embedded", guidance=4.0, trajectories=200, solve_batch=64, lora_rank=16, learning_rate=1e-3,
+        max_train_steps=600, validation_steps=200, checkpointing_steps=200,
+    ),
+    "sd15": dict(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", mixed_precision="bf16"),
+    "sdxl": dict(
+        teacher="stabilityai/stable-diffusion-xl-base-1.0", mixed_precision="bf16", guidance=5.0, solve_batch=4
+    ),
+}  # fmt: skip
+
+
+def parse_vram(text: str) -> int | None:
+    """ "12G", "16GB" or "8192M" in bytes (binary units); None for "auto". UserError for anything else."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])i?B?", text, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"vram {text!r} is not a size: write 12G, 16GB or auto")
+    return int(float(match[1]) * 2 ** {"M": 20, "G": 30}[match[2].upper()])
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """ "HxW" or "N" (square) in pixels. UserError for anything else."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise UserError(f"resolution {text!r}: write HxW, for example 1024x768")
+    return int(match[1]), int(match[2] or match[1])

@@ -1,0 +1,461 @@
+"""The student as a file: a LoRA that stock software loads at full strength, the proof that it does, and its model card.
+
+    pytorch_lora_weights.safetensors             kohya names, read by ComfyUI, Forge and diffusers
+    diffusers/pytorch_lora_weights.safetensors   diffusers' names, with its `lora_adapter_metadata`
+    README.md                                    the model card
+
+Shapes: R rank, C_in C_out channels, k kernel, B batch, C h w latents.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rapm.errors import UserError
+from rapm.sample import sample
+from rapm.trajectories import write_atomic
+from rapm.unet import UNet
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from rapm.config import Config
+    from rapm.teacher import Teacher
+
+Weights = Mapping[str, tuple[Tensor, Tensor]]  # layer -> down (R C_in or R C_in k k), up (C_out R or C_out R 1 1)
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+FILES = (WEIGHTS, f"diffusers/{WEIGHTS}")
+CARD = "README.md"
+NEWLINE = "\n"
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+# The LCM and PCM scripts' module names, as peft's target_modules.
+TARGETS = [
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+]  # fmt: skip
+PARTS = {
+    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",  # kohya
+    ".lora_A.weight": "down", ".lora_B.weight": "up",  # peft
+}  # fmt: skip
+# Family and prediction type -> kohya's version name, Stability's architecture name.
+BASES = {
+    ("sd1", "epsilon"): ("sd_v1", "stable-diffusion-v1"),
+    ("sd1", "v_prediction"): ("sd_v1_v", "stable-diffusion-v1"),
+    ("sd2", "epsilon"): ("sd_v2", "stable-diffusion-v2-512"),
+    ("sd2", "v_prediction"): ("sd_v2_v", "stable-diffusion-v2-768-v"),
+    ("sdxl", "epsilon"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    ("sdxl", "v_prediction"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+# The stock sampler's latents against ours, in units of their standard deviation. In fp32 the largest difference: only
+# the order of sums differs, which costs some 1e-5. In half precision the root mean square: there the stock pipeline
+# rounds its latents at every step, runs its text encoders in half, and the LoRA in fp32, so the bar only tells another
+# sampler or model (order 1) from rounding; that numbers and strengths are the student's is checked exactly, always.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+
+
+class ExportError(RuntimeError):
+    """A written LoRA file does not do in stock software what the student does here."""
+
+
+def export_lora(
+    folder: str | Path,
+    lora: Weights,
+    teacher: Teacher,
+    *,
+    config: Config,
+    steps_done: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes both files of `FILES` from `LoRA.export()`, each whole or not at all; alpha is the rank, the scale 1.
+
+    `dtype` is the files': fp32 loses nothing, and at the ranks used here is small.
+    """
+    folder = Path(folder)
+    weights = {name: [x.to("cpu", dtype).contiguous() for x in pair] for name, pair in lora.items()}
+    rank = len(next(iter(weights.values()))[0])
+    headers = _headers(teacher, config, rank, steps_done)
+    kohya, peft = {}, {}
+    for name, (down, up) in weights.items():
+        stem = kohya_name(name)
+        kohya |= {
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.alpha": torch.tensor(float(rank)),
+        }
+        peft |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    adapter = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "rank_pattern": {}, "alpha_pattern": {}}
+    adapter = json.dumps({f"unet.{key}": value for key, value in adapter.items()}, indent=2, sort_keys=True)
+    (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FILES[0], save(kohya, headers))
+    write_atomic(folder / FILES[1], save(peft, {**headers, "lora_adapter_metadata": adapter}))
+
+
+def kohya_name(name: str) -> str:
+    """A layer's name in kohya's files, and ComfyUI's rule: the dotted path with underscores."""
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def read_lora(path: str | Path, unet: UNet) -> dict[str, tuple[Tensor, Tensor]]:
+    """layer -> (down, up) of a file with kohya's or diffusers' names (or of a run's folder), fp32 on the CPU.
+
+    The file's strength, alpha / rank, is folded into up. UserError for a file that is missing, damaged, a pickle, no
+    LoRA, or made for another UNet.
+    """
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    tensors, header = _read(path)
+    layers = unet.lora_targets()
+    spelling = {prefix: name for name in layers for prefix in (kohya_name(name), f"unet.{name}")}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, x in tensors.items():
+        prefix, part = next(
+            ((key.removesuffix(end), part) for end, part in PARTS.items() if key.endswith(end)), ("", None)
+        )
+        if part is None:
+            raise UserError(
+                f"LoRA: {path} holds {key}, which is no LoRA weight: give a LoRA with kohya or diffusers names"
+            )
+        if prefix not in spelling:
+            raise UserError(
+                f"LoRA: {path} has {key}, a layer this UNet lacks: use the LoRA with the model family it was made for"
+            )
+        found.setdefault(spelling[prefix], {})[part] = x
+    adapter_alpha = _adapter_alpha(path, header)
+    weights = {}
+    for name in layers:
+        if name in found:
+            parts = found[name]
+            if not {"down", "up"} <= parts.keys():
+                raise UserError(f"LoRA: {path} has only a part of {name}: it is damaged, get or export it again")
+            down, up = parts["down"].float(), parts["up"].float()
+            _check_shapes(path, name, layers[name].weight, down, up)
+            alpha = parts["alpha"].item() if "alpha" in parts else adapter_alpha(name)
+            weights[name] = down, up if alpha is None else up * (alpha / len(down))
+    if not weights:
+        raise UserError(f"LoRA: {path} is empty: get or export it again")
+    return weights
+
+
+def verify_export(
+    folder: str | Path, teacher: Teacher, lora: Weights, *, prompts: list[str], noise: Tensor, steps: int
+) -> dict[str, float]:
+    """Proves that both files are the student `lora`, here and in stock software: file -> difference of the latents.
+
+    Each file is read back and must equal `lora` bit for bit (rounded to the file's dtype). Each is loaded by a fresh
+    stock pipeline: every layer must be there, at strength exactly 1, and `prompts` from `noise` (B C h w, one a prompt)
+    in `steps` steps without guidance must give the latents of our sampler, within TOLERANCE. ExportError names the file
+    and what differs; the files stay. Needs memory for a second UNet on the device.
+    """
+    folder, unet = Path(folder), teacher.unet
+    height, width = (side * teacher.pipe.vae_scale_factor for side in noise.shape[2:])
+    noise = noise.to(unet.device, unet.dtype)
+    student = {folder / name: _read_back(folder / name, unet, lora) for name in FILES}
+    pipe = teacher.stock_pipeline()
+    differences = {}
+    with _exact_products():
+        text = teacher.encode(prompts, (height, width))
+        for path, weights in student.items():
+            ours = sample(unet, teacher.schedule, text, noise, steps, lora=weights)
+            _load_in_stock(pipe, path, weights)
+            theirs = pipe(
+                prompts,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=1.0,
+                latents=noise,
+                output_type="latent",
+            ).images
+            pipe.unload_lora_weights()
+            error = (theirs.float() - ours) / ours.std()
+            size = (error.abs().max() if unet.dtype == torch.float32 else error.square().mean().sqrt()).item()
+            differences[path.relative_to(folder).as_posix()] = size
+            if not size <= TOLERANCE[unet.dtype]:  # a NaN fails too
+                raise ExportError(
+                    f"{path}: the stock pipeline's latents differ from the student's by {size:.2e} of their standard "
+                    f"deviation (at most {TOLERANCE[unet.dtype]:.0e} in {unet.dtype}); the files are kept"
+                )
+    del pipe
+    gc.collect()
+    if unet.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return differences
+
+
+def write_model_card(
+    folder: str | Path,
+    teacher: Teacher,
+    *,
+    config: Config,
+    prompts: Sequence[str],
+    steps_done: int | None = None,
+    metrics: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
+    """README.md as the hub shows it: front matter, samples.png, how to use the LoRA, settings, figures.
+
+    `prompts` (at least one) are those of samples.png; `steps_done` None means all iterations of `config`; `metrics`
+    maps the rows of a table to their columns.
+    """
+    folder = Path(folder)
+    height, width = config.resolution or teacher.default_resolution
+    settings = {
+        "teacher": _base_name(teacher),
+        "trajectories": config.trajectories,
+        "teacher's steps": f"{config.steps} x {config.fine_steps}, guidance {config.guidance}",
+        "resolution": f"{width}x{height}",
+        "LoRA rank": config.lora_rank,
+        "iterations": config.max_train_steps if steps_done is None else steps_done,
+        "learning rate": config.learning_rate,
+        "seed": config.seed,
+    }
+    card = f"""---
+base_model: {_literal(_base_name(teacher))}
+license: {"apache-2.0" if teacher.source == "embedded" else "other"}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- text-to-image
+- diffusers
+- lora
+- template:sd-lora
+- {"stable-diffusion-xl" if teacher.family == "sdxl" else "stable-diffusion"}
+- rapm
+widget:
+- text: {_literal(prompts[0])}
+  output:
+    url: samples.png
+---
+
+# {_markdown(_title(teacher, config))}
+
+A LoRA distilled with [RAPM](https://arxiv.org/abs/2503.20744) for sampling in {config.steps} steps without guidance.
+The licence of the base model applies.
+
+![samples](samples.png)
+
+{NEWLINE.join(f"- {_markdown(prompt)}" for prompt in prompts)}
+
+## Use
+
+{_recipe(config)}, LoRA strength 1.0. In ComfyUI and Forge: `{WEIGHTS}`, sampler `ddim`, schedule `sgm_uniform`.
+
+```python
+{_snippet(folder, teacher, config, prompts[0])}
+```
+
+## Settings
+
+{_table({name: {"value": value} for name, value in settings.items()})}
+"""
+    if metrics:
+        card += f"\n## Measured\n\n{_table(metrics)}\n"
+    write_atomic(folder / CARD, card.encode())
+
+
+def _headers(teacher: Teacher, config: Config, rank: int, steps_done: int) -> dict[str, str]:
+    """What clients read of a LoRA without loading it: Stability's model spec and kohya's `ss_` fields, all strings."""
+    version, architecture = BASES[teacher.family, teacher.schedule.prediction]
+    height, width = config.resolution or teacher.default_resolution
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": _title(teacher, config),
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.prediction_type": "v" if teacher.schedule.prediction == "v_prediction" else "epsilon",
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.usage_hint": f"{_recipe(config)}, strength 1.0",
+        "ss_base_model_version": version,
+        "ss_v2": str(teacher.family == "sd2"),
+        "ss_sd_model_name": _base_name(teacher),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_steps": str(steps_done),
+        "ss_seed": str(config.seed),
+        "ss_output_name": Path(config.output_dir).name,
+    }
+
+
+def _base_name(teacher: Teacher) -> str:
+    """A hub id as it is; of a folder or file the name alone, since nobody else has its path."""
+    local = Path(teacher.source).expanduser()
+    if local.is_file():
+        return local.stem
+    return local.resolve().name if local.is_dir() else teacher.source
+
+
+def _title(teacher: Teacher, config: Config) -> str:
+    return f"RAPM {config.steps}-step LoRA of {_base_name(teacher)}"
+
+
+def _recipe(config: Config) -> str:
+    return f"DDIM with trailing timesteps, {config.steps} steps, guidance (CFG) 1.0"
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file. UserError if it is none."""
+    if path.suffix in PICKLES:
+        raise UserError(f"LoRA: {path} is a pickle, which can run any code when it is read: give a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except OSError as error:
+        raise UserError(f"LoRA: cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"LoRA: {path} is not a whole safetensors file ({error}): get or export it again") from error
+
+
+def _adapter_alpha(path: Path, header: Mapping[str, str]) -> Callable[[str], float | None]:
+    """layer -> the alpha that peft's settings in a diffusers header give it; None for the rank, as without a header."""
+    try:
+        adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
+        patterns = adapter.get("unet.alpha_pattern") or {}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"LoRA: {path} has a damaged lora_adapter_metadata header: get or export it again") from error
+
+    def alpha(name: str) -> float | None:
+        matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        return next(matches, adapter.get("unet.lora_alpha"))
+
+    return alpha
+
+
+def _check_shapes(path: Path, name: str, weight: Tensor, down: Tensor, up: Tensor) -> None:
+    rank, ones = down.shape[:1], [1] * (weight.dim() - 2)
+    wanted = [*rank, *weight.shape[1:]], [len(weight), *rank, *ones]
+    for x, shape in zip((down, up), wanted, strict=True):
+        if list(x.shape) != shape:
+            raise UserError(
+                f"LoRA: {path} has {name} of shape {list(x.shape)}, this UNet needs {shape}: "
+                "use the LoRA with the model family it was made for"
+            )
+
+
+def _read_back(path: Path, unet: UNet, lora: Weights) -> dict[str, tuple[Tensor, Tensor]]:
+    """The file as `read_lora` sees it, once it has proven to be `lora`, rounded to the file's dtype."""
+    try:
+        weights = read_lora(path, unet)
+    except UserError as error:
+        raise ExportError(f"{path} does not read back: {error}; the files are kept") from error
+    if weights.keys() != lora.keys():
+        name = min(weights.keys() ^ lora.keys())
+        raise ExportError(f"{path}: layer {name} is in the file or in the student, not in both; the files are kept")
+    dtype = next(x.dtype for x in _read(path)[0].values() if x.dim())  # alpha, 0-dim, is fp32 always
+    for name, pair in lora.items():
+        for part, mine, theirs in zip(("down", "up"), pair, weights[name], strict=True):
+            difference = (mine.to("cpu", dtype).float() - theirs).abs().max().item()
+            if difference != 0:
+                raise ExportError(
+                    f"{path}: {part} of {name} differs from the student's by {difference:.2e}; the files are kept"
+                )
+    return weights
+
+
+def _load_in_stock(pipe: DiffusionPipeline, path: Path, weights: Weights) -> None:
+    """diffusers' own loading. It drops what it does not know with a warning, so every layer is looked at here."""
+    from diffusers.utils import logging
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the text encoders have no LoRA
+    try:
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="student")
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ExportError(f"{path}: diffusers does not load it ({error}); the files are kept") from error
+    finally:
+        logging.set_verbosity(level)
+    layers = {name: layer for name, layer in pipe.unet.named_modules() if isinstance(layer, BaseTunerLayer)}
+    if layers.keys() != weights.keys():
+        name = min(layers.keys() ^ weights.keys())
+        raise ExportError(
+            f"{path}: diffusers loads {len(layers)} layers, not {len(weights)} ({name}); the files are kept"
+        )
+    for name, layer in layers.items():
+        if layer.scaling["student"] != 1.0:
+            raise ExportError(
+                f"{path}: diffusers loads {name} at strength {layer.scaling['student']}, not 1; the files are kept"
+            )
+        for ours, stock in zip(weights[name], (layer.lora_A, layer.lora_B), strict=True):
+            theirs = stock["student"].weight
+            if not torch.equal(ours.to(theirs), theirs):
+                raise ExportError(f"{path}: diffusers loads other numbers into {name}; the files are kept")
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """fp32 products without TF32 on a GPU: its ten bits would hide what is compared here."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _snippet(folder: Path, teacher: Teacher, config: Config, prompt: str) -> str:
+    """Python that samples with the LoRA in stock diffusers, as pasted."""
+    kind = type(teacher.pipe).__name__
+    local = Path(teacher.source).expanduser()
+    imports, load, base = "", "from_pretrained", _literal(teacher.source)
+    if teacher.source == "embedded":
+        imports, base = "from pathlib import Path\n\nimport rapm\n", 'Path(rapm.__file__).parent / "zoo" / "embedded"'
+    elif local.exists():
+        load, base = "from_single_file" if local.is_file() else load, _literal(local.resolve().as_posix())
+    stock = teacher.pipe.scheduler.config
+    height, width = config.resolution or teacher.default_resolution
+    return f"""{imports}import torch
+from diffusers import DDIMScheduler, {kind}
+
+device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+pipe = {kind}.{load}({base}, torch_dtype=dtype).to(device)
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config,
+    timestep_spacing="trailing",
+    set_alpha_to_one=False,
+    clip_sample=False,
+    prediction_type={_literal(stock.prediction_type)},
+    rescale_betas_zero_snr={stock.rescale_betas_zero_snr},
+)
+pipe.load_lora_weights({_literal(folder.as_posix())}, weight_name={_literal(WEIGHTS)})
+prompt = {_literal(prompt)}
+image = pipe(prompt, num_inference_steps={config.steps}, guidance_scale=1.0, height={height}, width={width}).images[0]
+image.save("sample.png")"""
+
+
+def _table(rows: Mapping[str, Mapping[str, object]]) -> str:
+    """Rows by name, with the columns of the first, as Markdown."""
+    columns = [*next(iter(rows.values()))]
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for name, row in rows.items():
+        values = (f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+        lines.append([_markdown(x) for x in (name, *values)])
+    return NEWLINE.join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _literal(text: str) -> str:
+    """`text` as a string of Python and of YAML, on one line whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+
+
+def _markdown(text: str) -> str:
+    """`text` on one line, meaning only itself in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,76 @@
+"""The student: low-rank updates of the UNet's layers, all of them in one flat fp32 buffer.
+
+Layer W (of a LoRA target) becomes W + up down. One buffer means one cast, one optimizer tensor and one gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rapm.errors import UserError
+from rapm.unet import UNet
+
+
+class LoRA(nn.Module):
+    """LoRA of `rank` on every target of `unet`; alpha equals rank, so the scale is 1.
+
+    down: R C_in for a linear layer, R C_in k k for a convolution, initialised as peft does. up: C_out R or C_out R 1 1,
+    zero. `flat` holds down, up, down, up ... in the order of `names`; equal seeds give equal bits on every device.
+    """
+
+    def __init__(self, unet: UNet, rank: int, seed: int = 0) -> None:
+        super().__init__()
+        self.rank = rank
+        targets = unet.lora_targets()
+        self.names = list(targets)
+        self._shapes = []
+        for layer in targets.values():
+            out, inputs, *kernel = layer.weight.shape
+            self._shapes += [(rank, inputs, *kernel), (out, rank, *(1 for _ in kernel))]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+        flat = torch.zeros(sum(self._sizes))
+        generator = torch.Generator().manual_seed(seed)
+        for down, _ in self._split(flat).values():
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        self.flat = nn.Parameter(flat.to(unet.device))
+
+    def views(self, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (down, up) in `dtype`, differentiable: one cast, one split, so one cat in the backward."""
+        return self._split(self.flat.to(dtype))
+
+    def _split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        weights = [_shaped(x, shape) for x, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+        return dict(zip(self.names, zip(weights[::2], weights[1::2], strict=True), strict=True))
+
+    def export(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (down, up): detached, contiguous fp32 copies on the device of `flat`."""
+        layout = torch.contiguous_format
+        views = self.views(torch.float32)
+        return {name: tuple(x.detach().clone(memory_format=layout) for x in pair) for name, pair in views.items()}
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """The inverse of `export`. UserError for other layers, another rank or other shapes."""
+        if weights.keys() != set(self.names):
+            name = min(weights.keys() ^ set(self.names))
+            raise UserError(
+                f"LoRA: {name} is a layer of the file or of the UNet, not of both: use one made for this UNet"
+            )
+        for name, pair in self.views(torch.float32).items():
+            for mine, theirs in zip(pair, weights[name], strict=True):
+                if mine.shape != theirs.shape:
+                    shapes = f"{tuple(theirs.shape)}, expected {tuple(mine.shape)}"
+                    raise UserError(f"LoRA: {name} has shape {shapes}: use the same rank ({self.rank}) and UNet")
+                mine.copy_(theirs)
+
+
+def _shaped(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A flat part as a weight; a convolution's is kept with its channels last, the layout of the frozen weights."""
+    if len(shape) == 2:
+        return part.view(shape)
+    out, inputs, height, width = shape
+    return part.view(out, height, width, inputs).permute(0, 3, 1, 2)

@@ -1,0 +1,167 @@
+"""Sampling with our UNet exactly as stock DDIM "trailing" walks it, and pictures of what came out.
+
+Shapes: B batch, C h w latents, H W image size in pixels.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from rapm.errors import UserError
+from rapm.schedule import Schedule, step_coefficients, trailing_steps
+from rapm.trajectories import noise
+from rapm.unet import Lora, Text, UNet
+
+if TYPE_CHECKING:
+    from rapm.teacher import Teacher
+
+MIN_SIDE = 128  # pixels of a picture in a grid: smaller ones are magnified
+GAP, FONT_SIZE, LINE = 4, 13, 17  # pixels
+CAPTION_LINES = 3
+
+
+@torch.no_grad()
+def walk(
+    unet: UNet,
+    schedule: Schedule,
+    text: Text,
+    noise: Tensor,  # B C h w
+    steps: int,
+    *,
+    lora: Lora = None,
+    guidance: float = 1.0,
+    uncond: Text | None = None,
+) -> Iterator[Tensor]:
+    """The positions B C h w after each of `steps` DDIM steps: fp32 on the UNet's device, the network in its own dtype.
+
+    As in the stock pipeline, guidance above 1 asks for `uncond` (B or 1 rows) and doubles the network's batch.
+    """
+    guided = guidance > 1
+    text = text.to(unet.device, unet.dtype)
+    if guided:
+        text = Text.cat([uncond.to(unet.device, unet.dtype).expand(len(noise)), text])
+    if lora is not None:
+        lora = {
+            name: (down.to(unet.device, unet.dtype), up.to(unet.device, unet.dtype))
+            for name, (down, up) in lora.items()
+        }
+    z = noise.to(unet.device, torch.float32)
+    for t, s in trailing_steps(len(schedule), steps):
+        x = torch.cat([z, z]) if guided else z
+        out = unet(x.to(unet.dtype), torch.tensor(t, device=unet.device), text, lora).float()
+        if guided:
+            without, with_text = out.chunk(2)
+            out = without + guidance * (with_text - without)
+        a, b = step_coefficients(schedule, t, s)
+        z = a * z + b * out
+        yield z
+
+
+def sample(
+    unet: UNet,
+    schedule: Schedule,
+    text: Text,
+    noise: Tensor,
+    steps: int,
+    *,
+    lora: Lora = None,
+    guidance: float = 1.0,
+    uncond: Text | None = None,
+) -> Tensor:
+    """The end of `walk`: latents B C h w in fp32, from `noise` of the same shape."""
+    for z in walk(unet, schedule, text, noise, steps, lora=lora, guidance=guidance, uncond=uncond):
+        last = z
+    return last
+
+
+def sample_prompts(
+    teacher: Teacher,
+    prompts: list[str],
+    *,
+    lora_path: str | Path | None = None,
+    steps: int = 4,
+    guidance: float = 1.0,
+    seeds: Sequence[int] = (0,),
+    resolution: tuple[int, int] | None = None,
+    negative_prompt: str = "",
+    batch: int = 4,
+) -> Tensor:
+    """Every prompt with every seed, prompt by prompt: images B H W 3, uint8 on the CPU, B = len(prompts) len(seeds).
+
+    `lora_path` is a LoRA file or a run's folder; None samples the teacher. One seed is the same noise for every prompt,
+    whatever the batch. UserError for a number of steps, resolution or LoRA that does not fit the teacher.
+    """
+    from rapm.export import read_lora  # which checks its files with `sample`
+
+    if not 1 <= steps <= len(teacher.schedule):
+        raise UserError(f"steps {steps}: the teacher's schedule has 1 to {len(teacher.schedule)}")
+    shape = teacher.latent_shape(resolution)
+    lora = read_lora(lora_path, teacher.unet) if lora_path else None
+    text = teacher.encode(prompts, resolution)
+    uncond = teacher.encode_negative(negative_prompt, resolution) if guidance > 1 else None
+    text = Text(*(None if x is None else x.repeat_interleave(len(seeds), dim=0) for x in text))
+    starts = torch.stack([noise(seed, shape) for seed in seeds]).repeat(len(prompts), 1, 1, 1)
+    images = []
+    for start in tqdm(range(0, len(starts), batch), desc="sample", disable=None):
+        z = sample(
+            teacher.unet,
+            teacher.schedule,
+            text.rows(start, start + batch),
+            starts[start : start + batch],
+            steps,
+            lora=lora,
+            guidance=guidance,
+            uncond=uncond,
+        )
+        images.append(teacher.decode(z))
+    return torch.cat(images)
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images B H W 3 (uint8) as one picture, row by row; small ones are magnified by a whole factor."""
+    sheet, _ = _paste(images, columns, top=0, between=GAP)
+    return sheet
+
+
+def labelled_grid(rows: Mapping[str, Tensor], captions: Sequence[str] | None = None) -> Image.Image:
+    """One row of images (n H W 3, uint8, all of one shape) under each name; `captions` head the n columns."""
+    images = torch.cat(list(rows.values()))
+    columns = len(images) // len(rows)
+    font = ImageFont.load_default(FONT_SIZE)
+    letters = int(_zoom(images) * images.shape[2] / font.getlength("n"))  # that fit above a picture
+    heads = [textwrap.wrap(text, letters, max_lines=CAPTION_LINES, placeholder="...") for text in captions or []]
+    top = LINE * max(map(len, heads), default=0)
+    sheet, corners = _paste(images, columns, top=top + LINE, between=LINE + GAP)
+    draw = ImageDraw.Draw(sheet)
+    for lines, (x, _) in zip(heads, corners, strict=False):
+        draw.multiline_text((x, 0), "\n".join(lines), fill="black", font=font, spacing=LINE - FONT_SIZE)
+    for name, (x, y) in zip(rows, corners[::columns], strict=True):
+        draw.text((x, y - LINE), name, fill="black", font=font)
+    return sheet
+
+
+def _zoom(images: Tensor) -> int:
+    """The least whole factor that makes both sides at least MIN_SIDE."""
+    return max(1, -(-MIN_SIDE // min(images.shape[1:3])))
+
+
+def _paste(images: Tensor, columns: int, top: int, between: int) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """A white sheet with the images in rows of `columns`, `top` above the first and `between` two rows; the corners."""
+    factor = _zoom(images)
+    height, width = (factor * side for side in images.shape[1:3])
+    count = len(images)
+    corners = [(i % columns * (width + GAP), top + i // columns * (height + between)) for i in range(count)]
+    size = min(columns, count) * (width + GAP) - GAP, corners[-1][1] + height
+    sheet = Image.new("RGB", size, "white")
+    for image, corner in zip(images, corners, strict=True):
+        picture = Image.fromarray(image.cpu().numpy())
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), corner)
+    return sheet, corners

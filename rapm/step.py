@@ -1,0 +1,247 @@
+"""One slot of one iteration: the student's step, its two targets, the discriminators, and both updates.
+
+Everything lives in static buffers on the device (METHOD.md's z, the slot's number, the random numbers), and nothing
+asks the host, so that the same code runs eagerly and as one CUDA graph, replayed for every slot of every iteration.
+
+Shapes: N slots, C h w latents, K replayed slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rapm.config import Config
+from rapm.discriminators import Discriminator, Replay
+from rapm.lora import LoRA
+from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
+from rapm.schedule import Schedule, step_coefficients, trailing_steps
+from rapm.trajectories import Trajectory
+from rapm.unet import Text, UNet
+
+LOSSES = ("loss", "huber_rel", "huber_abs", "gen_rel", "gen_abs", "disc_rel", "disc_abs", "grad_norm")
+SIDES = ("relative", "absolute")
+
+
+class Slots(nn.Module):
+    """The N slots as tables on the device, in walking order: timesteps and the DDIM maps z_s = a z_t + b out."""
+
+    def __init__(self, schedule: Schedule, steps: int, fine_steps: int) -> None:
+        super().__init__()
+        coarse = trailing_steps(len(schedule), steps)
+        fine = [s for _, s in trailing_steps(len(schedule), steps * fine_steps)[::fine_steps]]  # t_{n+1} - Delta
+        # With one fine step a slot, the fine position is the target itself: the identity instead of a step.
+        ends = [s for _, s in coarse]
+        whole = [step_coefficients(schedule, f, s) if f > s else (1.0, 0.0) for f, s in zip(fine, ends, strict=True)]
+        tables = {
+            "high": [t for t, _ in coarse],  # t_{n+1}
+            "low": [max(s, 0) for s in ends],  # t_n
+            "fine": [max(f, 0) for f in fine],
+            "step": [step_coefficients(schedule, t, s) for t, s in coarse],
+            "step_fine": whole,
+            "step_teacher": [step_coefficients(schedule, t, f) for (t, _), f in zip(coarse, fine, strict=True)],
+            "abar": schedule.abar.tolist(),
+        }
+        for name, values in tables.items():
+            self.register_buffer(name, torch.tensor(values))
+
+
+class Step:
+    """The student's training, slot by slot. `load` a trajectory, then call once for each slot.
+
+    The LoRA gets the student loss, the heads their hinge losses; the UNet gets no gradient at all, the heads none of
+    the generator's, and both targets are constants. A slot whose loss or gradient is not finite changes no weight, is
+    counted (`skipped` in all, `worst` the most in a row), and the walk goes on from the teacher's position.
+    """
+
+    def __init__(self, unet: UNet, lora: LoRA, schedule: Schedule, config: Config, example: Trajectory, uncond: Text):
+        """`example` is any trajectory: its shapes are everyone's. `uncond` serves `relative_start = "student"`."""
+        self.unet, self.lora, self.config = unet, lora, config
+        device = unet.device
+        self.slots = Slots(schedule, config.steps, config.fine_steps).to(device)
+        self.positions = example.positions.to(device, torch.float32, copy=True)  # N+1 C h w
+        self.fine = example.fine.to(device, torch.float32, copy=True)  # N C h w
+        self.text = Text(*(None if x is None else x.clone() for x in example.text.to(device, unet.dtype)))
+        self.uncond = uncond.to(device, unet.dtype)
+        self.z = self.positions[:1].clone()  # 1 C h w: the student's own position
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.noise = torch.zeros(config.steps, 3, *self.z.shape[1:], device=device)  # xi: fake, relative, absolute
+        self.time = torch.zeros(config.steps, device=device)  # where u lies in the slot, [0, 1)
+        self.adversarial = torch.ones((), device=device)  # 0 while the heads warm up
+        self.sums = torch.zeros(len(LOSSES), device=device)  # over slots, of LOSSES
+        self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
+
+        with torch.random.fork_rng(devices=[]):  # equal seeds give equal heads
+            torch.manual_seed(config.seed)
+            heads = {side: Discriminator(unet.feature_channels) for side in SIDES}
+        self.discriminators = nn.ModuleDict(heads).to(device)
+        self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
+        self.head_parameters = [p for i in self.used for p in self.discriminators[SIDES[i]].parameters()]
+        self.replay = None
+        if config.replay_size and self.used:
+            with torch.no_grad():
+                features = unet.features(self.z, self.slots.high[:1], self.text)
+            self.replay = Replay(config.replay_size * config.steps, [x.expand(3, -1, -1, -1) for x in features])
+            self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
+            self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
+
+        def adam(parameters: list[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+            # The rate as a tensor, so that a captured slot follows the schedule.
+            lr = torch.tensor(rate, device=device)
+            return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+
+        self.optimizer = adam([lora.flat], config.learning_rate, (0.9, 0.99))
+        # No momentum: the fake distribution moves with the student (the usual choice for discriminators).
+        self.head_optimizer = adam(self.head_parameters, config.head_learning_rate, (0.0, 0.99)) if self.used else None
+
+    @property
+    def _adversarial_weights(self) -> tuple[float, float]:
+        return self.config.adversarial_relative, self.config.adversarial_absolute
+
+    def load(self, trajectory: Trajectory, noise: Tensor, time: Tensor) -> None:
+        """Set the buffers for a new iteration: positions, text, and the random numbers (N 3 C h w and N)."""
+        self.positions.copy_(trajectory.positions, non_blocking=True)
+        self.fine.copy_(trajectory.fine, non_blocking=True)
+        for mine, theirs in zip(self.text, trajectory.text, strict=True):
+            if mine is not None:
+                mine.copy_(theirs, non_blocking=True)
+        self.noise.copy_(noise, non_blocking=True)
+        self.time.copy_(time, non_blocking=True)
+        self.z.copy_(self.positions[:1])
+        self.slot.zero_()
+
+    def draw(self, generator: torch.Generator, iteration: int) -> None:
+        """Draw the replayed slots of an iteration; call after `load`."""
+        if self.replay is None:
+            return
+        place = (iteration * self.config.steps + torch.arange(self.config.steps)) % self.replay.size
+        filled = (iteration * self.config.steps + torch.arange(self.config.steps) + 1).clamp(max=self.replay.size)
+        picks = (torch.rand(self.picks.shape, generator=generator) * filled[:, None]).long()
+        self.place.copy_(place[:, None], non_blocking=True)
+        self.picks.copy_(picks, non_blocking=True)
+
+    def walk(self, z: Tensor, fine: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """The student's step of the current slot and its relative target: z_n, with gradient, and zhat_n; B C h w.
+
+        `z` is where the student stands, `fine` the stored position after the teacher's first fine step from there on.
+        """
+        weights = self.lora.views(self.unet.dtype)
+        frozen = {name: (down.detach(), up.detach()) for name, (down, up) in weights.items()}
+        a, b = self.slots.step[self.slot][0]
+        z_n = a * z + b * self.unet(z, self.slots.high[self.slot], text, weights).float()
+        with torch.no_grad():
+            if self.config.relative_start == "student":
+                fine = self._teacher_step(z, text)
+            a, b = self.slots.step_fine[self.slot][0]
+            return z_n, a * fine + b * self.unet(fine, self.slots.fine[self.slot], text, frozen).float()
+
+    def _teacher_step(self, z: Tensor, text: Text) -> Tensor:
+        """The teacher's guided first fine step of the slot, from the student's position."""
+        a, b = self.slots.step_teacher[self.slot][0]
+        both = Text.cat([self.uncond.expand(len(z)), text])
+        without, with_text = self.unet(torch.cat([z, z]), self.slots.high[self.slot], both).float().chunk(2)
+        return a * z + b * (without + self.config.guidance * (with_text - without))
+
+    def renoised(self, x: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_u, u): x at t_n noised on to a u in [t_n, t_n + renoise (t_{n+1} - t_n))."""
+        low, high = self.slots.low[self.slot], self.slots.high[self.slot]
+        u = low + (self.config.renoise * self.time[self.slot] * (high - low)).long()
+        r = self.slots.abar[u] / self.slots.abar[low]
+        return r.sqrt() * x + (1 - r).clamp(min=0).sqrt() * xi, u
+
+    def __call__(self) -> None:
+        config = self.config
+        z_n, zhat = self.walk(self.z, self.fine[self.slot], self.text)
+        targets = torch.cat([zhat, self.positions[self.slot + 1]])  # zhat_n, ztilde_n
+
+        # The backward is split at the latents: each term leaves its gradient here and frees its graph.
+        leaf = z_n.detach().requires_grad_()
+        distances = [pseudo_huber(leaf, target[None], config.huber_c) for target in targets]
+        distance = config.weight_relative * distances[0] + config.weight_absolute * distances[1]
+        (gradient,) = torch.autograd.grad(distance, leaf)
+        generator, discriminator = self._adversarial(leaf, targets, gradient)
+
+        (flat,) = torch.autograd.grad(z_n, self.lora.flat, gradient)
+        norm = flat.norm()
+        loss = distance.detach() + self.adversarial * sum(
+            w * g for w, g in zip(self._adversarial_weights, generator, strict=True)
+        )
+        good = torch.isfinite(loss + norm + sum(discriminator))
+        self.lora.flat.grad = flat * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for optimizer in (self.optimizer, self.head_optimizer):
+            if optimizer is not None:
+                optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
+                optimizer.step()
+        values = [loss, *distances, *generator, *discriminator, norm]
+        row = torch.stack([value.detach() for value in values]).where(good, 0.0)
+        self.sums += row
+        self.skipped += (~good).float()
+        self.streak.copy_(torch.where(good, 0.0, self.streak + 1))
+        self.worst.copy_(torch.maximum(self.worst, self.streak))
+        self.z.copy_(torch.where(good, leaf.detach(), targets[1:]))
+        self.slot += 1
+
+    @torch.no_grad()
+    def held_out(self, batch: list[Trajectory], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """B trajectories walked without an update: hinge of both discriminators N 2 (2 is chance) and z_0, B C h w.
+
+        noise: N 3 B C h w. Uses the slot's number and u; `load` comes after it.
+        """
+        device, hinge = self.z.device, []
+        text = Text.cat([t.text for t in batch]).to(device, self.unet.dtype)
+        positions, fine = (torch.stack([t[i] for t in batch], 1).to(device, torch.float32) for i in (0, 1))  # N B C h w
+        z = positions[0]
+        for n in range(self.config.steps):
+            self.slot.fill_(n)
+            z, zhat = self.walk(z, fine[n], text)
+            shown = zip((z, zhat, positions[n + 1]), noise[n].to(device), strict=True)
+            features = [self.unet.features(*self.renoised(x, xi), text) for x, xi in shown]
+            for i, side in enumerate(SIDES):
+                heads = self.discriminators[side]
+                hinge.append(hinge_discriminator(heads(features[1 + i]), heads(features[0])))
+        return torch.stack(hinge).unflatten(0, (-1, 2)), z
+
+    def _adversarial(self, leaf: Tensor, targets: Tensor, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Adds the generator terms' gradient to `gradient`, sets the heads' gradients; the terms of both, by side."""
+        zero = leaf.new_zeros(())
+        generator, discriminator = [zero, zero], [zero, zero]
+        if not self.used:
+            return generator, discriminator
+        xi = self.noise[self.slot][0]  # 3 C h w
+        x_u, u = self.renoised(leaf, xi[:1])
+        fake = self.unet.features(x_u, u, self.text)
+        with torch.no_grad():
+            x_u, _ = self.renoised(targets, xi[1:])
+            real = self.unet.features(x_u, u, self.text.expand(2))
+            known = [torch.cat([f, r]) for f, r in zip(fake, real, strict=True)]  # 3 C h w: fake, relative, absolute
+            shown = [x[:, None] for x in known]  # 3 1 C h w
+            if self.replay is not None:
+                past = self.replay.swap(known, self.place[self.slot][0], self.picks[self.slot][0])
+                shown = [torch.cat([x, p.transpose(0, 1)], dim=1) for x, p in zip(shown, past, strict=True)]
+
+        weighted = zero
+        for i in self.used:
+            heads = self.discriminators[SIDES[i]]
+            generator[i] = hinge_generator(heads(fake))
+            weighted = weighted + self._adversarial_weights[i] * generator[i]
+        (part,) = torch.autograd.grad(weighted, leaf)
+        gradient += self.adversarial * part
+        for i in self.used:
+            heads = self.discriminators[SIDES[i]]
+            pairs = [torch.cat([x[0], x[1 + i]]) for x in shown]
+            logits = [x.chunk(2) for x in heads(pairs)]
+            discriminator[i] = hinge_discriminator([x[1] for x in logits], [x[0] for x in logits])
+        grads = torch.autograd.grad(sum(discriminator), self.head_parameters)
+        for parameter, grad in zip(self.head_parameters, grads, strict=True):
+            parameter.grad = grad
+        return [g.detach() for g in generator], discriminator
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as one CUDA graph. The capture itself runs nothing; warm-up runs must have happened before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

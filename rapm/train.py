@@ -1,0 +1,366 @@
+"""Training: plan, trajectories, iterations, checkpoints, export. `python -m rapm.train` is `rapm train`.
+
+Every random number of iteration i comes from (seed, i), so a checkpoint needs no generator state and a resumed run goes
+on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from rapm.config import Config, parse_vram
+from rapm.errors import UserError
+from rapm.export import WEIGHTS, export_lora, verify_export, write_model_card
+from rapm.log import Log
+from rapm.lora import LoRA
+from rapm.prompts import read_prompts
+from rapm.sample import labelled_grid, sample
+from rapm.step import LOSSES, SIDES, Step, captured
+from rapm.teacher import Teacher, load_teacher
+from rapm.trajectories import Store, check_grid, prepare, trajectory_seed
+from rapm.unet import Text
+from rapm.zoo import scenes
+
+PATIENCE = 20  # non-finite updates in a row before a run gives up
+EAGER = 3  # iterations before the slot is captured: every kernel and workspace must have been used once
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: one line that says why. Exit code 1; what was computed is kept."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived and the run was saved. `code` is the exit code, 128 plus the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; --resume_from_checkpoint latest goes on")
+        self.code = 128 + number
+
+
+class Training:
+    """What changes during a run: the LoRA, the heads, both optimizers, the replay, the number of iterations done.
+
+    The last `validation_prompts` trajectories of the store are held out.
+    """
+
+    def __init__(self, teacher: Teacher, store: Store, config: Config) -> None:
+        self.teacher, self.store, self.config = teacher, store, config
+        self.lora = LoRA(teacher.unet, config.lora_rank, config.seed)
+        self.uncond = teacher.encode_negative(config.negative_prompt, config.resolution)
+        self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self.uncond)
+        self._slot: Callable[[], None] = self.step
+        self._eager = EAGER
+        self.done = 0
+
+    def iterate(self) -> None:
+        """One iteration: one trajectory, N slots, both updates in each."""
+        if self._eager == 0 and self.step.z.is_cuda:
+            self._slot = captured(self.step)
+        self._eager -= 1
+        trained = len(self.store) - self.config.validation_prompts
+        epoch, place = divmod(self.done, trained)
+        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
+        self._load(int(order[place]), f"iteration {self.done}")
+        self._set_rates()
+        for _ in range(self.config.steps):
+            self._slot()
+        self.done += 1
+
+    @torch.no_grad()
+    def validate(self) -> tuple[dict[str, float], Tensor]:
+        """Held-out figures (hinge of both discriminators by slot, RMSE of the latents) and the student's latents."""
+        hinges, ends = [], []
+        self.step.time.fill_(0.5)
+        for start in range(0, len(self.held_out), self.config.solve_batch):
+            batch = [self.store[i] for i in self.held_out[start : start + self.config.solve_batch]]
+            shape = self.config.steps, 3, len(batch), *self.step.z.shape[1:]
+            noise = torch.randn(shape, generator=self._generator(f"held out {start}"))  # the same at every validation
+            hinge, z = self.step.held_out(batch, noise)
+            hinges.append(hinge)
+            ends.append(z)
+        student, hinge = torch.cat(ends), torch.stack(hinges).mean(0)
+        target = torch.stack([self.store[i].positions[-1] for i in self.held_out]).to(student)
+        values = {"val_rmse": float((student - target).square().mean().sqrt())}
+        for i, side in enumerate(SIDES):
+            values[f"val_disc_{side[:3]}"] = float(hinge[:, i].mean())
+            values |= {f"val_disc_{side[:3]}_slot{n}": float(h) for n, h in enumerate(hinge[:, i])}
+        return values, student
+
+    @property
+    def held_out(self) -> range:
+        return range(len(self.store) - self.config.validation_prompts, len(self.store))
+
+    def losses(self, slots: int) -> dict[str, float]:
+        """The mean losses of the last `slots` slots, the skipped updates so far. RunError after too many in a row."""
+        means = dict(zip(LOSSES, (self.step.sums / slots).tolist(), strict=True))
+        self.step.sums.zero_()
+        if float(self.step.worst) >= PATIENCE:
+            raise RunError(
+                f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
+                "lower learning_rate, or use mixed_precision bf16 or no"
+            )
+        return {**means, "skipped": float(self.step.skipped)}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by name."""
+        step = self.step
+        tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
+        tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
+        if step.replay is not None:
+            tensors |= {f"replay.{name}": x for name, x in step.replay.state_dict().items()}
+        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
+            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
+                tensors |= {f"adam.{label}.{i}.{name}": x for name, x in optimizer.state[parameter].items()}
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor], done: int) -> None:
+        """The inverse of `state`."""
+        step, device = self.step, self.step.z.device
+        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
+            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
+                moments = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
+        for name, mine in self.state().items():
+            mine.copy_(state[name])
+        self.done = done
+
+    def _load(self, index: int, purpose: str) -> None:
+        generator, step = self._generator(purpose), self.step
+        noise = torch.randn(step.noise.shape, generator=generator)
+        step.load(self.store[index], noise, torch.rand(step.time.shape, generator=generator))
+        step.draw(generator, self.done)
+
+    def _set_rates(self) -> None:
+        config, i = self.config, self.done
+        rise = min(1.0, (i + 1) / (config.lr_warmup_steps + 1))
+        fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
+        self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
+        self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))
+
+
+def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -> Path:
+    """The whole job; the output folder. UserError before work for what cannot work, RunError, Interrupted."""
+    folder = Path(config.output_dir)
+    _claim(folder)
+    teacher, config, prompts = prepare_teacher(config)
+    checkpoint = find_checkpoint(folder, resume, config) if resume else None
+    if dry_run:
+        print(describe(config, teacher, prompts))
+        return folder
+    if not resume:
+        _set_aside(folder)
+    (folder / "config.toml").write_text(config.to_toml())
+    training = Training(teacher, solve_all(config, teacher, prompts), config)
+    if checkpoint:
+        training.restore(*load_checkpoint(checkpoint))
+        print(f"resumed from {checkpoint} at iteration {training.done}")
+    run(training, folder)
+    finish(training, folder)
+    return folder
+
+
+def solve_only(config: Config) -> Store:
+    """Stage 1 alone."""
+    _claim(Path(config.output_dir))
+    teacher, config, prompts = prepare_teacher(config)
+    return solve_all(config, teacher, prompts)
+
+
+def export_run(folder: Path) -> None:
+    """Export a run's newest checkpoint again."""
+    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    checkpoint = find_checkpoint(folder, "latest", config)
+    teacher, config, prompts = prepare_teacher(config)
+    training = Training(teacher, solve_all(config, teacher, prompts), config)
+    training.restore(*load_checkpoint(checkpoint))
+    finish(training, folder)
+
+
+def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
+    """The teacher, the settings with its resolution, and the prompts; everything a user can get wrong is checked."""
+    prompts = training_prompts(config)
+    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    config = config.replace(resolution=config.resolution or teacher.default_resolution)
+    check_grid(len(teacher.schedule), config.steps, config.fine_steps)
+    teacher.latent_shape(config.resolution)
+    if long := teacher.count_truncated(prompts):
+        print(f"warning: {long} of {len(prompts)} prompts are longer than the text encoder reads and are cut there")
+    return teacher, config, prompts
+
+
+def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
+    """Stage 1: the trajectories to train on and, after them, the held-out ones."""
+    total = config.replace(trajectories=config.trajectories + config.validation_prompts)
+    return prepare(config.store or Path(config.output_dir) / "trajectories", teacher, prompts, total)
+
+
+def run(training: Training, folder: Path) -> None:
+    """Iterate to the end: log, validate, save."""
+    config, step = training.config, training.step
+    log = Log(folder, config.report_to, training.done)
+    start, first = time.perf_counter(), training.done
+    with stop_signals() as stopped, tqdm(total=config.max_train_steps, initial=first, desc="training") as bar:
+        pending = 0
+        while training.done < config.max_train_steps:
+            training.iterate()
+            bar.update()
+            pending += config.steps
+            done, last = training.done, training.done == config.max_train_steps
+            if done % config.log_steps == 0 or last or stopped:
+                values, pending = training.losses(pending), 0
+                seconds = time.perf_counter() - start
+                values |= {"lr": float(step.optimizer.param_groups[0]["lr"]), "seconds": seconds}
+                values["iterations_per_second"] = (done - first) / seconds
+                if step.z.is_cuda:
+                    values["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                log.write(done, values)
+                bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "vram_mib") if values.get(k)})
+            if done % config.validation_steps == 0 or last:
+                figures, student = training.validate()
+                log.write(done, figures)
+                if done % config.validation_steps == 0:
+                    (folder / "samples").mkdir(exist_ok=True)
+                    picture(training, student, folder / "samples" / f"{done:06d}.png")
+            if done % config.checkpointing_steps == 0 or last or stopped:
+                save_checkpoint(folder, training.state(), done, config)
+            if stopped:
+                log.close()
+                raise Interrupted(stopped[0])
+    log.close()
+
+
+def finish(training: Training, folder: Path) -> None:
+    """Export, prove the files in stock software, draw the samples, write the card."""
+    teacher, config, lora = training.teacher, training.config, training.lora.export()
+    shown = [training.store[i] for i in training.held_out]
+    figures, student = training.validate()
+    picture(training, student, folder / "samples.png")
+    export_lora(folder, lora, teacher, config=config, steps_done=training.done)
+    noise = torch.stack([t.positions[0] for t in shown[:2]])
+    verify_export(folder, teacher, lora, prompts=[t.prompt for t in shown[:2]], noise=noise, steps=config.steps)
+    write_model_card(
+        folder, teacher, config=config, prompts=[t.prompt for t in shown], steps_done=training.done,
+        metrics={"held-out trajectories": {"latent RMSE to the teacher's endpoints": figures["val_rmse"]}},
+    )  # fmt: skip
+    print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
+
+
+def picture(training: Training, student: Tensor, path: Path) -> None:
+    """The held-out grid: the teacher's whole trajectory, the teacher in N steps, the student in N, from one noise."""
+    teacher, config = training.teacher, training.config
+    held_out = [training.store[i] for i in training.held_out]
+    text = Text.cat([t.text for t in held_out])
+    noise = torch.stack([t.positions[0] for t in held_out])
+    few = sample(
+        teacher.unet, teacher.schedule, text, noise, config.steps, guidance=config.guidance, uncond=training.uncond
+    )  # fmt: skip
+    rows = {
+        f"teacher, {config.steps * config.fine_steps} steps": torch.stack([t.positions[-1] for t in held_out]),
+        f"teacher, {config.steps} steps": few,
+        f"student, {config.steps} steps": student,
+    }
+    labelled_grid({name: teacher.decode(z) for name, z in rows.items()}, [t.prompt for t in held_out]).save(path)
+
+
+def training_prompts(config: Config) -> list[str]:
+    """The prompts of the trajectories, the held-out ones last."""
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    if config.teacher != "embedded":
+        raise UserError("prompts: give --prompts FILE, one prompt a line (only the embedded teacher brings its own)")
+    captions = scenes.draw_captions(config.trajectories, seed=config.seed)
+    captions += scenes.draw_captions(config.validation_prompts, seed=config.seed, unseen=True)
+    return [scenes.caption(i) for i in captions]
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device, its allocator capped at the `vram` budget. UserError for one that is not there."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    budget = parse_vram(config.vram)
+    if budget and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    return device
+
+
+def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
+    """What a run would do, for `--dry-run`."""
+    lora = LoRA(teacher.unet, config.lora_rank)
+    c, h, w = teacher.latent_shape(config.resolution)
+    size = getattr(torch, config.trajectory_dtype).itemsize
+    count = config.trajectories + config.validation_prompts
+    disk = count * (2 * config.steps + 1) * c * h * w * size / 2**20
+    grid, parameters = f"{config.steps} x {config.fine_steps} steps", lora.flat.numel() / 1e6
+    return "\n".join([
+        f"teacher       {teacher.source} ({teacher.family}), {config.resolution[0]}x{config.resolution[1]}",
+        f"prompts       {len(prompts)}",
+        f"trajectories  {count} of {grid}, guidance {config.guidance}: {disk:.0f} MiB of positions",
+        f"student       LoRA rank {config.lora_rank}, {parameters:.2f} M parameters on {len(lora.names)} layers",
+        f"training      {config.max_train_steps} iterations of {config.steps} slots on {teacher.unet.device}",
+        f"output        {config.output_dir}",
+    ])  # fmt: skip
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM append their number to the list instead of stopping the process: the loop saves first."""
+    stopped: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda n, frame: stopped.append(n)) for number in numbers]
+    try:
+        yield stopped
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _claim(folder: Path) -> None:
+    """Make the output folder. UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier run's checkpoints and metrics to `previous/`: a new run does not mix with them."""
+    previous = folder / "previous"
+    for path in (*checkpoints(folder), folder / "metrics.jsonl", folder / "logs"):
+        if path.exists():
+            target = previous / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            previous.mkdir(exist_ok=True)
+            path.replace(target)
+
+
+if __name__ == "__main__":
+    from rapm.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,400 @@
+"""The UNet of SD1.x, SD2.x and SDXL: teacher, student (with a LoRA) and discriminator backbone in one set of weights.
+
+Parameter names are those of diffusers' UNet2DConditionModel, so a checkpoint loads strictly. The LoRA is an argument of
+the forward, `lora[name] = (down, up)`: the layer `name` adds up(down(x)); `lora=None` is the teacher.
+
+Shapes: B batch, C channels, H W height and width, N = H W positions, L text tokens, E time embedding, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rapm.errors import UserError
+
+Lora = Mapping[str, tuple[Tensor, Tensor]] | None
+
+
+class Text(NamedTuple):
+    """What conditions the UNet: prompt embeddings, and for SDXL the pooled embedding and the size micro-conditions."""
+
+    hidden: Tensor  # B L C
+    pooled: Tensor | None = None  # B P
+    time_ids: Tensor | None = None  # B 6: original size, crop, target size, in pixels
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Text:
+        """On `device`, the embeddings in `dtype`; pixel sizes keep theirs, since bf16 would round them."""
+        dtypes = dtype, dtype, None
+        return Text(*(None if x is None else x.to(device=device, dtype=d) for x, d in zip(self, dtypes, strict=True)))
+
+    def rows(self, start: int, stop: int) -> Text:
+        """Rows start..stop of the batch, as views."""
+        return Text(*(None if x is None else x[start:stop] for x in self))
+
+    def expand(self, batch: int) -> Text:
+        """One row seen as `batch` equal rows."""
+        return Text(*(None if x is None else x.expand(batch, *x.shape[1:]) for x in self))
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        """One batch of several."""
+        return Text(*(None if xs[0] is None else torch.cat(xs) for xs in zip(*texts, strict=True)))
+
+
+# What the UNet reads from a config.json, with diffusers' defaults.
+DEFAULTS = dict(
+    in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    transformer_layers_per_block=1, attention_head_dim=8, num_attention_heads=None, cross_attention_dim=1280,
+    use_linear_projection=False, norm_num_groups=32, norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0,
+    time_embedding_dim=None, addition_embed_type=None, addition_time_embed_dim=None,
+    projection_class_embeddings_input_dim=None,
+)  # fmt: skip
+# What would need other code: these values only are computed. A config that leaves one out means the first.
+SUPPORTED = dict(
+    _class_name=("UNet2DConditionModel",), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    mid_block_type=("UNetMidBlock2DCrossAttn",), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    addition_embed_type=(None, "text_time"), act_fn=("silu", "swish"), time_embedding_type=("positional",),
+    attention_type=("default",), resnet_time_scale_shift=("default",), mid_block_scale_factor=(1,),
+    downsample_padding=(1,), conv_in_kernel=(3,), conv_out_kernel=(3,),
+    **dict.fromkeys((
+        "class_embed_type", "num_class_embeds", "class_embeddings_concat", "encoder_hid_dim", "encoder_hid_dim_type",
+        "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "center_input_sample",
+        "only_cross_attention", "dual_cross_attention", "cross_attention_norm", "reverse_transformer_layers_per_block",
+    ), (None, False)),
+)  # fmt: skip
+# `upcast_attention` is read nowhere: SDPA keeps the softmax in fp32, and diffusers ignores the flag with it too.
+
+
+def complete(config: Mapping) -> dict:
+    """`config` with diffusers' defaults filled in. UserError for what this UNet does not compute."""
+    config = {**DEFAULTS, **config}
+    checks = [(key, value, values) for key, values in SUPPORTED.items() for value in _list(config.get(key, values[0]))]
+    checks.append(("in_channels", config["in_channels"], (config["out_channels"],)))  # inpainting models have more
+    for key, value, values in checks:
+        if value not in values:
+            expected = " or ".join(map(str, values))
+            raise UserError(f"UNet config: {key} is {value}, not {expected}: use a base model of SD1.x, SD2.x or SDXL")
+    return config
+
+
+def _list(value: object) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class Linear(nn.Linear):
+    """A linear layer that a LoRA may extend; `name` is its dotted path in the UNet. down: R C_in, up: C_out R."""
+
+    name = ""
+
+    def forward(self, x: Tensor, lora: Lora = None) -> Tensor:  # ... C_in -> ... C_out
+        y = super().forward(x)
+        if lora is not None and self.name in lora:
+            down, up = lora[self.name]
+            y = y + F.linear(F.linear(x, down), up)
+        return y
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that a LoRA may extend. down: R C_in k k, with this layer's stride and padding, up: C_out R 1 1."""
+
+    name = ""
+
+    def forward(self, x: Tensor, lora: Lora = None) -> Tensor:  # B C_in H W -> B C_out H' W'
+        y = super().forward(x)
+        if lora is not None and self.name in lora:
+            down, up = lora[self.name]
+            y = y + F.conv2d(F.conv2d(x, down, None, self.stride, self.padding), up)
+        return y
+
+
+def sinusoid(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Positions (n,) to fp32 embeddings (n, dim), frequencies 10000^(-i / (dim/2 - freq_shift)), i < dim/2."""
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = t.float()[:, None] * torch.exp(exponent / (half - freq_shift))
+    pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
+    return torch.cat(pair, dim=-1)
+
+
+def timestep_embedding(inputs: int, dim: int) -> nn.Sequential:
+    """Linear, SiLU, linear: B inputs -> B E."""
+    layers = {"linear_1": nn.Linear(inputs, dim), "act": nn.SiLU(), "linear_2": nn.Linear(dim, dim)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+class ResnetBlock(nn.Module):
+    """conv(silu(norm(x))), plus the time embedding, conv(silu(norm(.))), plus x."""
+
+    def __init__(self, inputs: int, channels: int, time_dim: int, config: Mapping) -> None:
+        super().__init__()
+        groups, eps = config["norm_num_groups"], config["norm_eps"]
+        self.norm1 = nn.GroupNorm(groups, inputs, eps)
+        self.conv1 = Conv2d(inputs, channels, 3, padding=1)
+        self.time_emb_proj = Linear(time_dim, channels)
+        self.norm2 = nn.GroupNorm(groups, channels, eps)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(inputs, channels, 1) if inputs != channels else None
+
+    def forward(self, x: Tensor, emb: Tensor, lora: Lora) -> Tensor:  # x: B C H W, emb: B E, its SiLU applied
+        h = self.conv1(F.silu(self.norm1(x)), lora)
+        h = h + self.time_emb_proj(emb, lora)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)), lora)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x, lora))
+
+
+class Attention(nn.Module):
+    """Softmax attention of x over `context` (over x itself when both are the same tensor)."""
+
+    def __init__(self, channels: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context, channels, bias=False)
+        self.to_v = Linear(context, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor, lora: Lora) -> Tensor:  # B N C, B L C' -> B N C
+        q, k, v = self.to_q(x, lora), self.to_k(context, lora), self.to_v(context, lora)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # B heads N d
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), lora)
+
+
+class FeedForward(nn.Module):
+    """GEGLU (value times the exact, erf gelu of gate) of four times the width, and back; net.1 is dropout's place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        up, down = Linear(channels, 8 * channels), Linear(4 * channels, channels)
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
+
+    def forward(self, x: Tensor, lora: Lora) -> Tensor:  # B N C
+        value, gate = self.net[0]["proj"](x, lora).chunk(2, dim=-1)
+        return self.net[2](value * F.gelu(gate), lora)
+
+
+class TransformerBlock(nn.Module):
+    """Self attention, cross attention and feed-forward, each on the normalised stream and added to it."""
+
+    def __init__(self, channels: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, hidden: Tensor, lora: Lora) -> Tensor:  # B N C, B L C'
+        h = self.norm1(x)
+        x = x + self.attn1(h, h, lora)
+        x = x + self.attn2(self.norm2(x), hidden, lora)
+        return x + self.ff(self.norm3(x), lora)
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the positions of a feature map; the reshapes are views in channels-last."""
+
+    def __init__(self, channels: int, depth: int, heads: int, context: int, config: Mapping) -> None:
+        super().__init__()
+        self.linear = config["use_linear_projection"]
+        self.norm = nn.GroupNorm(config["norm_num_groups"], channels, eps=1e-6)
+        self.proj_in = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
+        self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, hidden: Tensor, lora: Lora) -> Tensor:  # B C H W, B L C'
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h, lora)
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)  # B N C
+        if self.linear:
+            h = self.proj_in(h, lora)
+        for block in self.transformer_blocks:
+            h = block(h, hidden, lora)
+        if self.linear:
+            h = self.proj_out(h, lora)
+        h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # B C H W
+        if not self.linear:
+            h = self.proj_out(h, lora)
+        return h + x
+
+
+class Block(nn.Module):
+    """Layers: a resnet for each of `inputs` (its input channels), a transformer behind the first ones; a resampler."""
+
+    resampler, stride = "", 0  # diffusers' name for it, and its convolution's stride
+
+    def __init__(self, width: int, inputs: list, attentions: list, resample: bool, time: int, config: Mapping) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(n, width, time, config) for n in inputs)
+        self.attentions = nn.ModuleList(attentions)
+        convs = [Conv2d(width, width, 3, self.stride, padding=1)] if resample else []
+        self.add_module(self.resampler, nn.ModuleList(nn.ModuleDict({"conv": conv}) for conv in convs))
+
+    def layer(self, i: int, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora) -> Tensor:
+        x = self.resnets[i](x, emb, lora)
+        return self.attentions[i](x, hidden, lora) if i < len(self.attentions) else x
+
+
+class DownBlock(Block):
+    """Layers, then a convolution that halves the size; all results are skips. Without that, it is the mid block too."""
+
+    resampler, stride = "downsamplers", 2
+
+    def forward(self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, emb, hidden, lora)
+            skips.append(x)
+        for down in self.downsamplers:
+            x = down["conv"](x, lora)
+            skips.append(x)
+        return x
+
+
+class UpBlock(Block):
+    """Layers, each on its input beside a skip, then upsampling and a convolution."""
+
+    resampler, stride = "upsamplers", 1
+
+    def forward(self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), emb, hidden, lora)
+        for up in self.upsamplers:  # to the next skip's size: halving an odd size rounded up
+            x = up["conv"](F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"), lora)
+        return x
+
+
+class UNet(nn.Module):
+    """The noise (or v) predictor that a diffusers `unet/config.json` describes. UserError for an unsupported one."""
+
+    def __init__(self, config: Mapping) -> None:
+        super().__init__()
+        self.config = config = complete(config)
+        widths = config["block_out_channels"]
+        last = len(widths) - 1
+        time_dim = config["time_embedding_dim"] or 4 * widths[0]
+        self.feature_channels = [*widths, widths[-1]]
+        # diffusers' configs give the number of heads under the name attention_head_dim
+        heads = config["num_attention_heads"] or config["attention_head_dim"]
+        keys = "layers_per_block", "transformer_layers_per_block", "cross_attention_dim"
+        values = [_list(value) for value in (*map(config.get, keys), heads)]
+        layers, depths, contexts, heads = (x if len(x) > 1 else x * len(widths) for x in values)
+
+        def args(i: int, inputs: list[int], attentions: int, resample: bool) -> tuple:
+            parts = [Transformer(widths[i], depths[i], heads[i], contexts[i], config) for _ in range(attentions)]
+            return widths[i], inputs, parts, resample, time_dim, config
+
+        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = timestep_embedding(widths[0], time_dim)
+        if config["addition_embed_type"] == "text_time":
+            self.add_embedding = timestep_embedding(config["projection_class_embeddings_input_dim"], time_dim)
+        x, skips = widths[0], [widths[0]]  # channels of the stream and of the skips, as in the forward
+        self.down_blocks = nn.ModuleList()
+        for i, kind in enumerate(config["down_block_types"]):
+            inputs = [x] + [widths[i]] * (layers[i] - 1)
+            self.down_blocks.append(DownBlock(*args(i, inputs, len(inputs) * kind.startswith("CrossAttn"), i < last)))
+            x = widths[i]
+            skips += [x] * (len(inputs) + (i < last))
+        self.mid_block = DownBlock(*args(last, [x, x], 1, False))
+        self.up_blocks = nn.ModuleList()
+        for i, kind in zip(range(last, -1, -1), config["up_block_types"], strict=True):
+            inputs = [channels + skips.pop() for channels in [x] + [widths[i]] * layers[i]]
+            self.up_blocks.append(UpBlock(*args(i, inputs, len(inputs) * kind.startswith("CrossAttn"), i > 0)))
+            x = widths[i]
+
+        self.conv_norm_out = nn.GroupNorm(config["norm_num_groups"], widths[0], config["norm_eps"])
+        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
+        for name, layer in self.lora_targets().items():
+            layer.name = name
+
+    dtype = property(lambda self: self.conv_in.weight.dtype)
+    device = property(lambda self: self.conv_in.weight.device)
+
+    def lora_targets(self) -> dict[str, Linear | Conv2d]:
+        """Dotted name -> layer, in module order: what peft matches to the 14 names of the LCM and PCM scripts.
+
+        to_q, to_k, to_v, to_out.0, proj_in, proj_out, ff.net.0.proj, ff.net.2, conv1, conv2, conv_shortcut,
+        time_emb_proj, downsamplers.0.conv, upsamplers.0.conv.
+        """
+        return {name: module for name, module in self.named_modules() if isinstance(module, (Linear, Conv2d))}
+
+    def forward(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None) -> Tensor:
+        """Raw output B C H W for latents z (B C H W) at timesteps t (0-dim or B), in the weights' dtype."""
+        emb, hidden = self._condition(t.expand(z.shape[0]), text)
+        skips: list[Tensor] = []
+        x = self._encode(z, emb, hidden, lora, skips)[-1]
+        for block in self.up_blocks:
+            x = block(x, emb, hidden, lora, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def features(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None) -> list[Tensor]:
+        """What each down block hands to the next, then the mid block's output; no up block runs."""
+        return self._encode(z, *self._condition(t.expand(z.shape[0]), text), lora, [])
+
+    def _encode(self, z: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor]) -> list[Tensor]:
+        features, x = [], self.conv_in(z.to(self.dtype))
+        skips.append(x)
+        for block in self.down_blocks:
+            x = block(x, emb, hidden, lora, skips)
+            features.append(x)
+        return [*features, self.mid_block(x, emb, hidden, lora, [])]
+
+    def _condition(self, t: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """silu of the embedding of timesteps (and SDXL's pooled text and sizes), B E, and the text, B L C."""
+        flip_shift = self.config["flip_sin_to_cos"], self.config["freq_shift"]
+        emb = self.time_embedding(sinusoid(t, self.feature_channels[0], *flip_shift).to(self.dtype))
+        if self.config["addition_embed_type"] == "text_time":
+            sizes = sinusoid(text.time_ids.flatten(), self.config["addition_time_embed_dim"], *flip_shift)
+            added = torch.cat([text.pooled, sizes.view(t.shape[0], -1)], dim=-1)
+            emb = emb + self.add_embedding(added.to(self.dtype))
+        return F.silu(emb), text.hidden.to(self.dtype)
+
+
+def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> UNet:
+    """The frozen UNet of a diffusers `unet/` folder in safetensors, single, sharded or of the fp16 variant.
+
+    Tensors are converted one by one, so the peak is about the UNet's own size. Convolutions are channels-last.
+    UserError for a missing or damaged file, an unsupported config, or weights that do not fit the config.
+    """
+    folder, state = Path(folder), {}
+    try:
+        with torch.device("meta"):
+            unet = UNet(json.loads((folder / "config.json").read_text("utf-8")))
+        for path in _weight_files(folder, dtype):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    x = file.get_tensor(name)
+                    layout = torch.channels_last if x.dim() == 4 else torch.preserve_format
+                    state[name] = x.to(device, dtype, memory_format=layout, copy=True)  # a copy: x is the mapped file
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a readable diffusers UNet in safetensors ({error}): get it again") from error
+    try:
+        unet.requires_grad_(False).load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:200]
+        raise UserError(f"{folder}: the weights do not fit config.json ({first}): use the two as published") from error
+    return unet.eval()
+
+
+def _weight_files(folder: Path, dtype: torch.dtype) -> list[Path]:
+    """The folder's safetensors: full precision first, unless fp16 is what is asked for."""
+    for variant in (".fp16", "") if dtype == torch.float16 else ("", ".fp16"):
+        single = folder / f"diffusion_pytorch_model{variant}.safetensors"
+        index = folder / f"diffusion_pytorch_model.safetensors.index{variant}.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return [folder / x for x in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors: only safetensors is read, convert the weights")

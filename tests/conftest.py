@@ -1,0 +1,45 @@
+"""Every test: offline, few threads, the same seeds, uninitialised memory full of NaN; `gpu` tests only with CUDA."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only add overhead
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and its kin return with NaN: code that reads before it writes then shows."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: object, **kwargs: object) -> torch.Tensor:
+            out = allocate(*args, **kwargs)
+            with torch.no_grad():
+                return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return call
+
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -1,0 +1,192 @@
+"""The sampler against the stock pipeline, and the pictures of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.export import export_lora
+from rapm.lora import LoRA
+from rapm.sample import GAP, LINE, MIN_SIDE, grid, labelled_grid, sample, sample_prompts, walk
+from rapm.teacher import Teacher, load_teacher
+from rapm.trajectories import noise
+
+FAMILIES = ["sd1", "sd2", "sdxl"]
+PROMPTS = ["a red circle", "two blue squares"]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Teacher]:
+    """The tiny teacher of a family, its files written once."""
+    root, folders = tmp_path_factory.mktemp("teachers"), {}
+
+    def teacher(family: str, dtype: torch.dtype = torch.float32) -> Teacher:
+        if family not in folders:
+            folders[family] = tiny.tiny_pipeline(family, root / family)
+        return load_teacher(str(folders[family]), device="cpu", dtype=dtype)
+
+    return teacher
+
+
+def latents(teacher: Teacher, resolution: tuple[int, int] | None = None) -> Tensor:
+    shape = teacher.latent_shape(resolution)
+    return torch.stack([noise(seed, shape) for seed in range(len(PROMPTS))])
+
+
+# What the latents may differ by, in their standard deviations. fp64 network: what is left are the stock sampler's fp32
+# coefficients and our fp32 positions, some 1e-6. fp32: the bar for the recipe, which has no guidance; guidance of w
+# multiplies the rounding of two network calls by about 2 w, so it is compared in fp64.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+CASES = {  # steps, guidance
+    torch.float64: [(3, 5.0), (4, 7.5)],
+    torch.float32: [(1, 1.0), (3, 1.0), (4, 1.0), (7, 1.0)],
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_stock_pipeline(load: Callable, family: str, dtype: torch.dtype) -> None:
+    """Also where the steps do not divide the schedule, and on a picture that is not square."""
+    teacher = load(family, dtype)
+    pipe = teacher.stock_pipeline()
+    start = latents(teacher, (112, 136))
+    text, negative = teacher.encode(PROMPTS, (112, 136)), teacher.encode_negative("a cat", (112, 136))
+    for steps, guidance in CASES[dtype]:
+        stock = pipe(
+            PROMPTS,
+            negative_prompt=["a cat"] * 2,
+            height=112,
+            width=136,
+            latents=start.to(dtype),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images
+        ours = sample(teacher.unet, teacher.schedule, text, start, steps, guidance=guidance, uncond=negative)
+        assert (ours - stock).abs().max() <= TOLERANCE[dtype] * stock.std(), (steps, guidance)
+
+
+def test_lora_is_the_merged_weights(load: Callable) -> None:
+    teacher, merged = load("sd1"), load("sd1")
+    lora = LoRA(teacher.unet, 2)
+    with torch.no_grad():
+        lora.flat.copy_(0.05 * torch.randn(lora.flat.shape))
+    weights = lora.export()
+    for name, layer in merged.unet.lora_targets().items():
+        down, up = weights[name]
+        layer.weight += (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+    text, start = teacher.encode(PROMPTS), latents(teacher)
+    ours = sample(teacher.unet, teacher.schedule, text, start, 4, lora=weights)
+    bare = sample(teacher.unet, teacher.schedule, text, start, 4)
+    other = sample(merged.unet, merged.schedule, text, start, 4)
+    assert (ours - other).abs().max() <= 1e-4 * other.std()
+    assert (bare - other).abs().max() > 0.1 * other.std()
+
+
+def test_walk_yields_every_position_in_fp32(load: Callable) -> None:
+    teacher = load("sd1", torch.bfloat16)
+    text, start = teacher.encode(PROMPTS), latents(teacher)
+    before = start.clone()
+    positions = list(walk(teacher.unet, teacher.schedule, text, start, 3))
+    assert [z.dtype for z in positions] == [torch.float32] * 3
+    assert not any(z.requires_grad for z in positions)
+    assert torch.equal(positions[-1], sample(teacher.unet, teacher.schedule, text, start, 3))
+    assert torch.equal(start, before)
+    assert not torch.equal(positions[0], positions[0].bfloat16().float())  # not rounded on the way
+
+
+def test_walk_leaves_gradients_as_they_were(load: Callable) -> None:
+    """A generator runs in its caller's turns: no_grad must not leak out between two of them."""
+    teacher = load("sd1")
+    steps = walk(teacher.unet, teacher.schedule, teacher.encode(PROMPTS), latents(teacher), 2)
+    next(steps)
+    assert torch.is_grad_enabled()
+
+
+def test_sample_prompts(load: Callable, tmp_path: Path) -> None:
+    """Prompt by prompt, seed by seed, whatever the batch; one seed is one noise; the LoRA of a run's folder counts."""
+    teacher = load("sd1")
+    lora = LoRA(teacher.unet, 1)
+    with torch.no_grad():
+        lora.flat.copy_(0.1 * torch.randn(lora.flat.shape))
+    export_lora(tmp_path, lora.export(), teacher, config=Config(), steps_done=1)
+    images = sample_prompts(teacher, PROMPTS, seeds=[5, 6, 7], lora_path=tmp_path, batch=4)
+    assert images.shape == (6, 128, 128, 3) and images.dtype == torch.uint8
+    for i, (prompt, seed) in enumerate((p, s) for p in PROMPTS for s in (5, 6, 7)):
+        z = sample(
+            teacher.unet,
+            teacher.schedule,
+            teacher.encode([prompt]),
+            noise(seed, teacher.latent_shape())[None],
+            4,
+            lora=lora.export(),
+        )
+        assert (images[i].int() - teacher.decode(z)[0].int()).abs().max() <= 1  # batches may round otherwise
+    bare = sample_prompts(teacher, PROMPTS, seeds=[5, 6, 7])
+    assert (bare.int() - images.int()).abs().max() > 1
+
+
+def test_sample_prompts_with_guidance_and_resolution(load: Callable) -> None:
+    teacher = load("sdxl")
+    options = dict(steps=2, guidance=6.0, resolution=(64, 96), negative_prompt="a cat")
+    images = sample_prompts(teacher, PROMPTS[:1], **options)
+    start = noise(0, teacher.latent_shape((64, 96)))[None]
+    uncond = teacher.encode_negative("a cat", (64, 96))
+    text = teacher.encode(PROMPTS[:1], (64, 96))
+    z = sample(teacher.unet, teacher.schedule, text, start, 2, guidance=6.0, uncond=uncond)
+    assert torch.equal(images, teacher.decode(z))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(steps=0), "steps 0"),
+        (dict(steps=1001), "steps 1001"),
+        (dict(resolution=(100, 128)), "multiples of"),
+        (dict(lora_path="nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_sample_prompts_says_what_is_wrong(load: Callable, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample_prompts(load("sd1"), PROMPTS, **options)
+
+
+def test_grid_magnifies_and_places() -> None:
+    images = torch.randint(0, 256, (5, 50, 64, 3), dtype=torch.uint8)
+    sheet = grid(images, columns=3)
+    height, width = 150, 192  # the least whole factor to 128 or more: 3
+    assert sheet.size == (3 * width + 2 * GAP, 2 * height + GAP)
+    pixels = torch.tensor(list(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
+    for i, image in enumerate(images):
+        y, x = i // 3 * (height + GAP), i % 3 * (width + GAP)
+        tile = pixels[y : y + height, x : x + width]
+        assert torch.equal(tile, image.repeat_interleave(3, 0).repeat_interleave(3, 1))
+    assert (pixels[height + GAP :, 2 * (width + GAP) :] == 255).all()  # the place of a sixth
+
+
+def test_grid_of_large_and_few_images() -> None:
+    images = torch.zeros(2, MIN_SIDE, 300, 3, dtype=torch.uint8)
+    assert grid(images, columns=4).size == (2 * 300 + GAP, MIN_SIDE)
+
+
+def test_labelled_grid_has_rows_names_and_captions() -> None:
+    rows = {name: torch.full((3, 64, 64, 3), grey, dtype=torch.uint8) for name, grey in (("teacher", 90), ("x", 160))}
+    captions = ["short", "a caption of very many words " * 9, "Überlänge" * 9]
+    sheet, bare = labelled_grid(rows, captions), labelled_grid(rows)
+    assert sheet.size == (3 * 128 + 2 * GAP, bare.height + 3 * LINE)
+    assert bare.height == 2 * (LINE + 128) + GAP
+    pixels = torch.tensor(list(sheet.convert("L").tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width)
+    top = 3 * LINE
+    for y, grey in ((top + LINE, 90), (top + 2 * LINE + 128 + GAP, 160)):
+        assert (pixels[y : y + 128, :128] == grey).all()  # no text on a picture
+        assert (pixels[y - LINE : y, :128] < 128).any()  # the row's name above it
+    for i in range(3):
+        x = i * (128 + GAP)
+        assert (pixels[:top, x : x + 128] < 128).any()  # a caption above each column

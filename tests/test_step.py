@@ -1,0 +1,225 @@
+"""One slot: whose gradients flow where, the split backward, the non-finite guard, and the walk."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from rapm.config import Config
+from rapm.lora import LoRA
+from rapm.losses import hinge_generator, pseudo_huber
+from rapm.schedule import renoise_coefficients, step_coefficients, trailing_steps
+from rapm.step import SIDES, Step
+from rapm.teacher import Teacher, load_teacher
+from rapm.trajectories import Trajectory, noise, solve
+
+CONFIG = Config(steps=4, fine_steps=2, guidance=3.0, lora_rank=2, learning_rate=1e-2, head_learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    folder = tiny.tiny_pipeline("sd1", tmp_path_factory.mktemp("sd1"))
+    return load_teacher(str(folder), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def trajectory(teacher: Teacher) -> Trajectory:
+    text, start = teacher.encode(["a red seven"]), noise(5, (1, *teacher.latent_shape()))
+    positions, fine = solve(
+        teacher.unet, teacher.schedule, text, teacher.encode_negative(), start, steps=4, fine_steps=2, guidance=3.0
+    )
+    return Trajectory(positions[0], fine[0], text, "a red seven", 5)
+
+
+def make(teacher: Teacher, trajectory: Trajectory, **changes) -> Step:
+    lora = LoRA(teacher.unet, 2)
+    with torch.no_grad():  # a student that has moved
+        lora.flat += 0.02 * torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(1))
+    step = Step(teacher.unet, lora, teacher.schedule, CONFIG.replace(**changes), trajectory, teacher.encode_negative())
+    generator = torch.Generator().manual_seed(2)
+    step.load(trajectory, torch.randn(step.noise.shape, generator=generator), torch.rand(4, generator=generator))
+    step.draw(generator, 0)
+    return step
+
+
+def walk(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    return step.walk(step.z, step.fine[step.slot], step.text)
+
+
+def plain_slot(step: Step, teacher: Teacher, slot: int, z: torch.Tensor) -> dict[str, torch.Tensor]:
+    """METHOD.md stage 2, word by word, in one graph, with the pure functions of the schedule."""
+    unet, schedule, config, text = teacher.unet, teacher.schedule, step.config, step.text
+    t, s = trailing_steps(1000, 4)[slot]
+    fine = trailing_steps(1000, 8)[2 * slot][1]
+    low = max(s, 0)
+    weights = step.lora.views(torch.float32)
+
+    def student(x, start, end):
+        a, b = step_coefficients(schedule, start, end)
+        return a * x + b * unet(x, torch.tensor(start), text, weights)
+
+    z_n = student(z, t, s)
+    with torch.no_grad():
+        targets = [student(step.fine[slot][None], fine, s), step.positions[slot + 1][None]]
+    u = low + int(config.renoise * float(step.time[slot]) * (t - low))
+    r, q = renoise_coefficients(schedule, low, u)
+    xi = step.noise[slot]
+
+    def features(x, i):
+        return unet.features(r * x + q * xi[i : i + 1], torch.tensor(u), text)
+
+    fake = features(z_n, 0)
+    out = {"z": z_n.detach()}
+    loss = 0
+    for i, side in enumerate(SIDES):
+        heads = step.discriminators[side]
+        with torch.no_grad():
+            real = features(targets[i], 1 + i)
+        out[f"huber_{i}"] = pseudo_huber(z_n, targets[i], config.huber_c)
+        out[f"gen_{i}"] = hinge_generator(heads(fake))
+        weights_i = (config.weight_relative, config.weight_absolute)[i]
+        adversarial = (config.adversarial_relative, config.adversarial_absolute)[i]
+        loss = loss + weights_i * out[f"huber_{i}"] + adversarial * out[f"gen_{i}"]
+        disc = [torch.relu(1 - a).mean() + torch.relu(1 + b).mean()
+                for a, b in zip(heads(real), heads([x.detach() for x in fake]), strict=True)]  # fmt: skip
+        out[f"disc_{i}"] = torch.stack(disc).mean()
+        out[f"disc_grad_{i}"] = torch.autograd.grad(out[f"disc_{i}"], list(heads.parameters()), retain_graph=True)
+    out["loss"] = loss
+    (out["lora_grad"],) = torch.autograd.grad(loss, step.lora.flat)
+    return out
+
+
+def test_every_slot_is_the_method(teacher, trajectory):
+    """Losses, positions and the gradients of the LoRA and of both heads, against the method written plainly."""
+    step = make(teacher, trajectory, max_grad_norm=1e9)
+    for slot in range(4):
+        expected = plain_slot(step, teacher, slot, step.z.clone())
+        step.sums.zero_()
+        step()
+        loss, *rest = step.sums.tolist()
+        assert loss == pytest.approx(float(expected["loss"]), rel=1e-5)
+        names = ("huber_0", "huber_1", "gen_0", "gen_1", "disc_0", "disc_1")
+        assert rest[:6] == pytest.approx([float(expected[n]) for n in names], rel=1e-5)
+        assert torch.allclose(step.z, expected["z"], rtol=1e-5, atol=1e-6)
+        # 1e-4 of the largest entry: the two backward passes add the terms in another order
+        assert (step.lora.flat.grad - expected["lora_grad"]).abs().max() < 1e-4 * expected["lora_grad"].abs().max()
+        for i, side in enumerate(SIDES):
+            largest = max(g.abs().max() for g in expected[f"disc_grad_{i}"])  # a bias before a norm has only noise
+            for p, g in zip(step.discriminators[side].parameters(), expected[f"disc_grad_{i}"], strict=True):
+                assert (p.grad - g).abs().max() <= 1e-4 * largest
+    assert int(step.slot) == 4
+
+
+def test_whose_gradients_flow_where(teacher, trajectory):
+    step = make(teacher, trajectory)
+    before = {name: p.clone() for name, p in teacher.unet.named_parameters()}
+    step()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.unet.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in teacher.unet.named_parameters())
+    assert step.lora.flat.grad.abs().max() > 0
+
+    # The heads' gradients do not change when the generator terms count a thousand times more.
+    def head_gradients(**changes):
+        other = make(teacher, trajectory, **changes)
+        other()
+        return torch.cat([p.grad.flatten() for p in other.head_parameters])
+
+    assert torch.equal(head_gradients(), head_gradients(adversarial_relative=100.0, adversarial_absolute=100.0))
+
+
+def test_the_relative_branch_carries_no_gradient(teacher, trajectory):
+    step = make(teacher, trajectory)
+    z_n, zhat = walk(step)
+    assert z_n.requires_grad and not zhat.requires_grad
+    only_relative = dict(weight_absolute=0.0, adversarial_relative=0.0, adversarial_absolute=0.0, max_grad_norm=1e9)
+    step = make(teacher, trajectory, **only_relative)
+    expected = plain_slot(step, teacher, 0, step.z.clone())["lora_grad"]  # its targets are made under no_grad
+    step()
+    assert torch.allclose(step.lora.flat.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("off", ["relative", "absolute"])
+def test_a_discriminator_without_weight_is_left_out(teacher, trajectory, off):
+    step = make(teacher, trajectory, **{f"adversarial_{off}": 0.0})
+    before = [p.clone() for p in step.discriminators[off].parameters()]
+    step()
+    assert all(torch.equal(a, b) for a, b in zip(before, step.discriminators[off].parameters(), strict=True))
+    other = step.discriminators[SIDES[off == "relative"]]
+    assert all(p.grad is not None for p in other.parameters())
+
+
+def test_head_warm_up_keeps_the_generator_out(teacher, trajectory):
+    plain = make(teacher, trajectory, adversarial_relative=0.0, adversarial_absolute=0.0)
+    warming = make(teacher, trajectory)
+    warming.adversarial.zero_()
+    plain(), warming()
+    assert torch.equal(plain.lora.flat, warming.lora.flat)
+    assert warming.sums[5] > 0  # while the heads learn
+
+
+def test_not_finite_changes_nothing_and_is_counted(teacher, trajectory):
+    step = make(teacher, trajectory)
+    step()  # so that there are moments
+    kept = [p.clone() for p in (step.lora.flat, *step.head_parameters)]
+    moments = step.optimizer.state[step.lora.flat]["exp_avg"].clone()
+    step.positions[2] = torch.nan
+    step()
+    assert all(torch.equal(a, b) for a, b in zip(kept, (step.lora.flat, *step.head_parameters), strict=True))
+    assert torch.equal(moments, step.optimizer.state[step.lora.flat]["exp_avg"])
+    assert (float(step.skipped), float(step.streak), float(step.worst)) == (1, 1, 1)
+    assert torch.isfinite(step.sums).all()
+    step.load(trajectory, step.noise, step.time)
+    step()
+    assert (float(step.skipped), float(step.streak), float(step.worst)) == (1, 0, 1)
+    assert not torch.equal(kept[0], step.lora.flat)
+
+
+def test_one_fine_step_makes_the_relative_target_the_fine_position(teacher, trajectory):
+    text, start = trajectory.text, trajectory.positions[:1]
+    positions, fine = solve(
+        teacher.unet, teacher.schedule, text, None, start, steps=4, fine_steps=1, guidance=1.0
+    )  # fmt: skip
+    step = make(teacher, Trajectory(positions[0], fine[0], text, "", 0), fine_steps=1)
+    assert torch.equal(walk(step)[1], step.positions[1:2])
+
+
+def test_the_relative_branch_can_start_from_the_student(teacher, trajectory):
+    stored, own = make(teacher, trajectory), make(teacher, trajectory, relative_start="student")
+    # in the first slot both start from the teacher's noise, so the teacher's fine step is the stored one
+    assert torch.allclose(walk(own)[1], walk(stored)[1], atol=1e-4)
+    for step in (stored, own):
+        step.slot.fill_(1)
+        step.z.add_(0.1)
+    assert not torch.allclose(walk(own)[1], walk(stored)[1], atol=1e-3)
+
+
+def test_held_out_walks_as_training_does(teacher, trajectory):
+    step = make(teacher, trajectory, renoise=0.0)  # u = t_n: nothing random
+    hinge, z = step.held_out([trajectory, trajectory], torch.zeros(4, 3, 2, *step.z.shape[1:]))
+    still = make(teacher, trajectory, renoise=0.0, learning_rate=1e-12, head_learning_rate=1e-12)
+    for n in range(4):
+        still.sums.zero_()
+        still()
+        assert still.sums[5:7].tolist() == pytest.approx(hinge[n].tolist(), abs=1e-4)
+    assert torch.allclose(z, still.z.expand_as(z), atol=1e-4)
+
+
+def test_replay_shows_the_heads_more_than_one_pair(teacher, trajectory):
+    plain, replayed = make(teacher, trajectory), make(teacher, trajectory, replay_size=4, replay_batch=3)
+    for step in (plain, replayed):
+        for _ in range(4):
+            step()
+    assert len(replayed.replay.tap0) == 16
+    assert not torch.equal(plain.sums[5], replayed.sums[5])
+
+
+def test_bf16_weights_and_fp32_masters(teacher, trajectory, tmp_path):
+    folder = tiny.tiny_pipeline("sd1", tmp_path / "sd1")
+    half = load_teacher(str(folder), device="cpu", dtype=torch.bfloat16)
+    step = make(half, trajectory)
+    step()
+    assert step.lora.flat.dtype == torch.float32 and step.z.dtype == torch.float32
+    reference = make(teacher, trajectory)
+    reference()
+    assert torch.allclose(step.sums, reference.sums, rtol=0.1, atol=0.02)

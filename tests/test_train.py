@@ -1,0 +1,259 @@
+"""A whole run on a tiny teacher: files, resuming, stopping, and every mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from rapm.checkpoint import checkpoints, load_checkpoint
+from rapm.cli import main
+from rapm.config import PRESETS, Config, parse_resolution, parse_vram
+from rapm.train import Training, train
+
+SETTINGS = """
+trajectories = 3
+fine_steps = 2
+guidance = 3.0
+validation_prompts = 2
+learning_rate = 1e-3
+replay_size = 2
+log_steps = 2
+checkpointing_steps = 3
+validation_steps = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny teacher, prompts and settings."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.tiny_pipeline("sd1", folder / "teacher")
+    (folder / "prompts.txt").write_text("a cat\na dog\na house on a hill\n")
+    (folder / "settings.toml").write_text(SETTINGS)
+    return folder
+
+
+def arguments(place: Path, output: Path, *extra: str) -> list[str]:
+    return [
+        "train", "--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt"), "--output_dir",
+        str(output), "--config", str(place / "settings.toml"), "--report_to", "none", "--lora_rank", "2",
+        "--max_train_steps", "6", *extra,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    """The folder of one uninterrupted run."""
+    assert main(arguments(place, place / "run")) == 0
+    return place / "run"
+
+
+def test_a_run_leaves_everything(finished):
+    for name in ("pytorch_lora_weights.safetensors", "diffusers/pytorch_lora_weights.safetensors", "README.md",
+                 "samples.png", "metrics.jsonl", "config.toml", "checkpoint-6/state.safetensors", "samples/000004.png",
+                 "trajectories/metadata.json"):  # fmt: skip
+        assert (finished / name).is_file(), name
+    assert not list(finished.rglob("*.tmp"))
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [x["iteration"] for x in lines if "loss" in x] == [2, 4, 6]
+    assert [x["iteration"] for x in lines if "val_rmse" in x] == [4, 6]
+    for line in lines:
+        assert all(value == value for value in line.values())
+    assert {"huber_rel", "huber_abs", "gen_rel", "gen_abs", "disc_rel", "disc_abs", "lr"} <= set(lines[0])
+    weights = load_file(finished / "pytorch_lora_weights.safetensors")
+    assert any(x.abs().max() > 0 for name, x in weights.items() if "lora_up" in name)
+
+
+def test_resumed_equals_uninterrupted(place, finished, tmp_path):
+    """Three iterations, SIGKILL, three more: every byte of LoRA, heads, optimizers and replay as in one go."""
+    command = [sys.executable, "-m", "rapm.train", *arguments(place, tmp_path / "run")[1:]]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "run/checkpoint-3/state.safetensors").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    shutil.rmtree(tmp_path / "run/checkpoint-6", ignore_errors=True)  # had the kill come too late
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    assert main(arguments(place, tmp_path / "run", "--resume_from_checkpoint", "latest")) == 0
+    mine, _ = load_checkpoint(tmp_path / "run/checkpoint-6")
+    theirs, done = load_checkpoint(finished / "checkpoint-6")
+    assert done == 6 and mine.keys() == theirs.keys()
+    assert {"lora", "adam.lora.0.exp_avg", "adam.heads.0.step", "replay.tap0"} <= mine.keys()
+    for name, x in mine.items():
+        assert bytes(x.flatten().view(torch.uint8).tolist()) == bytes(theirs[name].flatten().view(torch.uint8).tolist())
+    a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "run", finished))
+    assert all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits(place, finished, tmp_path, number):
+    shutil.copytree(finished / "trajectories", tmp_path / "run/trajectories")
+    command = [sys.executable, "-m", "rapm.train", *arguments(place, tmp_path / "run", "--max_train_steps", "100000")[1:]]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "run/checkpoint-3/state.safetensors").exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert f"rapm: stopped by {number.name}" in errors and "Traceback" not in errors
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert load_checkpoint(newest)[1] == int(newest.name.removeprefix("checkpoint-")) >= 3
+
+
+def test_a_second_run_sets_the_first_aside_and_keeps_its_trajectories(place, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    stamp = (tmp_path / "run/trajectories/shard-00000.safetensors").stat().st_mtime_ns
+    assert main(arguments(place, tmp_path / "run", "--max_train_steps", "1")) == 0
+    assert (tmp_path / "run/previous/checkpoint-6").is_dir() and not (tmp_path / "run/checkpoint-6").exists()
+    assert (tmp_path / "run/trajectories/shard-00000.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_export_again(finished, tmp_path, capsys):
+    before = load_file(finished / "pytorch_lora_weights.safetensors")
+    (finished / "pytorch_lora_weights.safetensors").unlink()
+    assert main(["export", "--run", str(finished)]) == 0
+    after = load_file(finished / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def test_twenty_updates_in_a_row_that_are_not_finite_stop_the_run(place, tmp_path, monkeypatch, capsys):
+    load = Training._load
+
+    def poisoned(self, index, purpose):
+        load(self, index, purpose)
+        self.step.positions[1:] = torch.nan
+
+    monkeypatch.setattr(Training, "_load", poisoned)
+    assert main(arguments(place, tmp_path / "run", "--max_train_steps", "40")) == 1
+    assert "20 updates in a row" in capsys.readouterr().err
+    first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert first["skipped"] == 8  # two iterations of four slots
+
+
+def test_dry_run_writes_nothing(place, tmp_path, capsys):
+    assert main(arguments(place, tmp_path / "run", "--dry-run")) == 0
+    assert "LoRA rank 2" in capsys.readouterr().out
+    assert not list((tmp_path / "run").iterdir())
+
+
+MISTAKES = {
+    "teacher missing": (["--teacher", "nowhere/at/all"], "does not exist"),
+    "not a diffusers folder": (["--teacher", "{place}"], "not a diffusers folder"),
+    "prompts missing": (["--prompts", "none.txt"], "cannot read none.txt"),
+    "prompts empty": (["--prompts", "{place}/empty.txt"], "is empty"),
+    "prompts not utf-8": (["--prompts", "{place}/latin.txt"], "not UTF-8"),
+    "resolution not a size": (["--resolution", "big"], "write HxW"),
+    "resolution not divisible": (["--resolution", "100x128"], "multiples of 8"),
+    "output not writable": (["--output_dir", "{place}/prompts.txt/run"], "cannot be written"),
+    "no steps": (["--steps", "0"], "at least 1"),
+    "no fine steps": (["--config", "{place}/no_fine.toml"], "at least 1"),
+    "grid does not divide": (["--steps", "7"], "must divide"),
+    "unknown flag": (["--stepps", "4"], "unrecognized arguments"),
+    "unknown preset": (["--preset", "sd9"], "unknown preset"),
+    "unknown setting": (["--config", "{place}/unknown.toml"], "unknown setting 'lerning_rate'"),
+    "wrong type": (["--config", "{place}/wrong.toml"], "expected int"),
+    "config missing": (["--config", "none.toml"], "cannot be read"),
+    "vram": (["--vram", "lots"], "is not a size"),
+    "not a number": (["--max_train_steps", "many"], "invalid int value"),
+    "negative rate": (["--learning_rate", "-1"], "must be above 0"),
+    "precision": (["--mixed_precision", "fp8"], "choose one of"),
+    "nothing to resume": (["--resume_from_checkpoint", "latest"], "has no checkpoint"),
+    "resume path": (["--resume_from_checkpoint", "{place}"], "not a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(place, tmp_path, capsys, mistake):
+    (place / "empty.txt").write_text("\n\n")
+    (place / "latin.txt").write_bytes("café".encode("latin-1"))
+    (place / "unknown.toml").write_text("lerning_rate = 1.0\n")
+    (place / "wrong.toml").write_text('trajectories = "many"\n')
+    (place / "no_fine.toml").write_text("fine_steps = 0\n")
+    extra, message = MISTAKES[mistake]
+    capsys.readouterr()
+    assert main(arguments(place, tmp_path / "run", *(x.format(place=place) for x in extra))) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rapm: ")]
+    assert len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "run/trajectories").exists()
+
+
+def test_a_disk_too_small_is_known_before_work(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    assert main(arguments(place, tmp_path / "run")) == 2
+    assert "free some" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_configuration(place, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    extra = ["--resume_from_checkpoint", "latest", "--lora_rank", "3"]
+    assert main(arguments(place, tmp_path / "run", *extra)) == 2
+    assert "was made with lora_rank = 2, not 3" in capsys.readouterr().err
+
+
+def test_long_prompts_are_counted(place, tmp_path, capsys):
+    (place / "long.txt").write_text("word " * 100 + "\nshort\n")
+    assert main(arguments(place, tmp_path / "run", "--prompts", str(place / "long.txt"), "--dry-run")) == 0
+    assert "1 of 2 prompts are longer" in capsys.readouterr().out
+
+
+def test_sample_command(place, finished, tmp_path):
+    picture = tmp_path / "out.png"
+    command = ["sample", "a cat", "--teacher", str(place / "teacher"), "--lora", str(finished), "--seeds", "1", "2"]
+    assert main([*command, "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
+
+
+def test_trajectories_command_and_verify(place, tmp_path, capsys):
+    command = ["trajectories", *arguments(place, tmp_path / "run")[1:]]
+    assert main(command) == 0
+    store = tmp_path / "run/trajectories"
+    assert main(["trajectories", "--verify", str(store)]) == 0
+    shard = store / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    assert main(["trajectories", "--verify", str(store)]) == 1
+    assert "shard-00000.safetensors" in capsys.readouterr().out
+
+
+def test_settings_round_trip(tmp_path):
+    for name in PRESETS:
+        config = Config.preset(name).replace(resolution=(512, 768))
+        (tmp_path / "c.toml").write_text(config.to_toml())
+        assert Config().replace(**Config.from_toml(tmp_path / "c.toml")) == config
+
+
+def test_sizes():
+    assert parse_vram("auto") is None
+    assert parse_vram("12G") == parse_vram("12GB") == parse_vram("12gib") == 12 * 2**30
+    assert parse_vram("8192M") == 8 * 2**30
+    assert parse_resolution("1024x768") == (1024, 768) and parse_resolution("512") == (512, 512)
+
+
+@pytest.mark.gpu
+def test_captured_and_eager_give_the_same_bits(place, tmp_path):
+    """The slot as a CUDA graph against the same slot launched one kernel at a time."""
+    import rapm.train
+
+    ends = []
+    for name, eager in (("captured", 1), ("eager", 10**9)):
+        config = Config().replace(
+            **Config.from_toml(place / "settings.toml"), teacher=str(place / "teacher"), lora_rank=2, max_train_steps=8,
+            prompts=str(place / "prompts.txt"), output_dir=str(tmp_path / name), report_to="none",
+        )  # fmt: skip
+        rapm.train.EAGER = eager
+        train(config)
+        ends.append(load_checkpoint(tmp_path / name / "checkpoint-8")[0])
+    assert all(torch.equal(x, ends[1][name]) for name, x in ends[0].items())
