@@ -150,7 +150,7 @@ KINDS = {
 
 PRESETS: dict[str, dict[str, object]] = {
     "embedded": dict(
-        teacher="embedded", guidance=4.0, trajectories=200, solve_batch=64, lora_rank=16, learning_rate=1e-3,
+        teacher="embedded", trajectories=200, solve_batch=64, lora_rank=16, learning_rate=1e-3,
         max_train_steps=600, validation_steps=200, checkpointing_steps=200,
     ),
     "sd15": dict(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", mixed_precision="bf16"),

@@ -1,8 +1,8 @@
 """How good a student is, on captions nobody trained on: Frechet distance, prompt accuracy, diversity, closeness.
 
-Every sampler starts from the same noise and captions (half A). Distances are taken to the teacher's many-step samples
-of other captions and other noise (half B), so that the teacher's own many steps score the floor and nothing scores
-below it by following the same noise; d = FD - floor.
+Every sampler starts from the same noise (half A). Distances are taken to the teacher's many-step samples of the same
+captions from other noise (half B): the teacher's own many steps score the floor, and nothing scores below it by
+following the same noise; d = FD - floor.
 
 Shapes: n pictures, F features of the judge.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ class Evaluation:
         batch: int = 512,
         seed: int = 1,
     ) -> None:
+        if find_spec("sklearn") is None:
+            raise UserError("evaluate: the real renders need scikit-learn's digits: pip install rapm-fast[eval]")
         judge = teacher.location.parent / JUDGE.name
         if not judge.is_file():
             raise UserError(
@@ -107,9 +110,8 @@ class Evaluation:
             )
         self.teacher, self.batch = teacher, batch
         self.judge: Judge = load_judge(teacher.unet.device, judge)
-        captions = scenes.draw_captions(2 * pairs // SEEDS_PER_CAPTION, seed=seed, unseen=True)
-        middle = len(captions) // 2
-        self.halves = [Half(teacher, part, seed + i) for i, part in enumerate((captions[:middle], captions[middle:]))]
+        captions = scenes.draw_captions(pairs // SEEDS_PER_CAPTION, seed=seed, unseen=True)
+        self.halves = [Half(teacher, captions, seed + i) for i in range(2)]
         self.uncond = teacher.encode_negative("")
         many = Sampler(f"teacher {reference_steps}", reference_steps, guidance)
         self.endpoints = self._images(many, self.halves[0])
@@ -118,7 +120,8 @@ class Evaluation:
         real = [scenes.render(i, generator, train=False) for i in self.halves[1].index.split(batch)]
         real = ((torch.cat(real) / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         self.real = self._judge(real, self.halves[1])[0]
-        self.floor = self._row(many, self.endpoints, 0.0)
+        floor = self._row(many, self.endpoints, 0.0)
+        self.floor = replace(floor, d=0.0)
 
     def row(self, sampler: Sampler) -> Row:
         """The sampler's line of the table."""

@@ -6,7 +6,7 @@ Shapes: B batch, C h w latents, H W image size in pixels.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.errors import UserError
-from rapm.schedule import Schedule, step_coefficients, trailing_steps
-from rapm.trajectories import noise
+from rapm.schedule import Schedule
+from rapm.trajectories import noise, walk
 from rapm.unet import Lora, Text, UNet
 
 if TYPE_CHECKING:
@@ -26,43 +26,6 @@ if TYPE_CHECKING:
 MIN_SIDE = 128  # pixels of a picture in a grid: smaller ones are magnified
 GAP, FONT_SIZE, LINE = 4, 13, 17  # pixels
 CAPTION_LINES = 3
-
-
-@torch.no_grad()
-def walk(
-    unet: UNet,
-    schedule: Schedule,
-    text: Text,
-    noise: Tensor,  # B C h w
-    steps: int,
-    *,
-    lora: Lora = None,
-    guidance: float = 1.0,
-    uncond: Text | None = None,
-) -> Iterator[Tensor]:
-    """The positions B C h w after each of `steps` DDIM steps: fp32 on the UNet's device, the network in its own dtype.
-
-    As in the stock pipeline, guidance above 1 asks for `uncond` (B or 1 rows) and doubles the network's batch.
-    """
-    guided = guidance > 1
-    text = text.to(unet.device, unet.dtype)
-    if guided:
-        text = Text.cat([uncond.to(unet.device, unet.dtype).expand(len(noise)), text])
-    if lora is not None:
-        lora = {
-            name: (down.to(unet.device, unet.dtype), up.to(unet.device, unet.dtype))
-            for name, (down, up) in lora.items()
-        }
-    z = noise.to(unet.device, torch.float32)
-    for t, s in trailing_steps(len(schedule), steps):
-        x = torch.cat([z, z]) if guided else z
-        out = unet(x.to(unet.dtype), torch.tensor(t, device=unet.device), text, lora).float()
-        if guided:
-            without, with_text = out.chunk(2)
-            out = without + guidance * (with_text - without)
-        a, b = step_coefficients(schedule, t, s)
-        z = a * z + b * out
-        yield z
 
 
 def sample(

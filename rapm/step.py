@@ -90,7 +90,8 @@ class Step:
         def adam(parameters: list[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
             # The rate as a tensor, so that a captured slot follows the schedule.
             lr = torch.tensor(rate, device=device)
-            return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+            cuda = device.type == "cuda"
+            return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True, capturable=cuda)
 
         self.optimizer = adam([lora.flat], config.learning_rate, (0.9, 0.99))
         # No momentum: the fake distribution moves with the student (the usual choice for discriminators).
@@ -240,8 +241,14 @@ class Step:
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as one CUDA graph. The capture itself runs nothing; warm-up runs must have happened before."""
+    """`step` as one CUDA graph; capturing runs nothing. The step must have run before, on the current stream.
+
+    Where the current stream is one of its own, it is captured there: two graphs that replay at once must not share
+    cuBLAS's workspace, which belongs to the stream of the capture.
+    """
+    current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay

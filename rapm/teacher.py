@@ -220,8 +220,11 @@ def _check_folder(folder: Path) -> dict:
 def _load_pipeline(location: Path, dtype: torch.dtype, **parts: None) -> DiffusionPipeline:
     """The stock pipeline of a folder or single file with the recipe's scheduler, without the `parts` given as None."""
     import diffusers
+    import transformers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    for library in (diffusers, transformers):  # the parts load in a moment
+        library.utils.logging.disable_progress_bar()
     options: dict[str, object] = {**parts, **_dtype_option(dtype), "feature_extractor": None, "image_encoder": None}
     markers: dict[str, object] = {}
     if location.is_dir():

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm.card import write_model_card
 from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
-from rapm.export import WEIGHTS, export_lora, verify_export, write_model_card
+from rapm.export import WEIGHTS, export_lora, verify_export
 from rapm.log import Log
 from rapm.lora import LoRA
 from rapm.prompts import read_prompts
@@ -34,7 +35,7 @@ from rapm.unet import Text
 from rapm.zoo import scenes
 
 PATIENCE = 20  # non-finite updates in a row before a run gives up
-EAGER = 3  # iterations before the slot is captured: every kernel and workspace must have been used once
+EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from rapm.errors import UserError
 from rapm.schedule import Schedule, step_coefficients, trailing_steps
-from rapm.unet import Text, UNet
+from rapm.unet import Lora, Text, UNet
 
 if TYPE_CHECKING:
     from rapm.config import Config
@@ -71,6 +71,42 @@ def noise(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
+def walk(
+    unet: UNet,
+    schedule: Schedule,
+    text: Text,
+    noise: Tensor,  # B C h w
+    steps: int,
+    *,
+    lora: Lora = None,
+    guidance: float = 1.0,
+    uncond: Text | None = None,
+) -> Iterator[Tensor]:
+    """The positions B C h w after each of `steps` DDIM steps: fp32 on the UNet's device, the network in its own dtype.
+
+    As in the stock pipeline, guidance above 1 asks for `uncond` (B or 1 rows) and doubles the network's batch.
+    """
+    guided = guidance > 1
+    text = text.to(unet.device, unet.dtype)
+    if guided:
+        text = Text.cat([uncond.to(unet.device, unet.dtype).expand(len(noise)), text])
+    if lora is not None:
+        lora = {
+            name: (down.to(unet.device, unet.dtype), up.to(unet.device, unet.dtype))
+            for name, (down, up) in lora.items()
+        }
+    z = noise.to(unet.device, torch.float32)
+    for t, s in trailing_steps(len(schedule), steps):
+        x = torch.cat([z, z]) if guided else z
+        out = unet(x.to(unet.dtype), torch.tensor(t, device=unet.device), text, lora).float()
+        if guided:
+            without, with_text = out.chunk(2)
+            out = without + guidance * (with_text - without)
+        a, b = step_coefficients(schedule, t, s)
+        z = a * z + b * out
+        yield z
+
+
 def solve(
     unet: UNet,
     schedule: Schedule,
@@ -84,24 +120,12 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """N slots of M guided DDIM steps from `noise`: (positions B N+1 C h w, fine B N C h w), fp32 on the UNet's device.
 
-    positions[:, 0] is the noise (METHOD.md's index N), the last one the image's latents. As in the stock pipeline,
-    guidance above 1 asks for `uncond` (B or 1 rows); otherwise the network is called on `text` alone.
+    positions[:, 0] is the noise (METHOD.md's index N), the last one the image's latents.
     """
     check_grid(len(schedule), steps, fine_steps)
-    guided = guidance > 1
-    text = text.to(unet.device, unet.dtype)
-    if guided:
-        text = Text.cat([uncond.to(unet.device, unet.dtype).expand(len(noise)), text])
-    z = noise.to(unet.device, torch.float32)
-    positions, fine = [z], []
-    for i, (t, s) in enumerate(trailing_steps(len(schedule), steps * fine_steps)):
-        x = torch.cat([z, z]) if guided else z
-        out = unet(x.to(unet.dtype), torch.tensor(t, device=unet.device), text).float()
-        if guided:
-            without, with_text = out.chunk(2)
-            out = without + guidance * (with_text - without)
-        a, b = step_coefficients(schedule, t, s)
-        z = a * z + b * out
+    positions, fine = [noise.to(unet.device, torch.float32)], []
+    whole = walk(unet, schedule, text, noise, steps * fine_steps, guidance=guidance, uncond=uncond)
+    for i, z in enumerate(whole):
         if i % fine_steps == 0:
             fine.append(z)
         if (i + 1) % fine_steps == 0:
@@ -236,7 +260,7 @@ def _metadata(
         "trajectory_dtype": config.trajectory_dtype,
         "seed": config.seed,
         "prompts": _sha256(json.dumps(prompts).encode()),
-        "schedule": f"{teacher.schedule.prediction} {_sha256(teacher.schedule.abar.numpy())}",
+        "schedule": f"{teacher.schedule.prediction} {_sha256(teacher.schedule.abar.numpy().tobytes())}",
         "teacher": teacher.fingerprint,
         "shard_size": 1 << (shard_size.bit_length() - 1),
         "count": config.trajectories,
@@ -338,5 +362,5 @@ def _read_metadata(folder: Path) -> dict:
     return metadata
 
 
-def _sha256(data: object) -> str:
+def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

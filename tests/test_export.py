@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rapm import export
+from rapm.card import write_model_card
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.export import (
@@ -29,7 +32,6 @@ from rapm.export import (
     kohya_name,
     read_lora,
     verify_export,
-    write_model_card,
 )
 from rapm.lora import LoRA
 from rapm.sample import sample
@@ -44,13 +46,15 @@ RANK = CONFIG.lora_rank
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Teacher]:
-    """The tiny teacher of a family, its files written once."""
-    root, folders = tmp_path_factory.mktemp("teachers"), {}
+    """The tiny teacher of a family, written and loaded once: no test here changes it."""
+    root = tmp_path_factory.mktemp("teachers")
 
+    @functools.cache
     def teacher(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Teacher:
-        if family not in folders:
-            folders[family] = tiny.tiny_pipeline(family, root / f"base-{family}")
-        return load_teacher(str(folders[family]), device=device, dtype=dtype)
+        folder = root / f"base-{family}"
+        if not folder.exists():
+            tiny.tiny_pipeline(family, folder)
+        return load_teacher(str(folder), device=device, dtype=dtype)
 
     return teacher
 
@@ -445,10 +449,11 @@ def test_the_snippet_of_other_sources(load: Callable, tmp_path: Path) -> None:
         "someone/model": 'from_pretrained("someone/model",',
         str(file): f'from_single_file("{file.resolve().as_posix()}",',
     }
-    for teacher.source, expected in sources.items():
+    for source, expected in sources.items():
+        teacher = dataclasses.replace(teacher, source=source)
         write_model_card(tmp_path, teacher, config=CONFIG, prompts=PROMPTS)
         card = (tmp_path / "README.md").read_text(encoding="utf-8")
         assert expected in card
         compile(re.search(r"```python\n(.*?)\n```", card, re.DOTALL)[1], "README.md", "exec")
-        base = "my model" if teacher.source == str(file) else teacher.source
+        base = "my model" if source == str(file) else source
         assert f'base_model: "{base}"\n' in card

@@ -31,9 +31,6 @@ PIXEL = dict(
 CONFIGS = {**UNET, "pixel": PIXEL}
 Pair = tuple[UNet2DConditionModel, UNet]
 
-with torch.device("meta"):  # a device context notes which functions it redirects at its first use, here: before
-    torch.empty(0)  # conftest.py replaces torch.empty; later, "meta" models would be built on the CPU
-
 
 def perturb(model: nn.Module) -> nn.Module:
     """Move biases and norm weights off their initial 0 and 1, so that an error in one of them shows."""

@@ -1,0 +1,139 @@
+"""The model card of a LoRA: README.md as the hub shows it, with a snippet that runs as pasted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rapm.export import WEIGHTS, base_name, recipe, title
+from rapm.trajectories import write_atomic
+
+if TYPE_CHECKING:
+    from rapm.config import Config
+    from rapm.teacher import Teacher
+
+CARD = "README.md"
+NEWLINE = "\n"
+
+
+def write_model_card(
+    folder: str | Path,
+    teacher: Teacher,
+    *,
+    config: Config,
+    prompts: Sequence[str],
+    steps_done: int | None = None,
+    metrics: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
+    """README.md as the hub shows it: front matter, samples.png, how to use the LoRA, settings, figures.
+
+    `prompts` (at least one) are those of samples.png; `steps_done` None means all iterations of `config`; `metrics`
+    maps the rows of a table to their columns.
+    """
+    folder = Path(folder)
+    height, width = config.resolution or teacher.default_resolution
+    settings = {
+        "teacher": base_name(teacher),
+        "trajectories": config.trajectories,
+        "teacher's steps": f"{config.steps} x {config.fine_steps}, guidance {config.guidance}",
+        "resolution": f"{width}x{height}",
+        "LoRA rank": config.lora_rank,
+        "iterations": config.max_train_steps if steps_done is None else steps_done,
+        "learning rate": config.learning_rate,
+        "seed": config.seed,
+    }
+    card = f"""---
+base_model: {_literal(base_name(teacher))}
+license: {"apache-2.0" if teacher.source == "embedded" else "other"}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- text-to-image
+- diffusers
+- lora
+- template:sd-lora
+- {"stable-diffusion-xl" if teacher.family == "sdxl" else "stable-diffusion"}
+- rapm
+widget:
+- text: {_literal(prompts[0])}
+  output:
+    url: samples.png
+---
+
+# {_markdown(title(teacher, config))}
+
+A LoRA distilled with [RAPM](https://arxiv.org/abs/2503.20744) for sampling in {config.steps} steps without guidance.
+The licence of the base model applies.
+
+![samples](samples.png)
+
+{NEWLINE.join(f"- {_markdown(prompt)}" for prompt in prompts)}
+
+## Use
+
+{recipe(config)}, LoRA strength 1.0. In ComfyUI and Forge: `{WEIGHTS}`, sampler `ddim`, schedule `sgm_uniform`.
+
+```python
+{_snippet(folder, teacher, config, prompts[0])}
+```
+
+## Settings
+
+{_table({name: {"value": value} for name, value in settings.items()})}
+"""
+    if metrics:
+        card += f"\n## Measured\n\n{_table(metrics)}\n"
+    write_atomic(folder / CARD, card.encode())
+
+
+def _snippet(folder: Path, teacher: Teacher, config: Config, prompt: str) -> str:
+    """Python that samples with the LoRA in stock diffusers, as pasted."""
+    kind = type(teacher.pipe).__name__
+    local = Path(teacher.source).expanduser()
+    imports, load, base = "", "from_pretrained", _literal(teacher.source)
+    if teacher.source == "embedded":
+        imports, base = "from pathlib import Path\n\nimport rapm\n", 'Path(rapm.__file__).parent / "zoo" / "embedded"'
+    elif local.exists():
+        load, base = "from_single_file" if local.is_file() else load, _literal(local.resolve().as_posix())
+    stock = teacher.pipe.scheduler.config
+    height, width = config.resolution or teacher.default_resolution
+    return f"""{imports}import torch
+from diffusers import DDIMScheduler, {kind}
+
+device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+pipe = {kind}.{load}({base}, torch_dtype=dtype).to(device)
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config,
+    timestep_spacing="trailing",
+    set_alpha_to_one=False,
+    clip_sample=False,
+    prediction_type={_literal(stock.prediction_type)},
+    rescale_betas_zero_snr={stock.rescale_betas_zero_snr},
+)
+pipe.load_lora_weights({_literal(folder.as_posix())}, weight_name={_literal(WEIGHTS)})
+prompt = {_literal(prompt)}
+image = pipe(prompt, num_inference_steps={config.steps}, guidance_scale=1.0, height={height}, width={width}).images[0]
+image.save("sample.png")"""
+
+
+def _table(rows: Mapping[str, Mapping[str, object]]) -> str:
+    """Rows by name, with the columns of the first, as Markdown."""
+    columns = [*next(iter(rows.values()))]
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for name, row in rows.items():
+        values = (f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+        lines.append([_markdown(x) for x in (name, *values)])
+    return NEWLINE.join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _literal(text: str) -> str:
+    """`text` as a string of Python and of YAML, on one line whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+
+
+def _markdown(text: str) -> str:
+    """`text` on one line, meaning only itself in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", r"\\\1", " ".join(text.split()))
