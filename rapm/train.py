@@ -35,6 +35,7 @@ from rapm.unet import Text
 from rapm.zoo import scenes
 
 PATIENCE = 20  # non-finite updates in a row before a run gives up
+SMALL = 8192  # numbers in the latents below which a slot on a CPU is faster on one core: threads would only wait
 EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -215,6 +216,8 @@ def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
 def run(training: Training, folder: Path) -> None:
     """Iterate to the end: log, validate, save."""
     config, step = training.config, training.step
+    if not step.z.is_cuda and step.z.numel() < SMALL:
+        torch.set_num_threads(1)
     log = Log(folder, config.report_to, training.done)
     start, first = time.perf_counter(), training.done
     with stop_signals() as stopped, tqdm(total=config.max_train_steps, initial=first, desc="training") as bar:

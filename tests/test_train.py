@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from rapm.checkpoint import checkpoints, load_checkpoint
 from rapm.cli import main
 from rapm.config import PRESETS, Config, parse_resolution, parse_vram
+from rapm.log import Log
 from rapm.train import Training, train
 
 SETTINGS = """
@@ -207,6 +208,28 @@ def test_long_prompts_are_counted(place, tmp_path, capsys):
     (place / "long.txt").write_text("word " * 100 + "\nshort\n")
     assert main(arguments(place, tmp_path / "run", "--prompts", str(place / "long.txt"), "--dry-run")) == 0
     assert "1 of 2 prompts are longer" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_every_figure(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, "tensorboard")
+    log.write(10, {"loss": 0.5, "val_rmse": 0.25})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss", "val_rmse"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 0.5)]
+
+
+def test_a_resumed_log_drops_what_will_be_written_again(tmp_path):
+    log = Log(tmp_path, "none")
+    for i in (2, 4, 6):
+        log.write(i, {"loss": 1.0})
+    log.close()
+    Log(tmp_path, "none", done=4).close()
+    kept = [json.loads(x)["iteration"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [2, 4]
 
 
 def test_sample_command(place, finished, tmp_path):

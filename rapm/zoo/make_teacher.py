@@ -345,10 +345,13 @@ def main() -> None:
     folder = arguments.output / "embedded"
     write_tokenizer(folder / "tokenizer")
     judge, accuracy = train_judge(device, int(JUDGE_STEPS * arguments.scale))
+    times = [start, time.perf_counter()]
     judge.save(arguments.output / "judge.safetensors")
     print("judge on held-out renders:", {name: round(value, 4) for name, value in accuracy.items()}, flush=True)
     vae = train_vae(device, int(VAE_STEPS * arguments.scale))
+    times.append(time.perf_counter())
     unet, encoder = train_unet(device, int(UNET_STEPS * arguments.scale), vae, token_table(folder / "tokenizer"))
+    times.append(time.perf_counter())
     pipeline = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=encoder.half(), tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet.half(), scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None,
@@ -356,8 +359,13 @@ def main() -> None:
     ).to("cpu")  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
     _name_as_before(folder / "text_encoder" / "model.safetensors")
-    report = {"judge_on_held_out_renders": accuracy, "training_seconds": time.perf_counter() - start}
-    report |= {"scale": arguments.scale, "guidance": compare_guidance(folder, device)}
+    report = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "judge_on_held_out_renders": accuracy,
+        "seconds": {name: b - a for name, a, b in zip(("judge", "vae", "unet"), times, times[1:], strict=False)},
+        "scale": arguments.scale,
+        "guidance": compare_guidance(folder, device),
+    }
     (arguments.output / "teacher.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
 
