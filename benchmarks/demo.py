@@ -1,4 +1,8 @@
-"""How long the demo takes on this machine, phase by phase: runs it as a user does -> results/demo.json."""
+"""How long the demo takes on this machine, phase by phase, and how good its student is.
+
+python benchmarks/demo.py                          runs it as a user does -> results/demo.json
+python benchmarks/demo.py --evaluate runs/timed    judges its LoRA (better on a GPU) -> results/demo_quality.json
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,38 @@ from pathlib import Path
 
 import torch
 
+from rapm.config import Config
+from rapm.device import pick_device
+from rapm.evaluate import Evaluation, Sampler, table, teacher_samplers, write_report
+from rapm.export import read_lora
+from rapm.teacher import load_teacher
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def judge(lora: Path, output: Path, pairs: int = 4096) -> None:
+    config = Config.preset("embedded")
+    teacher = load_teacher("embedded", device=pick_device(config), dtype=torch.float32)
+    whole = config.steps * config.fine_steps
+    evaluation = Evaluation(teacher, reference_steps=whole, guidance=config.guidance, pairs=pairs)
+    samplers = teacher_samplers(config.guidance, config.steps)
+    samplers.append(Sampler("demo", config.steps, lora=read_lora(lora, teacher.unet)))
+    rows = [evaluation.floor, *map(evaluation.row, samplers)]
+    device = torch.cuda.get_device_name() if teacher.unet.device.type == "cuda" else "cpu"
+    protocol = {"pairs": pairs, "reference_steps": whole, "guidance": config.guidance}
+    write_report(output, rows, {**protocol, "device": device, "torch": torch.__version__})
+    print(table(rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/timed"), help="an empty or new folder")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="a finished run's folder or LoRA file")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.evaluate:
+        return judge(arguments.evaluate, arguments.output / "demo_quality.json")
     if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
         sys.exit(f"{arguments.output_dir} is not empty: stored trajectories would not be timed")
     start = time.time()
@@ -43,7 +71,6 @@ def main() -> None:
             "in all": total,
         },
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

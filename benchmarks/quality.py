@@ -4,7 +4,7 @@
     python benchmarks/quality.py search       settings of the discriminators, one seed      -> results/search.json
 
 All runs share one store of trajectories and, on a GPU, the card: each has its own stream and its own captured slot, and
-the host hands them their iterations in turn. The search is judged on other captions than the ablation.
+the host hands them their iterations in turn. The search is judged on another draw of captions than the ablation.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from rapm.config import Config
+from rapm.device import pick_device
 from rapm.evaluate import Evaluation, Row, Sampler, table, teacher_samplers
-from rapm.train import Training, pick_device, prepare_teacher, solve_all
+from rapm.train import Training, prepare_teacher, solve_all
 
 RESULTS = Path(__file__).parent / "results"
 NO_HEADS = dict(adversarial_relative=0.0, adversarial_absolute=0.0)
@@ -117,6 +118,8 @@ def main() -> None:
             trajectories=arguments.trajectories, max_train_steps=arguments.iterations, solve_batch=256,
             validation_prompts=32, output_dir=folder, report_to="none",
         )  # fmt: skip
+        if arguments.what == "search":
+            base = base.replace(learning_rate=1e-3)  # high: what helps shows sooner
         teacher, base, prompts = prepare_teacher(base)
         start = time.perf_counter()
         store = solve_all(base, teacher, prompts)

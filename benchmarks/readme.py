@@ -23,6 +23,8 @@ everything the caption says is right; RMSE is to the teacher's endpoints from th
 VERDICT = """
 The student's d is {share_guided} of the guided teacher's in {n} steps (which cost twice the network calls) and
 {share_unguided} of the unguided teacher's. The guided teacher's {n} steps are {floors} floors away from its {whole}.
+On this teacher both discriminators help, each alone and most together, and so does the absolute distance; the relative
+distance does not: without it the student is even a little closer. One teacher proves nothing about the next.
 """
 DEMO = """
 The demo, {demo[iterations]} iterations on {demo[cores]} CPU cores, takes {minutes} minutes, {minutes_training} of them
@@ -32,8 +34,9 @@ LEARN = """
 **The discriminators learn.** Hinge loss on held-out pairs by iteration (2 is chance): of heads that only watch a
 student (weight 1e-6), and of the student's own, who leaves them less and less to see.
 """
+CURVE = "![Hinge losses on held-out pairs](docs/hinge.svg)"
 SEARCHED = """
-**What was searched**, on other captions, one seed, {search[iterations]} iterations, learning rate
+**What was searched**, on another draw of held-out captions, one seed, {search[iterations]} iterations, learning rate
 {search[settings][learning_rate]}: the weight of both generator terms, re-noising as a share of the slot, the heads'
 learning rate (1e-3 where none is named), a replay of past features, a late start. D_rel and D_abs are held-out hinge
 losses, a quarter in and at the end.
@@ -116,10 +119,40 @@ def quality() -> str:
         "settings": settings,
         "search": search,
         "demo": demo,
-        "best": figures(demo_quality["rows"][-1]),
+        "best": figures(next(row for row in demo_quality["rows"] if row["name"] == "demo")),
     }
-    parts = [MEASURED, rows_table(rows), VERDICT, DEMO, LEARN, rows_table(hinge), SEARCHED, rows_table(tried)]
-    return "\n\n".join(part if part.startswith("|") else fill(part.format(**facts)) for part in parts)
+    parts = [MEASURED, rows_table(rows), VERDICT, DEMO, LEARN, CURVE, rows_table(hinge), SEARCHED, rows_table(tried)]
+    return "\n\n".join(part if part.startswith(("|", "!")) else fill(part.format(**facts)) for part in parts)
+
+
+def hinge_svg() -> str:
+    """The held-out hinge losses of the ablation's watching heads and of its first student, as a picture."""
+    runs = load("ablation")["runs"]
+    width, height, left, low, high = 640, 240, 40, 1.6, 2.1
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+             f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>']  # fmt: skip
+
+    def y(value: float) -> float:
+        return 20 + (high - value) / (high - low) * (height - 50)
+
+    for value in (1.6, 1.7, 1.8, 1.9, 2.0, 2.1):
+        colour = "#000" if value == 2.0 else "#ddd"
+        parts.append(f'<path d="M{left} {y(value):.1f}H{width - 190}" stroke="{colour}"/>')
+        parts.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.1f}</text>')
+    lines = [(WATCHING, "rel", "#e69f00", "6 3"), (WATCHING, "abs", "#d55e00", ""),
+             ("student", "rel", "#56b4e9", "6 3"), ("student", "abs", "#0072b2", "")]  # fmt: skip
+    for row, (name, side, colour, dashes) in enumerate(lines):
+        curve = next(run["curve"] for run in runs if run["name"] == name)
+        scale = (width - 190 - left) / curve[-1][0]
+        points = " ".join(f"{left + i * scale:.1f},{y(figures[f'val_disc_{side}']):.1f}" for i, figures in curve)
+        stroke = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
+        parts.append(f'<polyline points="{points}" fill="none" {stroke}/>')
+        parts.append(f'<path d="M{width - 180} {40 + 24 * row}h24" {stroke}/>')
+        label = f"{'watching' if name == WATCHING else name}: D_{side}"
+        parts.append(f'<text x="{width - 150}" y="{44 + 24 * row}">{label}</text>')
+    parts.append(f'<text x="{left}" y="{height - 8}">0</text>')
+    parts.append(f'<text x="{width - 300}" y="{height - 8}">{curve[-1][0]} iterations</text></svg>')
+    return "\n".join(parts) + "\n"
 
 
 def teacher() -> str:
@@ -152,12 +185,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = render(text)
-    if arguments.check:
-        sys.exit("README.md differs from benchmarks/results: python benchmarks/readme.py" if new != text else 0)
-    path.write_text(new)
+    for path, write in ((ROOT / "README.md", render), (ROOT / "docs" / "hinge.svg", lambda text: hinge_svg())):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        new = write(text)
+        if arguments.check and new != text:
+            sys.exit(f"{path.name} differs from benchmarks/results: python benchmarks/readme.py")
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

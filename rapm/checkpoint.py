@@ -18,8 +18,8 @@ from rapm.trajectories import write_atomic
 STATE = "state.safetensors"
 # Settings that a resumed run may change: they decide where, how far and how often, not what is computed.
 FREE = {
-    "output_dir", "store", "device", "vram", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "validation_steps", "log_steps", "report_to", "solve_batch",
+    "output_dir", "store", "device", "vram", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+    "log_steps", "report_to", "solve_batch",
 }  # fmt: skip
 
 
@@ -40,25 +40,26 @@ def save_checkpoint(folder: Path, state: dict[str, Tensor], done: int, config: C
     return path
 
 
-def find_checkpoint(folder: Path, which: str, config: Config) -> Path:
-    """The checkpoint that `which` ("latest" or a path) names, made with the same settings. UserError otherwise."""
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The checkpoint that `which` ("latest" or a path) names. UserError if there is none."""
     if which == "latest":
         found = checkpoints(folder)
         if not found:
             raise UserError(f"resume: {folder} has no checkpoint: leave out --resume_from_checkpoint")
-        path = found[-1]
-    else:
-        path = Path(which)
-    _, _, then = _open(path)
+        return found[-1]
+    if not (Path(which) / STATE).is_file():
+        raise UserError(f"resume: {which} is not a checkpoint: give `latest` or a folder checkpoint-N")
+    return Path(which)
+
+
+def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]:
+    """The state and the number of iterations done. UserError for a damaged file or one made with other settings."""
+    state, done, then = _open(path)
+    # A decaying rate depends on where it ends.
+    free = FREE | ({"max_train_steps"} if config.lr_schedule == "constant" else set())
     for name, value in asdict(config).items():
-        if name not in FREE and then.get(name) != json.loads(json.dumps(value)):
+        if name not in free and then.get(name) != json.loads(json.dumps(value)):
             raise UserError(f"resume: {path} was made with {name} = {then.get(name)!r}, not {value!r}")
-    return path
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The state and the number of iterations done. UserError for a damaged file."""
-    state, done, _ = _open(path)
     return state, done
 
 

@@ -40,6 +40,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code."""
+    import torch
+
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
     from rapm.export import ExportError
     from rapm.train import Interrupted, RunError
@@ -54,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as error:
         code, message = error.code, error
     except KeyboardInterrupt:
-        code, message = 130, "stopped; the same command goes on with the trajectories"
+        code, message = 130, "stopped"
+    except torch.OutOfMemoryError as error:
+        code, message = 1, f"out of memory ({str(error).splitlines()[0]}); checkpoints and trajectories are kept"
     print(f"rapm: {message}", file=sys.stderr)
     return code
 
@@ -138,10 +142,10 @@ def run_trajectories(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
+    from rapm.device import DTYPES, pick_device
     from rapm.prompts import read_prompts
     from rapm.sample import grid, sample_prompts
     from rapm.teacher import load_teacher
-    from rapm.train import DTYPES, pick_device
 
     prompts = arguments.prompt or (read_prompts(arguments.prompts) if arguments.prompts else [])
     if not prompts:
@@ -170,8 +174,10 @@ def run_sample(arguments: argparse.Namespace) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from rapm.evaluate import evaluate_run
 
-    if arguments.pairs < 4 or arguments.pairs % 2:
-        raise UserError(f"pairs {arguments.pairs}: an even number, at least 4")
+    if arguments.pairs < 4 or arguments.pairs % 2 or arguments.batch < 1:
+        raise UserError(
+            f"pairs {arguments.pairs}, batch {arguments.batch}: an even number of at least 4, and at least 1"
+        )
     print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=arguments.pairs, batch=arguments.batch))
 
 

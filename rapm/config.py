@@ -40,7 +40,7 @@ class Config:
 
     # What is distilled
     teacher: str = "embedded"  # a diffusers folder, a hub id, a .safetensors file, or the bundled teacher
-    prompts: str | None = None  # a text file, one prompt a line; None: the bundled list of the teacher
+    prompts: str | None = None  # a text file, one prompt a line; None: the embedded teacher's own captions
     output_dir: str = "runs/demo"
     store: str | None = None  # the folder of the trajectories, to share between runs; None: output_dir/trajectories
     resolution: tuple[int, int] | None = None  # height, width in pixels; None: the teacher's own
@@ -51,7 +51,7 @@ class Config:
 
     # Stage 1: trajectories
     steps: int = 4  # [N] coarse slots
-    fine_steps: int = 10  # [M] teacher steps per slot: 40 in all, as in the paper
+    fine_steps: int = 10  # [M] teacher steps per slot: 40 in all, where more no longer change the pictures much
     guidance: float = 7.5  # [w] the teacher's own recommended scale
     negative_prompt: str = ""
     trajectories: int = 1000  # the paper's count
@@ -121,6 +121,13 @@ class Config:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} = {getattr(self, name)}: must be above 0")
+        if self.guidance < 1:
+            raise UserError(f"guidance = {self.guidance}: at least 1, which is none")
+        if self.resolution is not None and not (
+            len(self.resolution) == 2
+            and all(isinstance(side, int) and side >= 8 and side % 8 == 0 for side in self.resolution)
+        ):
+            raise UserError(f"resolution = {self.resolution}: height and width must be multiples of 8")
         if self.renoise > 1:
             raise UserError(f"renoise = {self.renoise}: a share of a slot, at most 1")
         parse_vram(self.vram)

@@ -52,15 +52,18 @@ class Replay(nn.Module):
     """
 
     def __init__(self, size: int, features: Sequence[Tensor]) -> None:
-        """`features`: an example of what `add` will get, one B C H W a tap."""
+        """`features`: an example of what `swap` will get, one B C H W a tap."""
         super().__init__()
         self.size = size
         for i, x in enumerate(features):
             self.register_buffer(f"tap{i}", torch.zeros(size, *x.shape, dtype=x.dtype, device=x.device))
 
     def swap(self, features: Sequence[Tensor], place: Tensor, picks: Tensor) -> list[Tensor]:
-        """Store `features` at `place` (1,), then return those at `picks` (K,): one K B C H W a tap."""
+        """Store `features` at `place` (1,), then return those at `picks` (K,): one K B C H W a tap.
+
+        Features that are not finite are not stored: they would spoil later updates too.
+        """
         rings = list(self.buffers())
         for ring, x in zip(rings, features, strict=True):
-            ring.index_copy_(0, place, x[None])
+            ring.index_copy_(0, place, torch.where(x.isfinite().all(), x[None], ring.index_select(0, place)))
         return [ring.index_select(0, picks) for ring in rings]

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.config import Config
+from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
 from rapm.export import WEIGHTS, read_lora
 from rapm.sample import sample
 from rapm.teacher import Teacher, load_teacher
-from rapm.train import DTYPES, pick_device
 from rapm.trajectories import noise, trajectory_seed
 from rapm.unet import Lora, Text
 from rapm.zoo import JUDGE, scenes
@@ -100,6 +100,7 @@ class Evaluation:
         pairs: int = 4096,
         batch: int = 512,
         seed: int = 1,
+        negative_prompt: str = "",
     ) -> None:
         if find_spec("sklearn") is None:
             raise UserError("evaluate: the real renders need scikit-learn's digits: pip install rapm-fast[eval]")
@@ -112,7 +113,7 @@ class Evaluation:
         self.judge: Judge = load_judge(teacher.unet.device, judge)
         captions = scenes.draw_captions(pairs // SEEDS_PER_CAPTION, seed=seed, unseen=True)
         self.halves = [Half(teacher, captions, seed + i) for i in range(2)]
-        self.uncond = teacher.encode_negative("")
+        self.uncond = teacher.encode_negative(negative_prompt)
         many = Sampler(f"teacher {reference_steps}", reference_steps, guidance)
         self.endpoints = self._images(many, self.halves[0])
         self.reference = self._judge(self._images(many, self.halves[1]), self.halves[1])[0]
@@ -174,7 +175,10 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
     teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
     weights = read_lora(path, teacher.unet)
     whole = config.steps * config.fine_steps
-    evaluation = Evaluation(teacher, reference_steps=whole, guidance=config.guidance, pairs=pairs, batch=batch)
+    evaluation = Evaluation(
+        teacher, reference_steps=whole, guidance=config.guidance, pairs=pairs, batch=batch,
+        negative_prompt=config.negative_prompt,
+    )  # fmt: skip
     students = [Sampler(f"student {n}", n, lora=weights) for n in dict.fromkeys((config.steps, 1, 2, 8))]
     rows = [evaluation.floor, *map(evaluation.row, [*teacher_samplers(config.guidance, config.steps), *students])]
     protocol = {"pairs": pairs, "reference_steps": whole, "guidance": config.guidance, "torch": torch.__version__}

@@ -3,52 +3,60 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from rapm.errors import UserError
+from rapm.trajectories import write_atomic
 
 
 class Log:
     """metrics.jsonl in `folder`, and the tracker that `report_to` names: TensorBoard where it is installed."""
 
     def __init__(self, folder: Path, report_to: str, done: int = 0) -> None:
-        """Lines after iteration `done` are dropped: a resumed run writes them again. UserError if wandb is missing."""
+        """Lines after iteration `done` are dropped: a resumed run writes them again."""
         path = folder / "metrics.jsonl"
-        kept = []
-        if path.exists() and done:
-            kept = [x for x in path.read_text().splitlines() if json.loads(x)["iteration"] <= done]
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines() if path.exists() and done else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= done]
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a", buffering=1)
-        self._tracker = _tracker(folder, report_to)
+        self._track, self._close = _tracker(folder, report_to, done)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One line: `iteration` and `values`."""
         self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        self._tracker(iteration, values)
+        self._track(iteration, values)
 
-    def close(self) -> None:
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
+        self._close()
 
 
-def _tracker(folder: Path, report_to: str):
-    if report_to == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return lambda iteration, values: None
-        writer = SummaryWriter(str(folder / "logs"))
+def check_tracker(report_to: str) -> None:
+    """UserError for a tracker that is asked for and not installed."""
+    if report_to == "wandb" and find_spec("wandb") is None:
+        raise UserError("report_to wandb: wandb is not installed (pip install wandb)")
+
+
+def _tracker(folder: Path, report_to: str, done: int) -> tuple[Callable[[int, dict[str, float]], None], Callable]:
+    """What writes the figures of an iteration, and what ends it."""
+    if report_to == "tensorboard" and find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "logs"), purge_step=done + 1 if done else None)
 
         def write(iteration: int, values: dict[str, float]) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, iteration)
-            writer.flush()
 
-        return write
+        return write, writer.close
     if report_to == "wandb":
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("report_to wandb: wandb is not installed (pip install wandb)") from error
+        import wandb
+
         run = wandb.init(project="rapm-fast", dir=str(folder))
-        return lambda iteration, values: run.log(values, step=iteration)
-    return lambda iteration, values: None
+        return lambda iteration, values: run.log(values, step=iteration), run.finish
+    return lambda iteration, values: None, lambda: None

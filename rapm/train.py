@@ -6,13 +6,14 @@ on bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import math
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,23 +22,34 @@ from tqdm import tqdm
 
 from rapm.card import write_model_card
 from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from rapm.config import Config, parse_vram
+from rapm.config import Config
+from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
 from rapm.export import WEIGHTS, export_lora, verify_export
-from rapm.log import Log
+from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.prompts import read_prompts
 from rapm.sample import labelled_grid, sample
 from rapm.step import LOSSES, SIDES, Step, captured
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Store, check_grid, prepare, trajectory_seed
-from rapm.unet import Text
 from rapm.zoo import scenes
 
+# What a run writes beside its checkpoints and trajectories.
+OUTPUTS = (
+    WEIGHTS,
+    "diffusers",
+    "README.md",
+    "samples.png",
+    "samples",
+    "metrics.jsonl",
+    "logs",
+    "config.toml",
+    "evaluation.json",
+)
 PATIENCE = 20  # non-finite updates in a row before a run gives up
 SMALL = 8192  # numbers in the latents below which a slot on a CPU is faster on one core: threads would only wait
 EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RunError(RuntimeError):
@@ -45,10 +57,10 @@ class RunError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and the run was saved. `code` is the exit code, 128 plus the signal's number."""
+    """SIGINT or SIGTERM arrived; nothing is lost. `code` is the exit code, 128 plus the signal's number."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; --resume_from_checkpoint latest goes on")
+    def __init__(self, number: int, advice: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {advice}")
         self.code = 128 + number
 
 
@@ -65,6 +77,7 @@ class Training:
         self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self.uncond)
         self._slot: Callable[[], None] = self.step
         self._eager = EAGER
+        self._reported = 0.0  # skipped updates of earlier reports
         self.done = 0
 
     def iterate(self) -> None:
@@ -91,9 +104,9 @@ class Training:
             shape = self.config.steps, 3, len(batch), *self.step.z.shape[1:]
             noise = torch.randn(shape, generator=self._generator(f"held out {start}"))  # the same at every validation
             hinge, z = self.step.held_out(batch, noise)
-            hinges.append(hinge)
+            hinges.append(hinge * len(batch) / len(self.held_out))
             ends.append(z)
-        student, hinge = torch.cat(ends), torch.stack(hinges).mean(0)
+        student, hinge = torch.cat(ends), torch.stack(hinges).sum(0)
         target = torch.stack([self.store[i].positions[-1] for i in self.held_out]).to(student)
         values = {"val_rmse": float((student - target).square().mean().sqrt())}
         for i, side in enumerate(SIDES):
@@ -105,16 +118,38 @@ class Training:
     def held_out(self) -> range:
         return range(len(self.store) - self.config.validation_prompts, len(self.store))
 
+    @cached_property
+    def teacher_rows(self) -> dict[str, Tensor]:
+        """The teacher's pictures of the held-out trajectories, whole and in N steps: n H W 3, uint8."""
+        teacher, config, whole, few = self.teacher, self.config, [], []
+        for i in self.held_out:
+            trajectory = self.store[i]
+            whole.append(trajectory.positions[-1:])
+            few.append(
+                sample(
+                    teacher.unet, teacher.schedule, trajectory.text, trajectory.positions[:1], config.steps,
+                    guidance=config.guidance, uncond=self.uncond,
+                )
+            )  # fmt: skip
+        names = f"teacher, {config.steps * config.fine_steps} steps", f"teacher, {config.steps} steps"
+        return {name: teacher.decode(torch.cat(z)) for name, z in zip(names, (whole, few), strict=True)}
+
     def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the last `slots` slots, the skipped updates so far. RunError after too many in a row."""
-        means = dict(zip(LOSSES, (self.step.sums / slots).tolist(), strict=True))
+        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
+        skipped = float(self.step.skipped)
+        counted = max(1.0, slots - (skipped - self._reported))
+        means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
         self.step.sums.zero_()
+        self._reported = skipped
+        return {**means, "skipped": skipped}
+
+    def check(self) -> None:
+        """RunError after too many updates in a row that were not finite."""
         if float(self.step.worst) >= PATIENCE:
             raise RunError(
                 f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
                 "lower learning_rate, or use mixed_precision bf16 or no"
             )
-        return {**means, "skipped": float(self.step.skipped)}
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, by name."""
@@ -138,6 +173,7 @@ class Training:
                 optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
         for name, mine in self.state().items():
             mine.copy_(state[name])
+        self._reported = float(step.skipped)
         self.done = done
 
     def _load(self, index: int, purpose: str) -> None:
@@ -161,20 +197,24 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
     """The whole job; the output folder. UserError before work for what cannot work, RunError, Interrupted."""
     folder = Path(config.output_dir)
     _claim(folder)
+    check_tracker(config.report_to)
+    checkpoint = find_checkpoint(folder, resume) if resume else None
     teacher, config, prompts = prepare_teacher(config)
-    checkpoint = find_checkpoint(folder, resume, config) if resume else None
+    state, done = load_checkpoint(checkpoint, config) if checkpoint else ({}, 0)
     if dry_run:
         print(describe(config, teacher, prompts))
         return folder
-    if not resume:
-        _set_aside(folder)
+    with advice("the same command goes on with the trajectories"):
+        store = solve_all(config, teacher, prompts)
+    _set_aside(folder, done)
     (folder / "config.toml").write_text(config.to_toml())
-    training = Training(teacher, solve_all(config, teacher, prompts), config)
+    training = Training(teacher, store, config)
     if checkpoint:
-        training.restore(*load_checkpoint(checkpoint))
-        print(f"resumed from {checkpoint} at iteration {training.done}")
+        training.restore(state, done)
+        print(f"resumed from {checkpoint} at iteration {done}")
     run(training, folder)
-    finish(training, folder)
+    with advice(f"`rapm export --run {folder}` finishes it"):
+        finish(training, folder)
     return folder
 
 
@@ -182,16 +222,18 @@ def solve_only(config: Config) -> Store:
     """Stage 1 alone."""
     _claim(Path(config.output_dir))
     teacher, config, prompts = prepare_teacher(config)
-    return solve_all(config, teacher, prompts)
+    with advice("the same command goes on"):
+        return solve_all(config, teacher, prompts)
 
 
 def export_run(folder: Path) -> None:
     """Export a run's newest checkpoint again."""
-    config = Config().replace(**Config.from_toml(folder / "config.toml"))
-    checkpoint = find_checkpoint(folder, "latest", config)
+    checkpoint = find_checkpoint(folder, "latest")
+    config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
     teacher, config, prompts = prepare_teacher(config)
+    state = load_checkpoint(checkpoint, config)
     training = Training(teacher, solve_all(config, teacher, prompts), config)
-    training.restore(*load_checkpoint(checkpoint))
+    training.restore(*state)
     finish(training, folder)
 
 
@@ -216,18 +258,15 @@ def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
 def run(training: Training, folder: Path) -> None:
     """Iterate to the end: log, validate, save."""
     config, step = training.config, training.step
-    if not step.z.is_cuda and step.z.numel() < SMALL:
-        torch.set_num_threads(1)
-    log = Log(folder, config.report_to, training.done)
-    start, first = time.perf_counter(), training.done
-    with stop_signals() as stopped, tqdm(total=config.max_train_steps, initial=first, desc="training") as bar:
-        pending = 0
+    start, first, pending = time.perf_counter(), training.done, 0
+    bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
+    with stop_signals() as stopped, cores(step), bar, Log(folder, config.report_to, training.done) as log:
         while training.done < config.max_train_steps:
             training.iterate()
             bar.update()
             pending += config.steps
-            done, last = training.done, training.done == config.max_train_steps
-            if done % config.log_steps == 0 or last or stopped:
+            stop, done, last = bool(stopped), training.done, training.done == config.max_train_steps
+            if done % config.log_steps == 0 or last or stop:
                 values, pending = training.losses(pending), 0
                 seconds = time.perf_counter() - start
                 values |= {"lr": float(step.optimizer.param_groups[0]["lr"]), "seconds": seconds}
@@ -235,30 +274,29 @@ def run(training: Training, folder: Path) -> None:
                 if step.z.is_cuda:
                     values["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
                 log.write(done, values)
-                bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "vram_mib") if values.get(k)})
+                bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
+                training.check()
             if done % config.validation_steps == 0 or last:
                 figures, student = training.validate()
                 log.write(done, figures)
                 if done % config.validation_steps == 0:
                     (folder / "samples").mkdir(exist_ok=True)
                     picture(training, student, folder / "samples" / f"{done:06d}.png")
-            if done % config.checkpointing_steps == 0 or last or stopped:
+            if done % config.checkpointing_steps == 0 or last or stop:
                 save_checkpoint(folder, training.state(), done, config)
-            if stopped:
-                log.close()
-                raise Interrupted(stopped[0])
-    log.close()
+            if stop:
+                raise Interrupted(stopped[0], "--resume_from_checkpoint latest goes on")
 
 
 def finish(training: Training, folder: Path) -> None:
     """Export, prove the files in stock software, draw the samples, write the card."""
     teacher, config, lora = training.teacher, training.config, training.lora.export()
     shown = [training.store[i] for i in training.held_out]
-    figures, student = training.validate()
-    picture(training, student, folder / "samples.png")
     export_lora(folder, lora, teacher, config=config, steps_done=training.done)
     noise = torch.stack([t.positions[0] for t in shown[:2]])
     verify_export(folder, teacher, lora, prompts=[t.prompt for t in shown[:2]], noise=noise, steps=config.steps)
+    figures, student = training.validate()
+    picture(training, student, folder / "samples.png")
     write_model_card(
         folder, teacher, config=config, prompts=[t.prompt for t in shown], steps_done=training.done,
         metrics={"held-out trajectories": {"latent RMSE to the teacher's endpoints": figures["val_rmse"]}},
@@ -268,19 +306,8 @@ def finish(training: Training, folder: Path) -> None:
 
 def picture(training: Training, student: Tensor, path: Path) -> None:
     """The held-out grid: the teacher's whole trajectory, the teacher in N steps, the student in N, from one noise."""
-    teacher, config = training.teacher, training.config
-    held_out = [training.store[i] for i in training.held_out]
-    text = Text.cat([t.text for t in held_out])
-    noise = torch.stack([t.positions[0] for t in held_out])
-    few = sample(
-        teacher.unet, teacher.schedule, text, noise, config.steps, guidance=config.guidance, uncond=training.uncond
-    )  # fmt: skip
-    rows = {
-        f"teacher, {config.steps * config.fine_steps} steps": torch.stack([t.positions[-1] for t in held_out]),
-        f"teacher, {config.steps} steps": few,
-        f"student, {config.steps} steps": student,
-    }
-    labelled_grid({name: teacher.decode(z) for name, z in rows.items()}, [t.prompt for t in held_out]).save(path)
+    rows = {**training.teacher_rows, f"student, {training.config.steps} steps": training.teacher.decode(student)}
+    labelled_grid(rows, [training.store[i].prompt for i in training.held_out]).save(path)
 
 
 def training_prompts(config: Config) -> list[str]:
@@ -292,23 +319,6 @@ def training_prompts(config: Config) -> list[str]:
     captions = scenes.draw_captions(config.trajectories, seed=config.seed)
     captions += scenes.draw_captions(config.validation_prompts, seed=config.seed, unseen=True)
     return [scenes.caption(i) for i in captions]
-
-
-def pick_device(config: Config) -> torch.device:
-    """The device, its allocator capped at the `vram` budget. UserError for one that is not there."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
-    budget = parse_vram(config.vram)
-    if budget and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-    return device
 
 
 def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
@@ -331,15 +341,42 @@ def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM append their number to the list instead of stopping the process: the loop saves first."""
+    """SIGINT and SIGTERM append their number to the list, so that the loop saves first; a second one stops at once."""
     stopped: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda n, frame: stopped.append(n)) for number in numbers]
+    before = [signal.signal(number, note) for number in numbers]
     try:
         yield stopped
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextmanager
+def advice(words: str) -> Iterator[None]:
+    """What to do after Ctrl-C in a phase that keeps its own results."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, words) from None
+
+
+@contextmanager
+def cores(step: Step) -> Iterator[None]:
+    """One core for a slot too small to share among several."""
+    before = torch.get_num_threads()
+    if not step.z.is_cuda and step.z.numel() < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _claim(folder: Path) -> None:
@@ -352,16 +389,16 @@ def _claim(folder: Path) -> None:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
 
 
-def _set_aside(folder: Path) -> None:
-    """Move an earlier run's checkpoints and metrics to `previous/`: a new run does not mix with them."""
-    previous = folder / "previous"
-    for path in (*checkpoints(folder), folder / "metrics.jsonl", folder / "logs"):
-        if path.exists():
-            target = previous / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            previous.mkdir(exist_ok=True)
-            path.replace(target)
+def _set_aside(folder: Path, done: int) -> None:
+    """Move what an earlier run left to `previous-K/`: all of it, or on resuming the checkpoints after `done`."""
+    old = [path for path in checkpoints(folder) if int(path.name.partition("-")[2]) > done]
+    if not done and (folder / "metrics.jsonl").exists():
+        old += [path for name in OUTPUTS if (path := folder / name).exists()]
+    if old:
+        number = next(i for i in itertools.count(1) if not (folder / f"previous-{i}").exists())
+        (folder / f"previous-{number}").mkdir()
+        for path in old:
+            path.replace(folder / f"previous-{number}" / path.name)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def check_grid(T: int, steps: int, fine_steps: int) -> None:
         )
 
 
-def trajectory_seed(seed: int, index: int) -> int:
-    """The seed of trajectory `index`, 63 well-mixed bits: neighbours share nothing."""
+def trajectory_seed(seed: int, index: int | str) -> int:
+    """The seed of trajectory `index` (or of another purpose), 63 well-mixed bits: neighbours share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
 
 

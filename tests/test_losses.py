@@ -47,3 +47,5 @@ def test_replay_returns_what_was_stored():
         (past,) = ring.swap([x], torch.tensor([i % 3]), torch.tensor([i % 3, (i + 1) % 3]))
     assert past[0].unique().item() == 4.0  # the newest
     assert past[1].unique().item() == 2.0  # the oldest still kept
+    (past,) = ring.swap([torch.full((3, 4, 2, 2), torch.nan)], torch.tensor([0]), torch.arange(3))
+    assert sorted(past.flatten(1).mean(1).tolist()) == [2.0, 3.0, 4.0]  # what is not finite is not kept

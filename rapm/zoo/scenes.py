@@ -90,7 +90,12 @@ def held_out(text: str) -> bool:
 
 
 def draw_captions(count: int, *, seed: int, unseen: bool = False) -> list[int]:
-    """`count` distinct caption numbers, a third of them single objects, from the training or the held-out captions."""
+    """`count` distinct caption numbers, of the training or the held-out ones; a third single objects, if so many exist.
+
+    ValueError for more than a twentieth of all: the draw would not end soon.
+    """
+    if count > CAPTIONS // 20:
+        raise ValueError(f"{count} captions: at most {CAPTIONS // 20}")
     generator = torch.Generator().manual_seed(seed)
     chosen: dict[int, None] = {}
     while len(chosen) < count:

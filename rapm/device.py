@@ -1,0 +1,28 @@
+"""Where a run computes, and in what."""
+
+from __future__ import annotations
+
+import torch
+
+from rapm.config import Config, parse_vram
+from rapm.errors import UserError
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by `mixed_precision`
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device, made current and its allocator capped at the `vram` budget. UserError for one that is not there."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+        if budget := parse_vram(config.vram):
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    return device
