@@ -198,7 +198,7 @@ MISTAKES = {
     "precision": (["--mixed_precision", "fp8"], "choose one of"),
     "nothing to resume": (["--resume_from_checkpoint", "latest"], "has no checkpoint"),
     "resume path": (["--resume_from_checkpoint", "{place}"], "not a checkpoint"),
-    "unknown family": (["--teacher", "{place}/flux"], "supported are SD1.x, SD2.x and SDXL"),
+    "unknown family": (["--teacher", "{place}/flux"], "is a FluxPipeline: supported are"),
     "resolution of one number": (["--config", "{place}/one_side.toml"], "multiples of 8"),
     "guidance below 1": (["--config", "{place}/guidance.toml"], "at least 1"),
     "wandb missing": (["--report_to", "wandb"], "wandb is not installed"),
