@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "accelerate", "scikit-learn", "build"]
+TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "accelerate", "scikit-learn", "tensorboard", "build"]
 
 setup(
     name="rapm-fast",
@@ -45,6 +45,6 @@ setup(
         "eval": ["scikit-learn"],
         "tensorboard": ["tensorboard"],
         "test": TEST,
-        "dev": [*TEST, "ruff", "mypy", "pre-commit", "tensorboard"],
+        "dev": [*TEST, "ruff", "mypy", "pre-commit"],
     },
 )

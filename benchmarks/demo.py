@@ -20,7 +20,7 @@ import torch
 from rapm.config import Config
 from rapm.device import pick_device
 from rapm.evaluate import Evaluation, Sampler, table, teacher_samplers, write_report
-from rapm.export import read_lora
+from rapm.lora_file import read_lora
 from rapm.teacher import load_teacher
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rapm.export import WEIGHTS, base_name, recipe, title
+from rapm.export import base_name, recipe, title
+from rapm.lora_file import WEIGHTS
 from rapm.trajectories import write_atomic
 
 if TYPE_CHECKING:

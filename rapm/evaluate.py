@@ -22,7 +22,7 @@ from tqdm import tqdm
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
-from rapm.export import WEIGHTS, read_lora
+from rapm.lora_file import WEIGHTS, read_lora
 from rapm.sample import sample
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise, trajectory_seed

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.errors import UserError
+from rapm.lora_file import read_lora
 from rapm.schedule import Schedule
 from rapm.trajectories import noise, walk
 from rapm.unet import Lora, Text, UNet
@@ -62,8 +63,6 @@ def sample_prompts(
     `lora_path` is a LoRA file or a run's folder; None samples the teacher. One seed is the same noise for every prompt,
     whatever the batch. UserError for a number of steps, resolution or LoRA that does not fit the teacher.
     """
-    from rapm.export import read_lora  # which checks its files with `sample`
-
     if not 1 <= steps <= len(teacher.schedule):
         raise UserError(f"steps {steps}: the teacher's schedule has 1 to {len(teacher.schedule)}")
     shape = teacher.latent_shape(resolution)

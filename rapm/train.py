@@ -25,9 +25,10 @@ from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
-from rapm.export import WEIGHTS, export_lora, verify_export
+from rapm.export import export_lora, verify_export
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
+from rapm.lora_file import WEIGHTS
 from rapm.prompts import read_prompts
 from rapm.sample import labelled_grid, sample
 from rapm.step import LOSSES, SIDES, Step, captured

@@ -26,14 +26,12 @@ from rapm.export import (
     FILES,
     TARGETS,
     TOLERANCE,
-    WEIGHTS,
     ExportError,
     export_lora,
-    kohya_name,
-    read_lora,
     verify_export,
 )
 from rapm.lora import LoRA
+from rapm.lora_file import WEIGHTS, kohya_name, read_lora
 from rapm.sample import sample
 from rapm.teacher import Teacher, load_teacher
 from rapm.unet import UNet
