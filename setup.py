@@ -5,7 +5,16 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "accelerate", "scikit-learn", "tensorboard", "build"]
+TEST = [
+    "pytest",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "hypothesis",
+    "accelerate",
+    "scikit-learn",
+    "tensorboard",
+    "build",
+]
 
 setup(
     name="rapm-fast",

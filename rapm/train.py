@@ -38,16 +38,9 @@ from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
-    WEIGHTS,
-    "diffusers",
-    "README.md",
-    "samples.png",
-    "samples",
-    "metrics.jsonl",
-    "logs",
-    "config.toml",
+    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
     "evaluation.json",
-)
+)  # fmt: skip
 PATIENCE = 20  # non-finite updates in a row before a run gives up
 SMALL = 8192  # numbers in the latents below which a slot on a CPU is faster on one core: threads would only wait
 EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
@@ -245,7 +238,12 @@ def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
     config = config.replace(resolution=config.resolution or teacher.default_resolution)
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
     teacher.latent_shape(config.resolution)
-    if long := teacher.count_truncated(prompts):
+    count = config.trajectories + config.validation_prompts
+    if len(prompts) > count:
+        print(
+            f"warning: {count} trajectories use only the first of {len(prompts)} prompts; `trajectories` asks for more"
+        )
+    if long := teacher.count_truncated(prompts[:count]):
         print(f"warning: {long} of {len(prompts)} prompts are longer than the text encoder reads and are cut there")
     return teacher, config, prompts
 

@@ -266,6 +266,12 @@ def test_a_resumed_log_drops_what_will_be_written_again(tmp_path):
     assert kept == [2, 4]
 
 
+def test_prompts_left_over_are_named(place, tmp_path, capsys):
+    (place / "many.txt").write_text("".join(f"prompt {i}\n" for i in range(9)))
+    assert main(arguments(place, tmp_path / "run", "--prompts", str(place / "many.txt"), "--dry-run")) == 0
+    assert "5 trajectories use only the first of 9 prompts" in capsys.readouterr().out
+
+
 def test_sample_command(place, finished, tmp_path):
     picture = tmp_path / "out.png"
     command = ["sample", "a cat", "--teacher", str(place / "teacher"), "--lora", str(finished), "--seeds", "1", "2"]
