@@ -70,6 +70,9 @@ class Step:
         self.noise = torch.zeros(config.steps, 3, *self.z.shape[1:], device=device)  # xi: fake, relative, absolute
         self.time = torch.zeros(config.steps, device=device)  # where u lies in the slot, [0, 1)
         self.adversarial = torch.ones((), device=device)  # 0 while the heads warm up
+        # fp16 loses gradients below 6e-8, and a mean over the latents makes them small: through the network they are
+        # taken larger, by the root of that divisor, which leaves as much room above as below.
+        self.scale = 2.0 ** (self.z.numel().bit_length() // 2) if unet.dtype == torch.float16 else 1.0
         self.sums = torch.zeros(len(LOSSES), device=device)  # over slots, of LOSSES
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
 
@@ -164,7 +167,8 @@ class Step:
         (gradient,) = torch.autograd.grad(distance, leaf)
         generator, discriminator = self._adversarial(leaf, targets, gradient)
 
-        (flat,) = torch.autograd.grad(z_n, self.lora.flat, gradient)
+        (flat,) = torch.autograd.grad(z_n, self.lora.flat, self.scale * gradient)
+        flat = flat / self.scale
         norm = flat.norm()
         loss = distance.detach() + self.adversarial * sum(
             w * g for w, g in zip(self._adversarial_weights, generator, strict=True)
@@ -227,8 +231,8 @@ class Step:
             heads = self.discriminators[SIDES[i]]
             generator[i] = hinge_generator(heads(fake))
             weighted = weighted + self._adversarial_weights[i] * generator[i]
-        (part,) = torch.autograd.grad(weighted, leaf)
-        gradient += self.adversarial * part
+        (part,) = torch.autograd.grad(self.scale * weighted, leaf)
+        gradient += self.adversarial / self.scale * part
         for i in self.used:
             heads = self.discriminators[SIDES[i]]
             pairs = [torch.cat([x[0], x[1 + i]]) for x in shown]
