@@ -310,8 +310,8 @@ def test_sizes():
 def test_captured_and_eager_agree(place, tmp_path, monkeypatch):
     """The slot as a CUDA graph against the same slot launched one kernel at a time: equal losses, step by step.
 
-    Within 1e-2 (2e-3 was seen after 8 iterations): some of cuDNN's gradients are sums in no fixed order, and Adam's
-    first steps magnify what is left of that.
+    Within 1e-3 in the first four iterations (one eager, three captured); rounding then grows as in any training, so
+    the rest within 1e-2.
     """
     losses = []
     for name, eager in (("captured", 1), ("eager", 10**9)):
@@ -325,4 +325,5 @@ def test_captured_and_eager_agree(place, tmp_path, monkeypatch):
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert len(losses[0]) == 8
+    assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-3)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
