@@ -23,8 +23,9 @@ everything the caption says is right; RMSE is to the teacher's endpoints from th
 VERDICT = """
 The student's d is {share_guided} of the guided teacher's in {n} steps (which cost twice the network calls) and
 {share_unguided} of the unguided teacher's. The guided teacher's {n} steps are {floors} floors away from its {whole}.
-On this teacher both discriminators help, each alone and most together, and so does the absolute distance; the relative
-distance does not: without it the student is even a little closer. One teacher proves nothing about the next.
+On this teacher the discriminators help most, and either of them alone does nearly all of it: what the second one
+adds is about the deviation between seeds. The absolute distance helps; the relative distance does not: without it the
+student is, if anything, a little closer. One teacher proves nothing about the next.
 """
 DEMO = """
 The demo, {demo[iterations]} iterations on {demo[cores]} CPU cores, takes {minutes} minutes, {minutes_training} of them

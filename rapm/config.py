@@ -51,7 +51,7 @@ class Config:
 
     # Stage 1: trajectories
     steps: int = 4  # [N] coarse slots
-    fine_steps: int = 10  # [M] teacher steps per slot: 40 in all, where more no longer change the pictures much
+    fine_steps: int = 10  # [M] teacher steps per slot: 40 DDIM steps in all, plenty for a teacher
     guidance: float = 7.5  # [w] the teacher's own recommended scale
     negative_prompt: str = ""
     trajectories: int = 1000  # the paper's count

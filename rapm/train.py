@@ -42,7 +42,9 @@ OUTPUTS = (
     "evaluation.json",
 )  # fmt: skip
 PATIENCE = 20  # non-finite updates in a row before a run gives up
-SMALL = 8192  # numbers in the latents below which a slot on a CPU is faster on one core: threads would only wait
+SMALL = (
+    8192  # numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine
+)
 EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
 
 
