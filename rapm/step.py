@@ -17,7 +17,7 @@ from rapm.config import Config
 from rapm.discriminators import Discriminator, Replay
 from rapm.lora import LoRA
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
-from rapm.schedule import Schedule, step_coefficients, trailing_steps
+from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
 
@@ -26,7 +26,7 @@ SIDES = ("relative", "absolute")
 
 
 class Slots(nn.Module):
-    """The N slots as tables on the device, in walking order: timesteps and the DDIM maps z_s = a z_t + b out."""
+    """The N slots as tables on the device, in walking order: timesteps, DDIM maps z_s = a z_t + b out, re-noising."""
 
     def __init__(self, schedule: Schedule, steps: int, fine_steps: int) -> None:
         super().__init__()
@@ -34,15 +34,17 @@ class Slots(nn.Module):
         fine = [s for _, s in trailing_steps(len(schedule), steps * fine_steps)[::fine_steps]]  # t_{n+1} - Delta
         # With one fine step a slot, the fine position is the target itself: the identity instead of a step.
         ends = [s for _, s in coarse]
+        low = [max(s, 0) for s in ends]
         whole = [step_coefficients(schedule, f, s) if f > s else (1.0, 0.0) for f, s in zip(fine, ends, strict=True)]
         tables = {
             "high": [t for t, _ in coarse],  # t_{n+1}
-            "low": [max(s, 0) for s in ends],  # t_n
+            "low": low,  # t_n
             "fine": [max(f, 0) for f in fine],
             "step": [step_coefficients(schedule, t, s) for t, s in coarse],
             "step_fine": whole,
             "step_teacher": [step_coefficients(schedule, t, f) for (t, _), f in zip(coarse, fine, strict=True)],
-            "abar": schedule.abar.tolist(),
+            # by slot and u; u below t_n never comes up
+            "renoise": [[renoise_coefficients(schedule, n, max(n, u)) for u in range(len(schedule))] for n in low],
         }
         for name, values in tables.items():
             self.register_buffer(name, torch.tensor(values))
@@ -152,8 +154,8 @@ class Step:
         """(x_u, u): x at t_n noised on to a u in [t_n, t_n + renoise (t_{n+1} - t_n))."""
         low, high = self.slots.low[self.slot], self.slots.high[self.slot]
         u = low + (self.config.renoise * self.time[self.slot] * (high - low)).long()
-        r = self.slots.abar[u] / self.slots.abar[low]
-        return r.sqrt() * x + (1 - r).clamp(min=0).sqrt() * xi, u
+        keep, add = self.slots.renoise[self.slot, u][0]
+        return keep * x + add * xi, u
 
     def __call__(self) -> None:
         config = self.config
