@@ -48,6 +48,24 @@ handwriting it has not seen, has {colour} of the colours right, {shape} of the s
 {background} of the backgrounds. On one {device} the judge took {judge_s} s to train, the autoencoder {vae_s} s,
 the UNet with its text encoder {unet_s} s.
 """
+KERNELS = """
+Measured on one {card[device]}, driver {card[driver]}, torch {card[torch]}, CUDA {card[cuda]}, Triton {card[triton]},
+by `rapm bench`: milliseconds, forward + backward, of all calls of one UNet pass, batch 1, bf16, as CUDA graphs, so
+that launches do not count; the last four are called once a slot, and their gradients are part of the forward.
+`reference` is eager PyTorch, `compile` torch.compile of it; then the fastest library that has the operator (Liger has
+the tanh gelu, and gets the layouts that it is made for; peft gets weights in bf16, so that it casts nothing). `limit`:
+the kernel's rate on the {largest} largest shapes, as a share of this card's copy ({limits[copy_gbs]:.0f} GB/s) or bf16
+product ({limits[bf16_tflops]:.0f} TFLOP/s). `kept`: MiB for backward over the pass, reference and kernel. `launches`:
+of one call, reference and kernel.
+"""
+OVERHEAD = """
+What a LoRA adds to the frozen layers, in all layers of a pass, forward and backward:
+"""
+MISSING = "Not measured: {reasons}."
+SLOT = """
+Where the GPU time of one slot goes, LoRA rank 1, batch 1, bf16, as one CUDA graph, on one {card[device]}: before, with
+`RAPM_KERNELS=reference`, and after. {summary}
+"""
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = {
     "calls": ("calls", "{:.0f}"), "fd": ("FD", "{:.2f}"), "d": ("d", "{:.2f}"), "prompt": ("prompt", "{:.1%}"),
@@ -170,14 +188,146 @@ def teacher() -> str:
     return fill(text) + "\n\n" + rows_table(rows)
 
 
-SECTIONS = {"quality": quality, "teacher": teacher}
+MODELS = {"sd15": "SD1.5, 512x512", "sdxl": "SDXL, 1024x1024"}
+OURS = ("reference", "compile", "rapm", "frozen layer")  # providers of rapm/bench.py that are no library
+LARGEST = 5  # rapm/bench.py
+
+
+def times(ms: list[float]) -> str:
+    return " + ".join(f"{x:#.3g}".rstrip(".") for x in ms)
+
+
+def kernel_cells(total: dict, launches: dict[str, list[int]]) -> dict[str, str]:
+    """An operator's row: its totals over a pass, and how many launches a call of each provider takes."""
+    found = {name: sum(provider["ms"]) for name, provider in total["providers"].items()}
+    cells = {name: times(total["providers"][name]["ms"]) if name in found else "" for name in OURS[:3]}
+    peer = min((name for name in found if name not in OURS), key=lambda name: found[name], default=None)
+    cells["library"] = f"{times(total['providers'][peer]['ms'])} ({peer})" if peer else ""
+    cells = {"calls": str(total["calls"]), **{k: cells[k] for k in ("reference", "compile", "library", "rapm")}}
+    for name in OURS[:2]:
+        cells[f"x {name}"] = f"{found[name] / found['rapm']:.1f}" if {name, "rapm"} <= found.keys() else ""
+    shares = [f"{min(column):.0%} to {max(column):.0%}" for column in total.get("share", [])]
+    cells["limit"] = ", ".join(shares)
+    pair = [name for name in ("reference", "rapm") if name in found]
+    cells["kept"] = ", ".join(f"{total['providers'][name]['kept_mib']:.0f}" for name in pair)
+    cells["launches"] = ", ".join("+".join(map(str, launches[name])) for name in pair if name in launches)
+    return cells
+
+
+def kernels() -> str:
+    """The README's section on the operators, from `rapm bench --output benchmarks/results/kernels.json`."""
+    report = load("kernels")
+    if report["quick"]:
+        sys.exit("benchmarks/results/kernels.json is of --quick: run rapm bench without it")
+    parts = [fill(KERNELS.format(**report, largest=LARGEST))]
+    added = []
+    for model, ops in report["totals"].items():
+        rows = []
+        for name, total in ops.items():
+            first = next(row for row in report["rows"] if (row["model"], row["op"]) == (model, name))
+            launches = {k: v["launches"] for k, v in first["providers"].items() if "launches" in v}
+            rows.append((name, kernel_cells(total, launches)))
+            done = total["providers"]
+            if "frozen layer" in done:
+                frozen, cells = done["frozen layer"]["ms"], {"frozen layer": times(done["frozen layer"]["ms"])}
+                for other in ("rapm", "peft", "reference"):
+                    more = [
+                        f"{a / b - 1:+.0%}" for a, b in zip(done.get(other, {"ms": []})["ms"], frozen, strict=False)
+                    ]
+                    cells[other] = ", ".join(more)
+                added.append((f"{MODELS[model]}: {name}", cells))
+        parts += [f"**{MODELS[model]}**", rows_table(rows)]
+    if added:
+        parts += [fill(OVERHEAD), rows_table(added)]
+    if report["left_out"]:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in report["left_out"].items())
+        parts.append(fill(MISSING.format(reasons=reasons)))
+    return "\n\n".join(parts)
+
+
+# Family of benchmarks/slot_time.py -> what the picture calls it, its colour
+COLOURS = {
+    "gemm": ("matrix products", "#0072b2"), "conv": ("convolutions", "#56b4e9"), "attention": ("attention", "#009e73"),
+    "lora": ("LoRA", "#cc79a7"), "norm": ("norms", "#d55e00"), "elementwise": ("elementwise", "#e69f00"),
+    "copy": ("copies, casts", "#f0e442"), "layout": ("layout", "#999933"), "heads": ("heads", "#882255"),
+    "optimizer": ("optimizer", "#555555"), "other": ("other", "#bbbbbb"),
+}  # fmt: skip
+
+
+def slot_svg() -> str:
+    """One bar for each model, before and after, as long as its share of the time before, cut by family."""
+    models = load("slot_time")["models"]
+    left, long, bar = 100, 500, 26
+    height = sum(20 + (bar + 8) * len(modes) for modes in models.values()) + 80
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + long + 80} {height}" '
+             f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']  # fmt: skip
+    y = 10
+    for model, modes in models.items():
+        whole = max(mode["kernel_ms"] for mode in modes.values())
+        for name, mode in modes.items():
+            x = float(left)
+            parts.append(f'<text x="8" y="{y + 17}">{MODELS[model].split(",")[0]} {name}</text>')
+            for family, (label, colour) in COLOURS.items():
+                ms = mode["families"].get(family, 0.0)
+                width = long * ms / whole
+                title = f"<title>{label}: {ms:.1f} ms</title>"
+                shape = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{bar}" fill="{colour}"'
+                parts.append(f"<rect {shape}>{title}</rect>")
+                if width > 24:
+                    ink = "#000" if family in ("copy", "elementwise", "conv", "other", "lora") else "#fff"
+                    parts.append(f'<text x="{x + 4:.1f}" y="{y + 17}" fill="{ink}" font-size="10">{ms:.1f}</text>')
+                x += width
+            parts.append(f'<text x="{x + 6:.1f}" y="{y + 17}">{mode["gpu_ms"]:.1f} ms</text>')
+            y += bar + 8
+        y += 20
+    for i, (label, colour) in enumerate(COLOURS.values()):
+        x, row = 8 + 110 * (i % 6), y + 24 * (i // 6)
+        parts.append(f'<rect x="{x}" y="{row}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 17}" y="{row + 11}">{label}</text>')
+    return "\n".join(parts) + "</svg>\n"
+
+
+def slot() -> str:
+    """The README's section on the time of a slot."""
+    report, rows, ratios = load("slot_time"), [], []
+    for model, modes in report["models"].items():
+        for name, mode in modes.items():
+            cells = {"GPU ms": f"{mode['gpu_ms']:.1f}", "launches": f"{mode['launches']:,}"}
+            cells |= {label: f"{mode['families'].get(family, 0.0):.1f}" for family, (label, _) in COLOURS.items()}
+            rows.append(
+                (f"{MODELS[model].split(',')[0]} {name}", {**cells, "peak GiB": f"{mode['allocated_mib'] / 1024:.1f}"})
+            )
+        if {"before", "after"} <= modes.keys():
+            ratio = modes["before"]["gpu_ms"] / modes["after"]["gpu_ms"]
+            ratios.append(f"{MODELS[model].split(',')[0]} takes {1 / ratio:.0%} of the time")
+    summary = " and ".join(ratios) + "." if ratios else ""
+    picture = "![GPU time of one slot by family](docs/slot_time.svg)"
+    return "\n\n".join([fill(SLOT.format(card=report["card"], summary=summary)), picture, rows_table(rows)])
+
+
+# Section -> what writes it, the results without which it stays as it is
+SECTIONS = {
+    "quality": (quality, "ablation"), "teacher": (teacher, "teacher"), "kernels": (kernels, "kernels"),
+    "slot": (slot, "slot_time"),
+}  # fmt: skip
+
+
+def there(name: str) -> bool:
+    return (RESULTS / f"{name}.json").is_file()
 
 
 def render(text: str) -> str:
-    """The README with its generated sections written anew."""
-    for name, write in SECTIONS.items():
+    """The README with its generated sections written anew, where their results are there."""
+    for name, (write, results) in SECTIONS.items():
+        if not there(results):
+            continue
         section = f"<!-- {name}:begin -->.*?<!-- {name}:end -->"
-        begin, end = re.search(section, text, flags=re.S).span(0)
+        place = re.search(section, text, flags=re.S)
+        if not place:
+            sys.exit(
+                f"README.md has no <!-- {name}:begin --> and <!-- {name}:end -->, where {results}.json is to be shown"
+            )
+        begin, end = place.span(0)
         text = f"{text[:begin]}<!-- {name}:begin -->\n\n{write()}\n\n<!-- {name}:end -->{text[end:]}"
     return text
 
@@ -186,7 +336,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    for path, write in ((ROOT / "README.md", render), (ROOT / "docs" / "hinge.svg", lambda text: hinge_svg())):
+    files = [(ROOT / "README.md", render), (ROOT / "docs" / "hinge.svg", lambda text: hinge_svg())]
+    if there("slot_time"):
+        files.append((ROOT / "docs" / "slot_time.svg", lambda text: slot_svg()))
+    for path, write in files:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         new = write(text)
         if arguments.check and new != text:

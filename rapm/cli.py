@@ -28,6 +28,7 @@ FLAGS = (
     (("--validation_steps",), "validation_steps", int),
     (("--validation_prompts",), "validation_prompts", int),
     (("--mixed_precision",), "mixed_precision", str),
+    (("--attention",), "attention", str),
 )
 
 
@@ -99,6 +100,11 @@ def build_parser() -> Parser:
     sub.add_argument("--batch", type=int, default=512)
     sub = command("export", run_export, "Write the LoRA files of a run's newest checkpoint again, and prove them.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    sub = command("bench", run_bench, "Time the kernels on the shapes of a UNet pass, beside what else there is.")
+    sub.add_argument("ops", nargs="*", metavar="OP", help="operators; without one, all")
+    sub.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl"])
+    sub.add_argument("--output", type=Path, metavar="FILE.json", help="where to write everything that was measured")
+    sub.add_argument("--quick", action="store_true", help="the largest shape of each only, without torch.compile")
     return parser
 
 
@@ -185,6 +191,12 @@ def run_export(arguments: argparse.Namespace) -> None:
     from rapm.train import export_run
 
     export_run(arguments.folder)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    from rapm.bench import run
+
+    return run(arguments.ops, arguments.models, arguments.quick, arguments.output)
 
 
 if __name__ == "__main__":

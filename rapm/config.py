@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rapm.errors import UserError
+from rapm.kernels.attention import BACKENDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +23,7 @@ CHOICES = {
     "lr_schedule": ("cosine", "constant"),
     "relative_start": ("teacher", "student"),
     "report_to": ("tensorboard", "wandb", "none"),
+    "attention": BACKENDS,
 }
 AT_LEAST_ONE = (
     "steps", "fine_steps", "trajectories", "solve_batch", "lora_rank", "max_train_steps", "checkpointing_steps",
@@ -48,6 +50,7 @@ class Config:
     mixed_precision: str = "no"  # dtype of the frozen weights: "no" (fp32), "bf16" or "fp16"; LoRA and heads stay fp32
     device: str = "auto"
     vram: str = "auto"  # "12G", "16GB" or "auto": the allocator's cap
+    attention: str = "auto"  # "sdpa", "xformers", or on a GPU whatever a one-off timing of each shape finds fastest
 
     # Stage 1: trajectories
     steps: int = 4  # [N] coarse slots

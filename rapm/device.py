@@ -6,12 +6,15 @@ import torch
 
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
+from rapm.kernels import runtime
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by `mixed_precision`
 
 
 def pick_device(config: Config) -> torch.device:
     """The device, made current and its allocator capped at the `vram` budget. UserError for one that is not there."""
+    if runtime.MODE not in runtime.MODES:
+        raise UserError(f"RAPM_KERNELS={runtime.MODE}: choose one of {', '.join(runtime.MODES)}")
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,6 +24,9 @@ def pick_device(config: Config) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if runtime.triton is None:
+            print("note: Triton is not installed, so plain PyTorch operators are used: slower, the same results")
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
         if budget := parse_vram(config.vram):
             total = torch.cuda.get_device_properties(device).total_memory

@@ -1,5 +1,8 @@
 """Discriminators: small heads on the features of the frozen teacher (METHOD.md, stage 2, 5).
 
+A head (conv1x1 - GroupNorm - LeakyReLU, again with a residual, conv1x1 to a logit a position) and all that its training
+needs is kernels/disc_head.py.
+
 Shapes: B batch, C channels of a feature map, H W its positions.
 """
 
@@ -9,39 +12,34 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLOPE = 0.2  # of LeakyReLU, the usual value in GAN discriminators
+from rapm.kernels.disc_head import layout, logits_ref, views
 
 
-class Head(nn.Module):
-    """A feature map to a logit a position: conv1x1 - GroupNorm - LeakyReLU, again with a residual, conv1x1."""
+class Discriminators(nn.Module):
+    """Both discriminators, relative and absolute, a head for each tap of the UNet: all weights in one fp32 parameter.
 
-    def __init__(self, channels: int) -> None:
+    flat: 2 P, a discriminator a row. Equal seeds give equal bits on every device; layers start as PyTorch's do.
+    """
+
+    def __init__(self, channels: Sequence[int], seed: int = 0) -> None:
         super().__init__()
-        groups = math.gcd(32, channels)  # 32 for every width of the SD families
-        self.conv1 = nn.Conv2d(channels, channels, 1)
-        self.norm1 = nn.GroupNorm(groups, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 1)
-        self.norm2 = nn.GroupNorm(groups, channels)
-        self.out = nn.Conv2d(channels, 1, 1)
+        flat = torch.zeros(2, layout(channels)[1])
+        generator = torch.Generator().manual_seed(seed)
+        for row in flat:
+            parameters = views(row, channels)
+            for name, x in parameters.items():
+                if "norm" in name:
+                    x.fill_(name.endswith("weight"))
+                else:  # uniform within 1 / sqrt(inputs), biases too
+                    bound = 1 / math.sqrt(parameters[name.replace("bias", "weight")].shape[1])
+                    x.uniform_(-bound, bound, generator=generator)
+        self.flat = nn.Parameter(flat)
 
-    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B 1 H W
-        h = F.leaky_relu(self.norm1(self.conv1(x)), SLOPE)
-        h = h + F.leaky_relu(self.norm2(self.conv2(h)), SLOPE)
-        return self.out(h)
-
-
-class Discriminator(nn.Module):
-    """A head for each tap of the UNet: features -> logits, one B 1 H W a tap, in fp32."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(Head(c) for c in channels)
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [head(x.float()) for head, x in zip(self.heads, features, strict=True)]
+    def forward(self, side: int, features: Sequence[Tensor]) -> list[Tensor]:
+        """One discriminator's logits, in fp32: B C H W a tap -> B 1 H W."""
+        return logits_ref(features, self.flat[side])
 
 
 class Replay(nn.Module):

@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapm.config import Config
-from rapm.discriminators import Discriminator, Replay
+from rapm.discriminators import Discriminators, Replay
+from rapm.kernels.disc_head import disc_head
+from rapm.kernels.guided_step import guided_step
+from rapm.kernels.position_loss import position_gradient, position_loss
+from rapm.kernels.renoise import renoise
 from rapm.lora import LoRA
-from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
+from rapm.losses import hinge_discriminator
 from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
@@ -69,8 +74,8 @@ class Step:
         self.uncond = uncond.to(device, unet.dtype)
         self.z = self.positions[:1].clone()  # 1 C h w: the student's own position
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.noise = torch.zeros(config.steps, 3, *self.z.shape[1:], device=device)  # xi: fake, relative, absolute
-        self.time = torch.zeros(config.steps, device=device)  # where u lies in the slot, [0, 1)
+        self.key = torch.tensor([config.seed, 0], device=device)  # of the random numbers: seed, slots walked so far
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)  # position_loss's own
         self.adversarial = torch.ones((), device=device)  # 0 while the heads warm up
         # fp16 loses gradients below 6e-8, and a mean over the latents makes them small: through the network they are
         # taken larger, by the root of that divisor, which leaves as much room above as below.
@@ -78,12 +83,8 @@ class Step:
         self.sums = torch.zeros(len(LOSSES), device=device)  # over slots, of LOSSES
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
 
-        with torch.random.fork_rng(devices=[]):  # equal seeds give equal heads
-            torch.manual_seed(config.seed)
-            heads = {side: Discriminator(unet.feature_channels) for side in SIDES}
-        self.discriminators = nn.ModuleDict(heads).to(device)
+        self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
-        self.head_parameters = [p for i in self.used for p in self.discriminators[SIDES[i]].parameters()]
         self.replay = None
         if config.replay_size and self.used:
             with torch.no_grad():
@@ -100,21 +101,21 @@ class Step:
 
         self.optimizer = adam([lora.flat], config.learning_rate, (0.9, 0.99))
         # No momentum: the fake distribution moves with the student (the usual choice for discriminators).
-        self.head_optimizer = adam(self.head_parameters, config.head_learning_rate, (0.0, 0.99)) if self.used else None
+        heads = [self.discriminators.flat]
+        self.head_optimizer = adam(heads, config.head_learning_rate, (0.0, 0.99)) if self.used else None
 
     @property
     def _adversarial_weights(self) -> tuple[float, float]:
         return self.config.adversarial_relative, self.config.adversarial_absolute
 
-    def load(self, trajectory: Trajectory, noise: Tensor, time: Tensor) -> None:
-        """Set the buffers for a new iteration: positions, text, and the random numbers (N 3 C h w and N)."""
+    def load(self, trajectory: Trajectory, iteration: int) -> None:
+        """Set the buffers for a new iteration: positions, text, and the random numbers that belong to it."""
         self.positions.copy_(trajectory.positions, non_blocking=True)
         self.fine.copy_(trajectory.fine, non_blocking=True)
         for mine, theirs in zip(self.text, trajectory.text, strict=True):
             if mine is not None:
                 mine.copy_(theirs, non_blocking=True)
-        self.noise.copy_(noise, non_blocking=True)
-        self.time.copy_(time, non_blocking=True)
+        self.key[1] = iteration * self.config.steps
         self.z.copy_(self.positions[:1])
         self.slot.zero_()
 
@@ -129,72 +130,68 @@ class Step:
         self.picks.copy_(picks, non_blocking=True)
 
     def walk(self, z: Tensor, fine: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-        """The student's step of the current slot and its relative target: z_n, with gradient, and zhat_n; B C h w.
+        """The network's output at z, where the student stands, with gradient, and the relative target zhat_n; B C h w.
 
-        `z` is where the student stands, `fine` the stored position after the teacher's first fine step from there on.
+        `fine` is the stored position after the teacher's first fine step from z on.
         """
         weights = self.lora.views(self.unet.dtype)
         frozen = {name: (down.detach(), up.detach()) for name, (down, up) in weights.items()}
-        a, b = self.slots.step[self.slot][0]
-        z_n = a * z + b * self.unet(z, self.slots.high[self.slot], text, weights).float()
+        out = self.unet(z, self.slots.high[self.slot], text, weights)
         with torch.no_grad():
             if self.config.relative_start == "student":
                 fine = self._teacher_step(z, text)
-            a, b = self.slots.step_fine[self.slot][0]
-            return z_n, a * fine + b * self.unet(fine, self.slots.fine[self.slot], text, frozen).float()
+            zhat = self.unet(fine, self.slots.fine[self.slot], text, frozen)
+            return out, guided_step(fine, zhat, self.slots.step_fine[self.slot][0])
 
     def _teacher_step(self, z: Tensor, text: Text) -> Tensor:
         """The teacher's guided first fine step of the slot, from the student's position."""
-        a, b = self.slots.step_teacher[self.slot][0]
         both = Text.cat([self.uncond.expand(len(z)), text])
-        without, with_text = self.unet(torch.cat([z, z]), self.slots.high[self.slot], both).float().chunk(2)
-        return a * z + b * (without + self.config.guidance * (with_text - without))
+        out = self.unet(torch.cat([z, z]), self.slots.high[self.slot], both)
+        return guided_step(z, out, self.slots.step_teacher[self.slot][0], self.config.guidance)
 
-    def renoised(self, x: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_u, u): x at t_n noised on to a u in [t_n, t_n + renoise (t_{n+1} - t_n))."""
-        low, high = self.slots.low[self.slot], self.slots.high[self.slot]
-        u = low + (self.config.renoise * self.time[self.slot] * (high - low)).long()
-        keep, add = self.slots.renoise[self.slot, u][0]
-        return keep * x + add * xi, u
+    def renoised(self, fake: Tensor, relative: Tensor, absolute: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_u, u, keep): three positions at t_n noised on to a u in [t_n, t_n + renoise (t_{n+1} - t_n))."""
+        slots, share = self.slots, self.config.renoise
+        tables = slots.low, slots.high, slots.renoise, self.slot
+        return renoise(fake, relative, absolute, *tables, self.key, share, self.unet.dtype)
 
     def __call__(self) -> None:
         config = self.config
-        z_n, zhat = self.walk(self.z, self.fine[self.slot], self.text)
-        targets = torch.cat([zhat, self.positions[self.slot + 1]])  # zhat_n, ztilde_n
+        out, zhat = self.walk(self.z, self.fine[self.slot], self.text)
+        ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
 
-        # The backward is split at the latents: each term leaves its gradient here and frees its graph.
-        leaf = z_n.detach().requires_grad_()
-        distances = [pseudo_huber(leaf, target[None], config.huber_c) for target in targets]
-        distance = config.weight_relative * distances[0] + config.weight_absolute * distances[1]
-        (gradient,) = torch.autograd.grad(distance, leaf)
-        generator, discriminator = self._adversarial(leaf, targets, gradient)
+        # The backward is split at the latents: the terms' gradients meet there, and each frees its graph.
+        weights = config.weight_relative, config.weight_absolute
+        pulls = position_loss(self.z, out, step, zhat, ztilde, weights, config.huber_c, self.counter)
+        z_n, distances, gradient = pulls
+        generator, discriminator, *added = self._adversarial(z_n, zhat, ztilde)
+        gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
-        (flat,) = torch.autograd.grad(z_n, self.lora.flat, self.scale * gradient)
+        (flat,) = torch.autograd.grad(out, self.lora.flat, gradient)
         flat = flat / self.scale
         norm = flat.norm()
-        loss = distance.detach() + self.adversarial * sum(
-            w * g for w, g in zip(self._adversarial_weights, generator, strict=True)
-        )
-        good = torch.isfinite(loss + norm + sum(discriminator))
+        loss = sum(w * x for w, x in zip(weights, distances, strict=True))
+        loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
+        good = torch.isfinite(loss + norm + discriminator.sum())
         self.lora.flat.grad = flat * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
                 optimizer.step()
-        values = [loss, *distances, *generator, *discriminator, norm]
-        row = torch.stack([value.detach() for value in values]).where(good, 0.0)
-        self.sums += row
+        row = torch.cat([loss[None], distances, generator, discriminator, norm[None]])
+        self.sums += row.where(good, 0.0)
         self.skipped += (~good).float()
         self.streak.copy_(torch.where(good, 0.0, self.streak + 1))
         self.worst.copy_(torch.maximum(self.worst, self.streak))
-        self.z.copy_(torch.where(good, leaf.detach(), targets[1:]))
+        self.z.copy_(torch.where(good, z_n, ztilde))
         self.slot += 1
+        self.key[1] += 1
 
     @torch.no_grad()
-    def held_out(self, batch: list[Trajectory], noise: Tensor) -> tuple[Tensor, Tensor]:
+    def held_out(self, batch: list[Trajectory], counter: int) -> tuple[Tensor, Tensor]:
         """B trajectories walked without an update: hinge of both discriminators N 2 (2 is chance) and z_0, B C h w.
 
-        noise: N 3 B C h w. Uses the slot's number and u; `load` comes after it.
+        Equal counters give equal random numbers. Uses the slot's number and the key; `load` comes after it.
         """
         device, hinge = self.z.device, []
         text = Text.cat([t.text for t in batch]).to(device, self.unet.dtype)
@@ -202,48 +199,40 @@ class Step:
         z = positions[0]
         for n in range(self.config.steps):
             self.slot.fill_(n)
-            z, zhat = self.walk(z, fine[n], text)
-            shown = zip((z, zhat, positions[n + 1]), noise[n].to(device), strict=True)
-            features = [self.unet.features(*self.renoised(x, xi), text) for x, xi in shown]
-            for i, side in enumerate(SIDES):
-                heads = self.discriminators[side]
-                hinge.append(hinge_discriminator(heads(features[1 + i]), heads(features[0])))
+            self.key[1] = counter + n
+            out, zhat = self.walk(z, fine[n], text)
+            z = guided_step(z, out, self.slots.step[self.slot][0])
+            x_u, u, _ = self.renoised(z, zhat, positions[n + 1])
+            features = [self.unet.features(x, u, text) for x in x_u.chunk(3)]
+            for i in range(2):
+                real, fake = (self.discriminators(i, features[kind]) for kind in (1 + i, 0))
+                hinge.append(hinge_discriminator(real, fake))
         return torch.stack(hinge).unflatten(0, (-1, 2)), z
 
-    def _adversarial(self, leaf: Tensor, targets: Tensor, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Adds the generator terms' gradient to `gradient`, sets the heads' gradients; the terms of both, by side."""
-        zero = leaf.new_zeros(())
-        generator, discriminator = [zero, zero], [zero, zero]
-        if not self.used:
-            return generator, discriminator
-        xi = self.noise[self.slot][0]  # 3 C h w
-        x_u, u = self.renoised(leaf, xi[:1])
-        fake = self.unet.features(x_u, u, self.text)
-        with torch.no_grad():
-            x_u, _ = self.renoised(targets, xi[1:])
-            real = self.unet.features(x_u, u, self.text.expand(2))
-            known = [torch.cat([f, r]) for f, r in zip(fake, real, strict=True)]  # 3 C h w: fake, relative, absolute
-            shown = [x[:, None] for x in known]  # 3 1 C h w
-            if self.replay is not None:
-                past = self.replay.swap(known, self.place[self.slot][0], self.picks[self.slot][0])
-                shown = [torch.cat([x, p.transpose(0, 1)], dim=1) for x, p in zip(shown, past, strict=True)]
+    def _adversarial(self, z_n: Tensor, zhat: Tensor, ztilde: Tensor) -> tuple[Tensor | None, ...]:
+        """The generator's and the discriminators' terms, (2,) each; keep of the re-noising, and the gradient at x_u.
 
-        weighted = zero
-        for i in self.used:
-            heads = self.discriminators[SIDES[i]]
-            generator[i] = hinge_generator(heads(fake))
-            weighted = weighted + self._adversarial_weights[i] * generator[i]
-        (part,) = torch.autograd.grad(self.scale * weighted, leaf)
-        gradient += self.adversarial / self.scale * part
-        for i in self.used:
-            heads = self.discriminators[SIDES[i]]
-            pairs = [torch.cat([x[0], x[1 + i]]) for x in shown]
-            logits = [x.chunk(2) for x in heads(pairs)]
-            discriminator[i] = hinge_discriminator([x[1] for x in logits], [x[0] for x in logits])
-        grads = torch.autograd.grad(sum(discriminator), self.head_parameters)
-        for parameter, grad in zip(self.head_parameters, grads, strict=True):
-            parameter.grad = grad
-        return [g.detach() for g in generator], discriminator
+        Sets the heads' gradient. The gradient at x_u is that of the weighted generator terms, `scale` times too large.
+        """
+        if not self.used:
+            zero = z_n.new_zeros(2)
+            return zero, zero, None, None
+        x_u, u, keep = self.renoised(z_n, zhat, ztilde)
+        x = x_u[:1].requires_grad_()
+        fake = self.unet.features(x, u, self.text)
+        with torch.no_grad():
+            real = self.unet.features(x_u[1:], u, self.text.expand(2))
+            shown = [torch.cat([f, r])[:, None] for f, r in zip(fake, real, strict=True)]  # 3 1 C h w
+            if self.replay is not None:
+                past = self.replay.swap([x[:, 0] for x in shown], self.place[self.slot][0], self.picks[self.slot][0])
+                shown = [torch.cat([x, p.transpose(0, 1)], dim=1) for x, p in zip(shown, past, strict=True)]
+        weights = [self._adversarial_weights[i] for i in self.used]
+        heads = disc_head(shown, self.discriminators.flat, weights, sides=self.used, scale=self.scale)
+        *terms, gradients, self.discriminators.flat.grad = heads
+        (gradient,) = torch.autograd.grad(fake, x, gradients)
+        if len(self.used) == 1:  # the other one's terms are 0
+            terms = [F.pad(term, (self.used[0], 1 - self.used[0])) for term in terms]
+        return *terms, keep, gradient
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:

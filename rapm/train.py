@@ -26,6 +26,7 @@ from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
 from rapm.export import export_lora, verify_export
+from rapm.kernels.attention import xformers_problem
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
@@ -84,7 +85,8 @@ class Training:
         trained = len(self.store) - self.config.validation_prompts
         epoch, place = divmod(self.done, trained)
         order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        self._load(int(order[place]), f"iteration {self.done}")
+        self.step.load(self.store[int(order[place])], self.done)
+        self.step.draw(self._generator(f"iteration {self.done}"), self.done)
         self._set_rates()
         for _ in range(self.config.steps):
             self._slot()
@@ -94,12 +96,10 @@ class Training:
     def validate(self) -> tuple[dict[str, float], Tensor]:
         """Held-out figures (hinge of both discriminators by slot, RMSE of the latents) and the student's latents."""
         hinges, ends = [], []
-        self.step.time.fill_(0.5)
         for start in range(0, len(self.held_out), self.config.solve_batch):
             batch = [self.store[i] for i in self.held_out[start : start + self.config.solve_batch]]
-            shape = self.config.steps, 3, len(batch), *self.step.z.shape[1:]
-            noise = torch.randn(shape, generator=self._generator(f"held out {start}"))  # the same at every validation
-            hinge, z = self.step.held_out(batch, noise)
+            counter = -(start + 1) * self.config.steps  # training counts up from 0; the same at every validation
+            hinge, z = self.step.held_out(batch, counter)
             hinges.append(hinge * len(batch) / len(self.held_out))
             ends.append(z)
         student, hinge = torch.cat(ends), torch.stack(hinges).sum(0)
@@ -172,12 +172,6 @@ class Training:
         self._reported = float(step.skipped)
         self.done = done
 
-    def _load(self, index: int, purpose: str) -> None:
-        generator, step = self._generator(purpose), self.step
-        noise = torch.randn(step.noise.shape, generator=generator)
-        step.load(self.store[index], noise, torch.rand(step.time.shape, generator=generator))
-        step.draw(generator, self.done)
-
     def _set_rates(self) -> None:
         config, i = self.config, self.done
         rise = min(1.0, (i + 1) / (config.lr_warmup_steps + 1))
@@ -236,7 +230,10 @@ def export_run(folder: Path) -> None:
 def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
     """The teacher, the settings with its resolution, and the prompts; everything a user can get wrong is checked."""
     prompts = training_prompts(config)
+    if config.attention == "xformers" and (problem := xformers_problem()):
+        raise UserError(f"attention xformers: {problem}, or use sdpa")
     teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    teacher.unet.use_attention(config.attention)
     config = config.replace(resolution=config.resolution or teacher.default_resolution)
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
     teacher.latent_shape(config.resolution)

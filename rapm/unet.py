@@ -21,6 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rapm.errors import UserError
+from rapm.kernels.attention import attention
+from rapm.kernels.frozen_conv import frozen_conv
+from rapm.kernels.geglu import geglu
+from rapm.kernels.group_norm_silu import group_norm_silu
+from rapm.kernels.layer_norm import layer_norm
+from rapm.kernels.lora_conv import lora_conv
+from rapm.kernels.lora_linear import lora_linear
 
 Lora = Mapping[str, tuple[Tensor, Tensor]] | None
 
@@ -99,24 +106,46 @@ class Linear(nn.Linear):
     name = ""
 
     def forward(self, x: Tensor, lora: Lora = None) -> Tensor:  # ... C_in -> ... C_out
-        y = super().forward(x)
         if lora is not None and self.name in lora:
-            down, up = lora[self.name]
-            y = y + F.linear(F.linear(x, down), up)
-        return y
+            return lora_linear(x, self.weight, self.bias, *lora[self.name])
+        return super().forward(x)  # a frozen product keeps nothing for backward
 
 
-class Conv2d(nn.Conv2d):
+class FrozenConv2d(nn.Conv2d):
+    """A convolution that no LoRA extends."""
+
+    def forward(self, x: Tensor) -> Tensor:  # B C_in H W -> B C_out H' W'
+        return frozen_conv(x, self.weight, self.bias, self.stride[0], self.padding[0])
+
+
+class Conv2d(FrozenConv2d):
     """A convolution that a LoRA may extend. down: R C_in k k, with this layer's stride and padding, up: C_out R 1 1."""
 
     name = ""
 
     def forward(self, x: Tensor, lora: Lora = None) -> Tensor:  # B C_in H W -> B C_out H' W'
-        y = super().forward(x)
         if lora is not None and self.name in lora:
-            down, up = lora[self.name]
-            y = y + F.conv2d(F.conv2d(x, down, None, self.stride, self.padding), up)
-        return y
+            return lora_conv(x, self.weight, self.bias, *lora[self.name], self.stride[0], self.padding[0])
+        return super().forward(x)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of x + shift + residual, and its SiLU where `silu`; with a residual also that sum: (y, sum)."""
+
+    def forward(
+        self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:  # x, residual: B C H W, shift: B C
+        options = dict(silu=silu, shift=shift, residual=residual)
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, **options)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x + residual, its LayerNorm); without a residual x itself is the sum."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:  # B N C
+        if residual is None:
+            return x, layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 def sinusoid(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -135,27 +164,28 @@ def timestep_embedding(inputs: int, dim: int) -> nn.Sequential:
 
 
 class ResnetBlock(nn.Module):
-    """conv(silu(norm(x))), plus the time embedding, conv(silu(norm(.))), plus x."""
+    """conv(silu(norm(x))), plus the time embedding, conv(silu(norm(.))); and x, which whoever comes next adds."""
 
     def __init__(self, inputs: int, channels: int, time_dim: int, config: Mapping) -> None:
         super().__init__()
         groups, eps = config["norm_num_groups"], config["norm_eps"]
-        self.norm1 = nn.GroupNorm(groups, inputs, eps)
+        self.norm1 = GroupNorm(groups, inputs, eps)
         self.conv1 = Conv2d(inputs, channels, 3, padding=1)
         self.time_emb_proj = Linear(time_dim, channels)
-        self.norm2 = nn.GroupNorm(groups, channels, eps)
+        self.norm2 = GroupNorm(groups, channels, eps)
         self.conv2 = Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = Conv2d(inputs, channels, 1) if inputs != channels else None
 
-    def forward(self, x: Tensor, emb: Tensor, lora: Lora) -> Tensor:  # x: B C H W, emb: B E, its SiLU applied
-        h = self.conv1(F.silu(self.norm1(x)), lora)
-        h = h + self.time_emb_proj(emb, lora)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)), lora)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x, lora))
+    def forward(self, x: Tensor, emb: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:  # x: B C H W, emb: B E, its SiLU
+        h = self.conv1(self.norm1(x, silu=True), lora)
+        h = self.conv2(self.norm2(h, silu=True, shift=self.time_emb_proj(emb, lora)), lora)
+        return h, x if self.conv_shortcut is None else self.conv_shortcut(x, lora)
 
 
 class Attention(nn.Module):
     """Softmax attention of x over `context` (over x itself when both are the same tensor)."""
+
+    backend = "auto"
 
     def __init__(self, channels: int, context: int, heads: int) -> None:
         super().__init__()
@@ -168,7 +198,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, lora: Lora) -> Tensor:  # B N C, B L C' -> B N C
         q, k, v = self.to_q(x, lora), self.to_k(context, lora), self.to_v(context, lora)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # B heads N d
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), lora)
+        return self.to_out[0](attention(q, k, v, self.backend).transpose(1, 2).flatten(2), lora)
 
 
 class FeedForward(nn.Module):
@@ -180,27 +210,28 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
 
     def forward(self, x: Tensor, lora: Lora) -> Tensor:  # B N C
-        value, gate = self.net[0]["proj"](x, lora).chunk(2, dim=-1)
-        return self.net[2](value * F.gelu(gate), lora)
+        return self.net[2](geglu(self.net[0]["proj"](x, lora)), lora)
 
 
 class TransformerBlock(nn.Module):
-    """Self attention, cross attention and feed-forward, each on the normalised stream and added to it."""
+    """Self attention, cross attention and feed-forward, each on the normalised stream and added to it by the next."""
 
     def __init__(self, channels: int, context: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, context, heads)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, hidden: Tensor, lora: Lora) -> Tensor:  # B N C, B L C'
-        h = self.norm1(x)
-        x = x + self.attn1(h, h, lora)
-        x = x + self.attn2(self.norm2(x), hidden, lora)
-        return x + self.ff(self.norm3(x), lora)
+    def forward(
+        self, branch: Tensor, x: Tensor | None, hidden: Tensor, lora: Lora
+    ) -> tuple[Tensor, Tensor]:  # B N C, B L C': what is still to be added to the stream x, and the stream
+        x, h = self.norm1(branch, x)
+        x, h = self.norm2(self.attn1(h, h, lora), x)
+        x, h = self.norm3(self.attn2(h, hidden, lora), x)
+        return self.ff(h, lora), x
 
 
 class Transformer(nn.Module):
@@ -209,20 +240,22 @@ class Transformer(nn.Module):
     def __init__(self, channels: int, depth: int, heads: int, context: int, config: Mapping) -> None:
         super().__init__()
         self.linear = config["use_linear_projection"]
-        self.norm = nn.GroupNorm(config["norm_num_groups"], channels, eps=1e-6)
+        self.norm = GroupNorm(config["norm_num_groups"], channels, eps=1e-6)
         self.proj_in = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
         self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, hidden: Tensor, lora: Lora) -> Tensor:  # B C H W, B L C'
-        h = self.norm(x)
+    def forward(self, branch: Tensor, x: Tensor, hidden: Tensor, lora: Lora) -> Tensor:  # B C H W twice, B L C'
+        h, x = self.norm(branch, residual=x)
         if not self.linear:
             h = self.proj_in(h, lora)
         h = h.permute(0, 2, 3, 1).flatten(1, 2)  # B N C
         if self.linear:
             h = self.proj_in(h, lora)
+        stream = None
         for block in self.transformer_blocks:
-            h = block(h, hidden, lora)
+            h, stream = block(h, stream, hidden, lora)
+        h = h + stream
         if self.linear:
             h = self.proj_out(h, lora)
         h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # B C H W
@@ -244,8 +277,8 @@ class Block(nn.Module):
         self.add_module(self.resampler, nn.ModuleList(nn.ModuleDict({"conv": conv}) for conv in convs))
 
     def layer(self, i: int, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora) -> Tensor:
-        x = self.resnets[i](x, emb, lora)
-        return self.attentions[i](x, hidden, lora) if i < len(self.attentions) else x
+        h, x = self.resnets[i](x, emb, lora)
+        return self.attentions[i](h, x, hidden, lora) if i < len(self.attentions) else h + x
 
 
 class DownBlock(Block):
@@ -296,7 +329,7 @@ class UNet(nn.Module):
             parts = [Transformer(widths[i], depths[i], heads[i], contexts[i], config) for _ in range(attentions)]
             return widths[i], inputs, parts, resample, time_dim, config
 
-        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.conv_in = FrozenConv2d(config["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = timestep_embedding(widths[0], time_dim)
         if config["addition_embed_type"] == "text_time":
             self.add_embedding = timestep_embedding(config["projection_class_embeddings_input_dim"], time_dim)
@@ -314,8 +347,8 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(*args(i, inputs, len(inputs) * kind.startswith("CrossAttn"), i > 0)))
             x = widths[i]
 
-        self.conv_norm_out = nn.GroupNorm(config["norm_num_groups"], widths[0], config["norm_eps"])
-        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
+        self.conv_norm_out = GroupNorm(config["norm_num_groups"], widths[0], config["norm_eps"])
+        self.conv_out = FrozenConv2d(widths[0], config["out_channels"], 3, padding=1)
         for name, layer in self.lora_targets().items():
             layer.name = name
 
@@ -330,6 +363,12 @@ class UNet(nn.Module):
         """
         return {name: module for name, module in self.named_modules() if isinstance(module, (Linear, Conv2d))}
 
+    def use_attention(self, backend: str) -> None:
+        """Compute attention by "auto", "sdpa" or "xformers" from now on."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
     def forward(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None) -> Tensor:
         """Raw output B C H W for latents z (B C H W) at timesteps t (0-dim or B), in the weights' dtype."""
         emb, hidden = self._condition(t.expand(z.shape[0]), text)
@@ -337,7 +376,7 @@ class UNet(nn.Module):
         x = self._encode(z, emb, hidden, lora, skips)[-1]
         for block in self.up_blocks:
             x = block(x, emb, hidden, lora, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
     def features(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None) -> list[Tensor]:
         """What each down block hands to the next, then the mid block's output; no up block runs."""

@@ -6,11 +6,13 @@ import os
 import random
 from collections.abc import Callable
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-
 import numpy as np
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
 # torch lists what a device context redirects when one is first used: let that be before the patches below
 with torch.device("meta"):

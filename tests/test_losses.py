@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from rapm.discriminators import Discriminator, Replay
+from rapm.discriminators import Discriminators, Replay
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
 
 
@@ -35,7 +35,7 @@ def test_hinge_losses():
 
 def test_a_logit_for_every_position_of_every_tap():
     features = [torch.randn(3, 48, 8, 6), torch.randn(3, 64, 4, 3)]
-    logits = Discriminator([48, 64])(features)
+    logits = Discriminators([48, 64])(1, features)
     assert [x.shape for x in logits] == [(3, 1, 8, 6), (3, 1, 4, 3)]
     assert all(x.std() > 0 for x in logits)
 

@@ -251,7 +251,7 @@ def test_residual_stream_stays_channels_last(pairs: dict[str, Pair], tmp_path: P
     seen = []
     for block in [*ours.down_blocks, ours.mid_block, *ours.up_blocks]:
         for module in [*block.resnets, *block.attentions]:
-            module.register_forward_hook(lambda _, __, out: seen.append(out.stride(1)))
+            module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].stride(1)))
     ours(*inputs(CONFIGS["sd1"], 2, (16, 16)))
     assert len(seen) > 10 and set(seen) == {1}
 

@@ -1,0 +1,187 @@
+"""Where the GPU time of one training slot goes, by family of kernels: python benchmarks/slot_time.py (needs a GPU).
+
+SD1.5 at 512x512 and SDXL at 1024x1024, batch 1, bf16, LoRA rank 1: the whole slot as one CUDA graph, before (plain
+PyTorch, RAPM_KERNELS=reference) and after (auto) -> results/slot_time.json. The weights are random: times are real,
+losses mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rapm.bench import MODELS, card, example_text, gpu_kernels, kernel_mode, need_gpu
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.lora import LoRA
+from rapm.schedule import Schedule
+from rapm.step import Step, captured
+from rapm.trajectories import Trajectory
+from rapm.unet import UNet
+
+ROOT = Path(__file__).parents[1]
+MODES = {"before": "reference", "after": "auto"}
+# The family of a kernel is the first of these that its name contains, in small letters. Names say little about purpose,
+# but a rank-1 LoRA is all vector products, and hardly anything else is; fp32 products are the discriminators' heads'.
+FAMILIES = (
+    ("layout", ("nchwtonhwc", "nhwctonchw", "transpose", "tensortransform", "permute", "addpadding", "converttensor")),
+    ("attention", ("flash", "fmha", "sdpa", "attention", "softmax", "compute_dot_do_o", "convert_dq")),
+    ("heads", ("tf32", "s1688", "sgemm", "leaky_relu", "f32f32_f32f32_f32")),
+    ("lora", ("gemv", "gemmk1", "gemmsn", "dot_kernel", "reduce_1block")),
+    ("norm", ("groupnorm", "group_norm", "layernorm", "layer_norm", "rowwisemoments", "fusedparams", "gammabeta",
+              "internalgradients")),
+    ("optimizer", ("multi_tensor", "fusedadam", "fused_adam", "fusedoptimizer")),
+    ("conv", ("fprop", "dgrad", "wgrad", "convolve", "conv2d", "winograd", "im2col", "implicit", "cudnn")),
+    ("gemm", ("gemm", "nvjet", "splitk", "cutlass", "cublas", "xmma")),
+    ("copy", ("direct_copy", "copy_kernel", "memcpy", "memset", "catarray", "fillfunctor", "gather", "index",
+              "scatter")),
+    ("elementwise", ("elementwise", "reduce_kernel", "upsample", "triton_")),
+)  # fmt: skip
+# What the kernels of a file of kernels/ replace, by the first of these that its name begins with; the report lists them
+# one by one besides. lora_gemm's hold the frozen product too.
+REPLACES = {
+    "group_norm": "norm", "layer_norm": "norm", "geglu": "elementwise", "attention": "attention", "frozen": "conv",
+    "lora_gemm": "gemm", "lora": "lora", "low_rank": "lora", "disc_head": "heads", "position": "elementwise",
+    "renoise": "elementwise", "guided": "elementwise",
+}  # fmt: skip
+PROFILED = 2  # slots; all are the same graph
+OTHER_LIMIT = 0.03  # a larger share of `other` means that the table above is out of date
+
+
+def own_kernels() -> dict[str, str]:
+    """Triton kernel's name -> file of kernels/."""
+    files = (ROOT / "kernels").glob("*.py")
+    return {name: file.stem for file in files for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M)}
+
+
+def classify(name: str, own: dict[str, str]) -> str:
+    """The family of a GPU kernel; "other" for one that the table does not know."""
+    if name in own:
+        return next((family for file, family in REPLACES.items() if own[name].startswith(file)), "other")
+    name = name.lower()
+    return next((family for family, words in FAMILIES if any(word in name for word in words)), "other")
+
+
+def random_unet(model: str, device: str) -> UNet:
+    """A frozen UNet: normal weights of deviation 0.02, bf16, convolutions channels-last."""
+    with torch.device("meta"):
+        unet = UNet(MODELS[model].unet)
+    unet = unet.requires_grad_(False).eval().to(torch.bfloat16).to_empty(device=device)
+    for name, x in unet.named_parameters():
+        if x.dim() > 1:
+            x.normal_(0, 0.02)
+        else:
+            x.fill_(name.endswith(".weight"))  # of a norm: 1; a bias: 0
+    unet = unet.to(memory_format=torch.channels_last)
+    if device == "cuda":
+        torch.cuda.synchronize()  # other streams will read it
+    return unet
+
+
+def make_step(unet: UNet, model: str) -> tuple[Step, Callable[[], None]]:
+    """A step on a random trajectory, and what sets it back to the first slot."""
+    config, side = Config.preset(model).replace(lora_rank=1), MODELS[model].side
+    schedule = Schedule.from_config(dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+    positions, fine = (torch.randn(n, 4, side, side) for n in (config.steps + 1, config.steps))
+    trajectory = Trajectory(positions, fine, example_text(unet.config, side, "cpu"), "", 0)
+    step = Step(unet, LoRA(unet, config.lora_rank), schedule, config, trajectory, trajectory.text)
+    return step, lambda: step.load(trajectory, 0)
+
+
+def measure(unet: UNet, model: str, iterations: int = 5) -> dict:
+    """One slot as a CUDA graph: GPU milliseconds, launches and milliseconds by family, memory with the UNet's own."""
+    torch.cuda.reset_peak_memory_stats()
+    step, reset = make_step(unet, model)
+    reset()
+    step()  # eager: every kernel and workspace must have been used once
+    slot, slots = captured(step), step.config.steps
+
+    def iteration() -> None:
+        for _ in range(slots):
+            slot()
+
+    times = []
+    for _ in range(iterations):
+        reset()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        iteration()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / slots)
+    reset()
+    kernels = gpu_kernels(lambda: [slot() for _ in range(PROFILED)])
+    if float(step.skipped) or not torch.isfinite(step.sums).all():
+        raise SystemExit(f"{model}: {float(step.skipped):.0f} slots were not finite: what was timed is not a training")
+    mib = 2**-20
+    return {
+        "gpu_ms": statistics.median(times),
+        **summary([(name, ms / PROFILED) for name, ms in kernels], len(kernels) // PROFILED),
+        "allocated_mib": torch.cuda.max_memory_allocated() * mib,
+        "reserved_mib": torch.cuda.max_memory_reserved() * mib,
+    }
+
+
+def summary(kernels: list[tuple[str, float]], launches: int) -> dict:
+    """Milliseconds by family, of each kernel of ours, and of the largest that no family knows."""
+    own = own_kernels()
+    ms = Counter()
+    for name, value in kernels:
+        ms[name] += value
+    families = Counter({family: 0.0 for family, _ in FAMILIES})
+    for name, value in ms.items():
+        families[classify(name, own)] += value
+    unknown = [(name, value) for name, value in ms.most_common() if classify(name, own) == "other"]
+    return {
+        "kernel_ms": sum(ms.values()),
+        "launches": launches,
+        "families": dict(families),
+        "ours": {name: value for name, value in ms.most_common() if name in own},
+        "largest": [[name[:160], value] for name, value in ms.most_common(30)],
+        "unclassified": [[name[:160], value] for name, value in unknown[:10]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "slot_time.json")
+    arguments = parser.parse_args()
+    try:
+        need_gpu()
+    except UserError as error:
+        print(f"slot_time: {error}", file=sys.stderr)
+        sys.exit(2)
+    torch.manual_seed(0)
+    report: dict = {"card": card(), "models": {}}
+    for model in arguments.models:
+        unet, modes = random_unet(model, "cuda"), {}
+        for name in arguments.modes:
+            with kernel_mode(MODES[name]), torch.cuda.stream(torch.cuda.Stream()):
+                modes[name] = found = measure(unet, model)
+            gc.collect()
+            torch.cuda.empty_cache()
+            families = ", ".join(f"{k} {v:.1f}" for k, v in Counter(found["families"]).most_common())
+            print(f"{model} {name}: {found['gpu_ms']:.1f} ms, {found['launches']} launches: {families}")
+            if found["families"].get("other", 0) > OTHER_LIMIT * found["kernel_ms"]:
+                print("  unclassified:", *(f"{v:.3f} ms {k}" for k, v in found["unclassified"]), sep="\n    ")
+        report["models"][model] = modes
+        del unet
+        gc.collect()
+        torch.cuda.empty_cache()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Convolution of a frozen weight: y = conv2d(x, W) + b, differentiated by x alone.
+
+Stock autograd keeps x for the gradient of W, whether or not W wants one; this keeps nothing but W, which is there
+anyway. No kernel of ours: both products are cuDNN's, and backward asks it for the input's gradient with a stand-in
+input, of which only the sizes are read.
+
+Shapes: x: B C H W, W: N C k k, b: N, y: B N H' W', H' = (H + 2 padding - k) // stride + 1. All are channels-last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapm.kernels.runtime import enabled
+
+LAYOUT = torch.channels_last
+
+
+def frozen_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Only algorithms that give the same bits every run: some of cuDNN's add up atomically."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """conv2d inside an operator: channels-last, the same bits every run."""
+    with _deterministic():
+        y = F.conv2d(x.contiguous(memory_format=LAYOUT), weight, bias, stride, padding)
+    return y.contiguous(memory_format=LAYOUT)
+
+
+def conv_input_grad(dy: Tensor, weight: Tensor, shape: list[int], stride: int, padding: int) -> Tensor:
+    """The gradient of conv2d's input, of `shape`, inside an operator: channels-last, the same bits every run."""
+    stand_in = dy.new_empty(()).expand(shape)
+    geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1  # dilation, transposed, output padding, groups
+    with _deterministic():
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dy.contiguous(memory_format=LAYOUT), stand_in, weight, None, *geometry, (True, False, False)
+        )
+    return dx.contiguous(memory_format=LAYOUT)
+
+
+def conv_like(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """What `conv` returns, uninitialised."""
+    height, width = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])
+    shape = x.shape[0], weight.shape[0], height, width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+
+
+def require_frozen(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """TypeError for a weight or bias whose gradient is wanted: the operator `name` computes none."""
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise TypeError(f"{name}: weight {tuple(weight.shape)} or its bias requires grad: call requires_grad_(False)")
+
+
+@torch.library.custom_op("rapm::frozen_conv", mutates_args=())
+def _frozen_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    return conv(x, weight, bias, stride, padding)
+
+
+@torch.library.custom_op("rapm::frozen_conv_backward", mutates_args=())
+def _frozen_conv_backward(dy: Tensor, weight: Tensor, shape: list[int], stride: int, padding: int) -> Tensor:
+    return conv_input_grad(dy, weight, shape, stride, padding)
+
+
+@_frozen_conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    return conv_like(x, weight, stride, padding)
+
+
+@_frozen_conv_backward.register_fake
+def _(dy: Tensor, weight: Tensor, shape: list[int], stride: int, padding: int) -> Tensor:
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=LAYOUT)
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    x, weight, _, ctx.stride, ctx.padding = inputs
+    ctx.shape = x.shape
+    ctx.save_for_backward(weight)
+
+
+def _backward(ctx, dy: Tensor) -> tuple:
+    (weight,) = ctx.saved_tensors
+    return _frozen_conv_backward(dy, weight, ctx.shape, ctx.stride, ctx.padding), None, None, None, None
+
+
+_frozen_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def frozen_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
+    """conv2d of x (B C H W) and a frozen weight (N C k k) and bias (N or None), keeping no input: B N H' W'.
+
+    TypeError where the weight or the bias requires a gradient.
+    """
+    if not enabled(x):
+        return frozen_conv_ref(x, weight, bias, stride, padding)
+    require_frozen("frozen_conv", weight, bias)
+    return _frozen_conv(x, weight, bias, stride, padding)

@@ -1,0 +1,107 @@
+"""Linear layer with a low-rank update (LoRA, arXiv 2106.09685, scale 1): y = x W^T + b + h up^T, h = x down^T.
+
+W and b are frozen. Backward: g = dy up, dx = dy W + g down, ddown = g^T x, dup = dy^T h. It keeps x (for ddown), h
+(M R, for dup) and the weights, and of these only what a wanted gradient needs.
+
+The frozen product is cuBLAS's in both directions, and adds to what it finds in its output. So one launch
+(low_rank.rows) reads x, writes h and begins y = b + h up^T; backward, the same launch reads dy and begins dx = g down.
+ddown and dup are one or two more (low_rank.sums). Above rank 16 cuBLAS does all.
+
+Shapes: M rows of x (all leading dimensions), K inputs, N outputs, R rank; x: ... K, W: N K, b: N, down: R K, up: N R.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapm.kernels.frozen_conv import require_frozen
+from rapm.kernels.low_rank import matrix, rows, small, sums
+from rapm.kernels.runtime import enabled
+
+
+def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
+
+
+def _product(
+    x: Tensor, frozen: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:  # (M K) (K N) (N) (K R) (R N) -> M N, M R
+    """y = x frozen + bias + t b, and t = x a."""
+    if small(a.shape[1]):
+        y = x.new_empty(len(x), frozen.shape[1])
+        t = rows(x, a, b, bias, y)
+    else:
+        t = x @ a
+        y = t @ b if bias is None else torch.addmm(bias, t, b)
+    return y.addmm_(x, frozen), t
+
+
+@torch.library.custom_op("rapm::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor]:  # y, h
+    shape, x = (*x.shape[:-1], len(weight)), matrix(x)
+    y, h = _product(x, weight.t(), bias, down.t(), up.t())
+    return y.view(shape), h
+
+
+@torch.library.custom_op("rapm::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, wants_x: bool
+) -> list[Tensor]:
+    """dx if it is wanted, ddown if x is given, dup if h is given."""
+    shape, dy, rank = (*dy.shape[:-1], down.shape[1]), matrix(dy), len(down)
+    x, g, dx = None if x is None else matrix(x), None, []
+    if wants_x:
+        y, g = _product(dy, weight, None, up, down)
+        dx = [y.view(shape)]
+    elif x is not None:
+        g = rows(dy, up) if small(rank) else dy @ up
+    return dx + sums(g, x, h, dy, small(rank))
+
+
+@_lora_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    lead = x.shape[:-1]
+    return x.new_empty((*lead, weight.shape[0])), x.new_empty(lead.numel(), down.shape[0])
+
+
+@_lora_linear_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, wants_x: bool
+) -> list[Tensor]:
+    shapes = (wants_x, (*dy.shape[:-1], down.shape[1])), (x is not None, down.shape), (h is not None, up.shape)
+    return [dy.new_empty(shape) for want, shape in shapes if want]
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    x, weight, _, down, up = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # no zeros for h
+    wants = ctx.needs_input_grad
+    ctx.save_for_backward(x if wants[3] else None, h if wants[4] else None, weight, down, up)
+
+
+def _backward(ctx, dy: Tensor, _) -> tuple:
+    wants_x, _, _, wants_down, wants_up = ctx.needs_input_grad
+    x, h, *weights = ctx.saved_tensors
+    grads = iter(_lora_linear_backward(dy, x if wants_down else None, h if wants_up else None, *weights, wants_x))
+    dx, ddown, dup = (next(grads) if want else None for want in (wants_x, wants_down, wants_up))
+    return dx, None, None, ddown, dup
+
+
+_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    """x W^T + b + (x down^T) up^T for x (... K), frozen W (N K) and b (N or None), down (R K), up (N R): ... N.
+
+    Gradients for x, down and up. TypeError where W or b requires one.
+    """
+    if not enabled(x):
+        return lora_linear_ref(x, weight, bias, down, up)
+    require_frozen("lora_linear", weight, bias)
+    return _lora_linear(x, weight, bias, down, up)[0]

@@ -1,0 +1,43 @@
+"""What every operator shares: Triton where it is installed, and the switch between its kernels and the reference."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS: every operator is its plain PyTorch reference
+    triton = tl = None
+
+MODES = ("auto", "reference", "triton")
+# auto: kernels on CUDA, reference on a CPU. reference: no kernel at all. triton: kernels everywhere, on a CPU in
+# Triton's interpreter (TRITON_INTERPRET=1), as the tests do.
+MODE = os.environ.get("RAPM_KERNELS", "auto")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def jit(function: Callable) -> Callable:
+    """`triton.jit`, or the bare function where there is no Triton to call it."""
+    return triton.jit(function) if triton else function
+
+
+def enabled(x: Tensor) -> bool:
+    """Whether an operator on `x` runs its kernel. TypeError for a dtype that no kernel takes: no silent slow path."""
+    if MODE == "reference" or triton is None or (MODE == "auto" and x.device.type == "cpu"):
+        return False
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"kernels take {names}, not {x.dtype} of shape {tuple(x.shape)}: set RAPM_KERNELS=reference")
+    return True
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`; off CUDA (interpreter, compiling without a GPU) a few, to serve tests."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

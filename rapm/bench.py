@@ -1,0 +1,387 @@
+"""`rapm bench`: what the operators of rapm.kernels cost on the shapes of one UNet pass, beside what else computes them.
+
+Shapes are recorded from a pass of the real architectures on meta tensors: SD1.5 at 512x512, SDXL at 1024x1024, batch 1,
+bf16, channels-last. Providers: `reference` is the operator's plain PyTorch, eager; `compile` is torch.compile of that;
+`rapm` is the kernel; then libraries that have the operator. Who computes it wrongly gets no time.
+
+A time is one call's in a CUDA graph, whose calls take turns with more inputs than fit in the L2 cache: the median over
+replays. `forward` keeps what backward needs; `backward` is autograd.grad of all that a training wants, never of frozen
+weights. Bytes and FLOP are the algorithm's (bench_ops.py); a copy's bytes are those it reads and those it writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import statistics
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rapm.bench_ops import KERNELS, Op, Provider, Shapes, operators
+from rapm.errors import UserError
+from rapm.kernels import runtime
+from rapm.kernels.attention import choices
+from rapm.unet import Attention, Conv2d, FeedForward, GroupNorm, LayerNorm, Linear, Text, UNet
+
+
+class Model(NamedTuple):
+    unet: dict  # config.json, without what is diffusers' default
+    side: int  # of the latents
+
+
+SDXL = dict(
+    block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+MODELS = {"sd15": Model(dict(cross_attention_dim=768), 64), "sdxl": Model(SDXL, 128)}
+SET_BYTES, SETS = 180e6, (2, 24)  # bytes of arguments that take turns, over three times an H200's L2; how many sets
+CALLS, REPLAYS, SPIN = 10, 7, 400_000  # in a graph, at least; of it; cycles that the host needs to queue it
+LARGEST = 5  # shapes of an operator whose share of the card's limit is told
+REFERENCE, COMPILE, RAPM = "reference", "compile", "rapm"
+
+
+# Shapes
+
+
+def example_text(config: dict, side: int, device: str) -> Text:
+    """Random embeddings of one prompt, as the UNet of `config` takes them for latents of `side`."""
+    hidden = torch.randn(1, 77, config["cross_attention_dim"], device=device)
+    if not config["addition_embed_type"]:
+        return Text(hidden)
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    sizes = torch.tensor([[8, 8, 0, 0, 8, 8]], device=device) * float(side)
+    return Text(hidden, torch.randn(1, pooled, device=device), sizes)
+
+
+@contextmanager
+def kernel_mode(mode: str) -> Iterator[None]:
+    """RAPM_KERNELS, for a while."""
+    before, runtime.MODE = runtime.MODE, mode
+    try:
+        yield
+    finally:
+        runtime.MODE = before
+
+
+@functools.cache
+def unet_shapes(model: str) -> Shapes:
+    """The shapes of one UNet pass, by kind.
+
+    group_norm: C H W, SiLU, shift, residual. layer_norm: N C, residual. geglu: N F.
+    attention: heads N L d. linear: rows, in, out, bias, LoRA. conv: in, out, k, stride, H, W of x, LoRA.
+    taps: the C H W that a discriminator reads. latents: H W.
+    """
+    found: Shapes = defaultdict(Counter)
+
+    def add(kind: str, *shape: object) -> None:
+        found[kind][shape] += 1
+
+    def see(module: nn.Module, args: tuple, options: dict) -> None:
+        x = args[0]
+        if isinstance(module, GroupNorm):
+            added = (options.get(name) is not None for name in ("shift", "residual"))
+            add("group_norm", *x.shape[1:], options.get("silu", False), *added)
+        elif isinstance(module, LayerNorm):
+            add("layer_norm", *x.shape[1:], args[1] is not None)
+        elif isinstance(module, FeedForward):
+            add("geglu", x.shape[1], module.net[2].in_features)
+        elif isinstance(module, Attention):
+            add("attention", module.heads, x.shape[1], args[1].shape[1], module.to_q.out_features // module.heads)
+        elif isinstance(module, nn.Linear):
+            sizes = math.prod(x.shape[:-1]), module.in_features, module.out_features
+            add("linear", *sizes, module.bias is not None, isinstance(module, Linear))
+        elif isinstance(module, nn.Conv2d):
+            sizes = module.in_channels, module.out_channels, module.kernel_size[0]
+            add("conv", *sizes, module.stride[0], *x.shape[2:], isinstance(module, Conv2d))
+
+    config, side = MODELS[model]
+    with torch.device("meta"), torch.no_grad(), kernel_mode("reference"):
+        unet = UNet(config).to(torch.bfloat16)
+        z, t = torch.empty(1, 4, side, side), torch.empty((), dtype=torch.long)
+        text = example_text(unet.config, side, "meta")
+        add("taps", *(tuple(x.shape[1:]) for x in unet.features(z, t, text)))
+        for module in unet.modules():
+            module.register_forward_pre_hook(see, with_kwargs=True)
+        unet(z, t, text)
+    add("latents", side, side)
+    return dict(found)
+
+
+# Measuring
+
+
+def need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device here: kernels are timed on an NVIDIA GPU only")
+
+
+def card() -> dict[str, str]:
+    """What is measured on."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = "unknown"
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    versions["triton"] = runtime.triton.__version__ if runtime.triton else None
+    return {"device": torch.cuda.get_device_name(), "driver": driver, **{k: str(v) for k, v in versions.items()}}
+
+
+def graph_ms(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
+    """Milliseconds of one of `calls`, all of them in one CUDA graph. The current stream must not be the default one."""
+    for call in calls:
+        call()  # compiles, tunes and allocates
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        # no result may take another's place: it would be written to the cache only
+        kept = [call() for _ in range(math.ceil(CALLS / len(calls))) for call in calls]
+    times = []
+    for _ in range(1 + replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SPIN)  # so that its launch does not count
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(kept))
+    return statistics.median(times[1:])
+
+
+def gpu_kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
+    """Name and milliseconds of every kernel, copy and fill that `call` has the GPU do."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = profile.profiler.kineto_results.events()
+    events = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()]
+    return [(e.name(), e.duration_ns() * 1e-6) for e in events]
+
+
+def copy_ms(size: float, sets: int, replays: int = REPLAYS) -> float:
+    """A device copy that reads and writes `size` bytes in all."""
+    buffers = [torch.empty(2, max(1, int(size) // 2), dtype=torch.uint8, device="cuda") for _ in range(sets)]
+    return graph_ms([partial(x[1].copy_, x[0]) for x in buffers], replays)
+
+
+def limits() -> dict[str, float]:
+    """What the card reaches: a large device copy, and a dense bf16 product."""
+    size, n = 2**31, 8192
+    a, b = (torch.randn(n, n, device="cuda").bfloat16() for _ in range(2))
+    return {"copy_gbs": size / copy_ms(size, 2) * 1e-6, "bf16_tflops": 2 * n**3 / graph_ms([lambda: a @ b]) * 1e-9}
+
+
+def tensors(tree: object) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if torch.is_tensor(x)]
+
+
+def wanted(args: object) -> list[Tensor]:
+    """Of arguments, what gradients are asked for; of results, what has one."""
+    return [x for x in tensors(args) if x.requires_grad]
+
+
+def fresh(args: Sequence, dtype: torch.dtype | None = None) -> list:
+    """The same numbers without their history; floating-point ones in `dtype`."""
+
+    def new(x: object) -> object:
+        if not torch.is_tensor(x):
+            return x
+        y = x.detach()
+        return (y.to(dtype) if dtype and y.is_floating_point() else y).requires_grad_(x.requires_grad)
+
+    return tree_map(new, list(args))
+
+
+def results(run: Callable, args: Sequence, cotangents: list[Tensor]) -> list[Tensor]:
+    """Outputs, then the gradients of all arguments that want one."""
+    out = tensors(run(*args))
+    heads = wanted(out)
+    pulls = [c.to(y.dtype) for c, y in zip(cotangents, heads, strict=True)]
+    return [*(y.detach() for y in out), *(torch.autograd.grad(heads, wanted(args), pulls) if heads else ())]
+
+
+def errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """||actual - exact|| / ||exact|| of each; infinite where a number is not finite."""
+    found = []
+    for a, e in zip(actual, exact, strict=True):
+        distance = (a.double() - e.double()).norm() / e.double().norm().clamp(min=1e-30)
+        found.append(float(distance) if a.isfinite().all() else math.inf)
+    return found
+
+
+def check(provider: Provider, args: list, cotangents: list[Tensor], exact: list[Tensor], allowed: list[float]) -> None:
+    """ArithmeticError for an output or a gradient that is further from `exact` than allowed."""
+    actual = results(lambda *x: provider.run(*provider.prepare(*x)), fresh(args), cotangents)
+    for i, (found, limit) in enumerate(zip(errors(actual, exact), allowed, strict=True)):
+        if not found <= limit:
+            raise ArithmeticError(f"result {i} of {len(exact)} is off by {found:.1e}, over {limit:.1e}")
+
+
+def kept_mib(provider: Provider, args: list) -> float:
+    """What autograd keeps from forward to backward, but for weights: whole storages, each once."""
+    kept = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = provider.run(*args)
+    for weight in tensors(args[provider.activations :]):
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(kept.values()) / 2**20 if wanted(out) else 0.0
+
+
+def measured(provider: Provider, sets: list[list], replays: int, launches: bool) -> dict:
+    """Times and memory of a provider; lists are of forward, and of backward where there is one."""
+    args = [fresh(provider.prepare(*x)) for x in sets]
+    forward = [partial(provider.run, *x) for x in args]
+    ms, kept = [graph_ms(forward, replays)], kept_mib(provider, args[0])
+
+    def backward_of(call: Callable, inputs: list) -> Callable | None:
+        heads = wanted(call())
+        pulls = [torch.randn_like(y) for y in heads]
+        return partial(torch.autograd.grad, heads, wanted(inputs), pulls, retain_graph=True) if heads else None
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = backward_of(forward[0], args[0])
+    if first:
+        first()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if first:
+        others = filter(None, map(backward_of, forward[1:], args[1:]))
+        ms.append(graph_ms([first, *others], replays))
+    found = {"ms": ms, "kept_mib": kept, "peak_mib": peak}
+    return {**found, "launches": [len(gpu_kernels(x)) for x in (forward[0], first) if x]} if launches else found
+
+
+# The command
+
+
+def providers_of(op: Op, compiled: bool) -> dict[str, Provider]:
+    out = {REFERENCE: Provider(op.reference, activations=op.activations)}
+    if compiled and op.compiled:
+        torch._dynamo.reset()  # a shape is compiled for itself: too many others, and it would run eagerly
+        out[COMPILE] = Provider(op.compiled(op.reference), activations=op.activations)
+    return {**out, **op.others, RAPM: Provider(op.rapm, activations=op.activations)}
+
+
+def case(op: Op, shape: tuple, replays: int, compiled: bool, launches: bool) -> dict:
+    """Everything about one shape; a provider that is wrong or fails has a reason instead of times."""
+    torch.manual_seed(0)
+    args = op.make(*shape)
+    count = math.ceil(SET_BYTES / sum(x.nbytes for x in tensors(args)))
+    sets = [args] + [op.make(*shape) for _ in range(min(max(count, SETS[0]), SETS[1]) - 1)]
+    cotangents = [torch.randn_like(y) for y in wanted(op.reference(*args))]
+    exact = results(op.reference, fresh(args, torch.float64), cotangents)
+    inexact = errors(results(op.reference, fresh(args), cotangents), exact)
+    allowed = [1.5 * error + op.slack for error in inexact]
+    found: dict[str, dict] = {}
+    for name, provider in providers_of(op, compiled).items():
+        try:
+            if provider.checked:
+                check(provider, args, cotangents, exact, allowed)
+            found[name] = measured(provider, sets, replays, launches)
+        except Exception as error:  # of any library; the others are still of interest
+            found[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    row: dict = {"sets": len(sets), "unit": op.unit, "cost": list(op.cost(*shape)), "providers": found}
+    if op.unit == "bytes":
+        row["copy_ms"] = [copy_ms(size, len(sets), replays) for size in row["cost"] if size]
+    return row
+
+
+def totals(rows: list[dict], limit: dict[str, float]) -> dict:
+    """An operator's milliseconds and MiB over one pass, for providers that did all shapes.
+
+    `share`: forward's and backward's rates of the kernel on the largest shapes, as shares of the card's copy or bf16
+    product; `of_copy`: as shares of a copy of the same bytes, of equally many sets.
+    """
+    names = [name for name in rows[0]["providers"] if all("ms" in row["providers"].get(name, {}) for row in rows)]
+    out: dict = {"shapes": len(rows), "calls": sum(row["count"] for row in rows), "providers": {}}
+    for name in names:
+        ms = [[row["count"] * x for x in row["providers"][name]["ms"]] for row in rows]
+        kept = sum(row["count"] * row["providers"][name]["kept_mib"] for row in rows)
+        out["providers"][name] = {"ms": [sum(column) for column in zip(*ms, strict=True)], "kept_mib": kept}
+    if RAPM in names:
+        out["unit"] = rows[0]["unit"]
+        peak = limit["copy_gbs"] * 1e6 if out["unit"] == "bytes" else limit["bf16_tflops"] * 1e9  # in a millisecond
+        largest = sorted(rows, key=lambda row: -sum(row["cost"]))[:LARGEST]
+        times = [row["providers"][RAPM]["ms"] for row in largest]
+        passes = range(len(times[0]))
+        out["share"] = [[row["cost"][i] / ms[i] / peak for row, ms in zip(largest, times, strict=True)] for i in passes]
+        if out["unit"] == "bytes":
+            out["of_copy"] = [[r["copy_ms"][i] / ms[i] for r, ms in zip(largest, times, strict=True)] for i in passes]
+    return out
+
+
+def line(model: str, name: str, total: dict, rows: list[dict]) -> str:
+    """An operator's totals as text, and why a provider has none."""
+    parts = [f"{k} {' + '.join(f'{ms:.3f}' for ms in v['ms'])} ms" for k, v in total["providers"].items()]
+    if "share" in total:
+        what = "copy" if total["unit"] == "bytes" else "bf16 product"
+        shares = "; ".join(" ".join(f"{100 * x:.0f}" for x in column) for column in total["share"])
+        parts.append(f"% of the {what}, largest shapes: {shares}")
+    reasons = {k: v["failed"] for row in reversed(rows) for k, v in row["providers"].items() if "failed" in v}
+    return "\n    ".join([f"{model} {name}: {', '.join(parts)}", *(f"{k}: {v}" for k, v in reasons.items())])
+
+
+def bench(names: Sequence[str] = (), models: Sequence[str] = tuple(MODELS), quick: bool = False) -> dict:
+    """The report of `rapm bench`, printed on the way. UserError without a GPU, or for an operator that is not there."""
+    unknown = sorted(set(names) - set(KERNELS))
+    if unknown:
+        raise UserError(f"no operator {unknown[0]!r}: choose from {', '.join(KERNELS)}")
+    need_gpu()
+    import torch._functorch.config as functorch
+
+    left_out: dict[str, str] = {}
+    table = {key: op for key, op in operators(left_out).items() if not names or key.split()[0] in names}
+    report: dict = {"card": card(), "quick": quick, "left_out": left_out, "totals": {}, "rows": []}
+    replays = 3 if quick else REPLAYS
+    # Compiled backward passes run many times on what they have kept, so they must not write into it.
+    with torch.cuda.stream(torch.cuda.Stream()), kernel_mode("auto"), functorch.patch(donated_buffer=False):
+        report["limits"] = limits()
+        print(*(f"{k} {v}" for k, v in rounded({**report["card"], **report["limits"], **left_out}).items()), sep=", ")
+        for model in models:
+            report["totals"][model] = {}
+            for name, op in table.items():
+                counts = op.shapes(unet_shapes(model))
+                shapes = sorted(counts, key=lambda shape: -sum(op.cost(*shape)))
+                rows = [
+                    {"model": model, "op": name, "shape": shape, "count": counts[shape],
+                     **case(op, shape, replays, not quick, launches=i == 0)}
+                    for i, shape in enumerate(shapes[:1] if quick else shapes)
+                ]  # fmt: skip
+                report["rows"] += rows
+                report["totals"][model][name] = totals(rows, report["limits"])
+                print(line(model, name, report["totals"][model][name], rows), flush=True)
+    report["attention_choices"] = choices()
+    return rounded(report)
+
+
+def rounded(tree: dict) -> dict:
+    """Five digits: more are noise."""
+    return tree_map(lambda x: float(f"{x:.5g}") if isinstance(x, float) else x, tree)
+
+
+def run(names: Sequence[str], models: Sequence[str], quick: bool, output: Path | None) -> int:
+    """`rapm bench`; exit code 1 where one of our kernels is wrong."""
+    if output and not output.parent.is_dir():
+        raise UserError(f"output {output}: {output.parent} is no folder: make it, or choose another")
+    report = bench(names, models, quick)
+    if output:
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return int(any("failed" in row["providers"][RAPM] for row in report["rows"]))

@@ -1,0 +1,152 @@
+"""Compile every launch that training makes, without a GPU: `python tests/compile_kernels.py 86 90` prints JSON.
+
+The operators' calls are recorded from a training step of real models on the meta device, and their launchers are run
+again under a driver that compiles for the given architectures and launches nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+import triton
+from full import SD15, SDXL
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+
+from rapm.kernels import runtime
+from rapm.kernels.disc_head import disc_head, layout
+from rapm.kernels.guided_step import guided_step
+from rapm.kernels.position_loss import position_gradient, position_loss
+from rapm.kernels.renoise import renoise
+from rapm.unet import Text, UNet
+
+Call = tuple[str, tuple]
+
+
+class Offline:
+    """A Triton driver of one architecture and no GPU; the device's number is the architecture, so caches are apart."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+class Recorded(TorchDispatchMode):
+    """The distinct calls of our operators, by name, and the shapes, dtypes and strides of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, Call] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rapm":
+            name = func._schema.name
+            full = func._schema.arguments
+            values = [*args, *((kwargs or {}).get(a.name, a.default_value) for a in full[len(args) :])]
+            self.calls.setdefault(f"{name}{[described(v) for v in values]}", (name, tuple(values)))
+        return func(*args, **(kwargs or {}))
+
+
+def described(value: object) -> object:
+    if torch.is_tensor(value):
+        return str(value.dtype), tuple(value.shape), value.stride()
+    return [described(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def lora_on(unet: UNet, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """A LoRA of meta tensors on every target."""
+    pairs = {}
+    for name, layer in unet.lora_targets().items():
+        out, inputs, *kernel = layer.weight.shape
+        down = torch.empty(rank, inputs, *kernel, device="meta", dtype=unet.dtype)
+        up = torch.empty(out, rank, *(1 for _ in kernel), device="meta", dtype=unet.dtype)
+        if kernel:
+            down = down.to(memory_format=torch.channels_last)
+        pairs[name] = (down.requires_grad_(), up.requires_grad_())
+    return pairs
+
+
+def pass_through(config: dict, side: int, dtype: torch.dtype, rank: int) -> None:
+    """The student's forward and backward, and the encoder with a gradient on its input."""
+    with torch.device("meta"):
+        unet = UNet(config).to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+        z, t = torch.empty(1, unet.config["in_channels"], side, side), torch.zeros(1)
+        length = 77
+        hidden = torch.empty(1, length, unet.config["cross_attention_dim"], dtype=dtype)
+        text = Text(hidden)
+        if unet.config["addition_embed_type"]:
+            text = Text(hidden, torch.empty(1, 1280, dtype=dtype), torch.empty(1, 6))
+        out = unet(z, t, text, lora_on(unet, rank))
+        out.backward(torch.empty_like(out))
+        z = z.clone().requires_grad_()
+        features = unet.features(z, t, text)
+        torch.autograd.backward(features, [torch.empty_like(x) for x in features])
+
+
+def slot(channels: list[int], side: int, dtype: torch.dtype) -> None:
+    """What a slot calls beside the UNet."""
+    with torch.device("meta"):
+        z, out, number = torch.empty(1, 4, side, side), torch.empty(1, 4, side, side, dtype=dtype), torch.empty(1)
+        pair, long = torch.empty(2), torch.empty(4, dtype=torch.int64)
+        guided_step(z, out, pair)
+        guided_step(z, torch.cat([out, out]), pair, 7.5)
+        counter = torch.empty(1, dtype=torch.int32)
+        _, _, gradient = position_loss(z, out, pair, z, z, (1.0, 1.0), 1e-3, counter)
+        position_gradient(gradient, out, number, number, z, number)
+        renoise(z, z, z, long, long, torch.empty(4, 1000, 2), long[:1], long[:2], 1.0, dtype)
+        sides = [max(1, side // 2 ** (i + 1)) for i in range(len(channels) - 2)]
+        sides += [sides[-1]] * 2
+        features = [torch.empty(3, 1, s, s, c, dtype=dtype).permute(0, 1, 4, 2, 3)
+                    for c, s in zip(channels, sides, strict=True)]  # fmt: skip
+        disc_head(features, torch.empty(2, layout(channels)[1]), (0.1, 0.1))
+
+
+def recorded() -> Iterator[Call]:
+    """Every operator call of: SD1.5 and SDXL in bf16 at ranks 1 and 64, a small model in all three dtypes."""
+    blocks = {"down_block_types": SD15["down_block_types"][1:], "up_block_types": SD15["up_block_types"][:-1]}
+    small = {**SD15, **blocks, "block_out_channels": [48, 96, 128], "norm_num_groups": 16, "attention_head_dim": 4}
+    runs = [(SD15, 64, torch.bfloat16, 1), (SDXL, 128, torch.bfloat16, 1), (SDXL, 128, torch.bfloat16, 64)]
+    runs += [(small, 8, dtype, 16) for dtype in runtime.DTYPES]
+    with Recorded() as record:
+        for config, side, dtype, rank in runs:
+            pass_through(config, side, dtype, rank)
+            slot([*config["block_out_channels"], config["block_out_channels"][-1]], side, dtype)
+    yield from record.calls.values()
+
+
+def main(archs: list[int]) -> None:
+    runtime.MODE = "triton"
+    calls = list(recorded())
+    shared: dict[str, dict[int, int]] = defaultdict(dict)
+    run = triton.runtime.jit.JITFunction.run
+
+    def compiled(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        arch = kernel.metadata.target.arch
+        shared[self.__name__][arch] = max(kernel.metadata.shared, shared[self.__name__].get(arch, 0))
+        return kernel
+
+    triton.runtime.jit.JITFunction.run = compiled
+    for arch, (name, args) in itertools.product(archs, calls):
+        triton.runtime.driver.set_active(Offline(arch))
+        OPDEFS[name]._init_fn(*args)
+    print(json.dumps({"calls": len(calls), "shared": shared}))
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])
