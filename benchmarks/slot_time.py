@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from rapm.bench import MODELS, card, example_text, gpu_kernels, kernel_mode, need_gpu
+from rapm.bench import MODELS, card, example_text, kernel_mode, need_gpu
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.lora import LoRA
@@ -95,6 +95,17 @@ def make_step(unet: UNet, model: str) -> tuple[Step, Callable[[], None]]:
     trajectory = Trajectory(positions, fine, example_text(unet.config, side, "cpu"), "", 0)
     step = Step(unet, LoRA(unet, config.lora_rank), schedule, config, trajectory, trajectory.text)
     return step, lambda: step.load(trajectory, 0)
+
+
+def gpu_kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
+    """Name and milliseconds of every kernel, copy and fill that `call` has the GPU do."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = profile.profiler.kineto_results.events()
+    events = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()]
+    return [(e.name(), e.duration_ns() * 1e-6) for e in events]
 
 
 def measure(unet: UNet, model: str, iterations: int = 5) -> dict:

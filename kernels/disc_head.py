@@ -35,7 +35,7 @@ from rapm.kernels.disc_head_backward import (
     _input_kernel,
     _norm_backward_kernel,
     _reduce_kernel,
-    _sums_kernel,
+    _hinge_kernel,
     _weight_kernel,
 )  # fmt: skip
 from rapm.kernels.disc_head_forward import _activate_kernel, _conv_kernel
@@ -161,7 +161,7 @@ def _disc_head(
                SECOND=second, M=p.conv["M"], CHUNK=CHUNK, **p.strip)  # fmt: skip
     layers = ((True, h2, stats2, dh2, sums2, bias2), (False, h1, stats1, dh1, sums1, bias1))
     for second, h, stats, d, sums, bias in layers:
-        launch(_sums_kernel, "chain", weights, a1, h, d, stats, shares, dlogit, sums, ends, terms, seen,
+        launch(_hinge_kernel, "chain", weights, a1, h, d, stats, shares, dlogit, sums, ends, terms, seen,
                factors, SECOND=second, BLOCKS=p.blocks, **p.strip)  # fmt: skip
         launch(_norm_backward_kernel, "chain", weights, h, d, stats, dlogit, sums, bias,
                SECOND=second, CHUNK=CHUNK, **p.strip)  # fmt: skip

@@ -12,7 +12,7 @@ from rapm.kernels.runtime import jit, tl
 
 
 @jit
-def _sums_kernel(
+def _hinge_kernel(
     weights, a1, h, da1, stats, partial_logits, dlogit, sums, out_bias, losses, logits, weight_generator, table,
     COLUMNS: tl.constexpr, SECOND: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
@@ -93,7 +93,7 @@ def _norm_backward_kernel(
 ):  # fmt: skip
     """dh = rstd (gamma dy - mean(gamma dy) - hat mean(gamma dy hat)) of a strip, means over the group; and dh's sums.
 
-    dy as in `_sums_kernel`. In layer 1 dh takes da1's place.
+    dy as in `_hinge_kernel`. In layer 1 dh takes da1's place.
     """
     row = table + tl.program_id(0) * COLUMNS
     C, P, r0, c, inside, member, width = _strip(row, LANES, GROUPS)

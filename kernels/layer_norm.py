@@ -5,7 +5,7 @@ h = (s - mean) r and g = dy weight, the gradient of x and of residual alike is d
 ds is what s itself got. For backward s (or x) is kept, and per row mean and r.
 
 One launch forward; one backward, and where weight or bias require a gradient their sums besides. Rows stay in
-registers, so that the statistics take two passes and memory is read once. A row is a program with 16 numbers a thread;
+registers, so that the statistics take two passes and memory is read once. A row is a program of 64 numbers a thread;
 up to WARP_ROW columns a warp holds a row, and a program four. (640 columns in a warp took ten times as long: H200.)
 
 Shapes: ... C in and out; N rows, the product of the leading dimensions; P programs. A tile is R rows x W columns.
@@ -108,7 +108,7 @@ def _launch(n: int, c: int, device: torch.device) -> tuple[int, dict[str, int]]:
     block = triton.next_power_of_2(c)
     if block <= WARP_ROW and triton.cdiv(n, ROWS) >= processors(device):
         return triton.cdiv(n, ROWS), dict(ROWS=ROWS, WIDTH=block, num_warps=ROWS)
-    return n, dict(ROWS=1, WIDTH=block, num_warps=max(1, min(16, block // 512)))
+    return n, dict(ROWS=1, WIDTH=block, num_warps=max(1, min(16, block // 2048)))
 
 
 def _forward(

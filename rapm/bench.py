@@ -6,18 +6,29 @@ bf16, channels-last. Providers: `reference` is the operator's plain PyTorch, eag
 
 A time is one call's in a CUDA graph, whose calls take turns with more inputs than fit in the L2 cache: the median over
 replays. `forward` keeps what backward needs; `backward` is autograd.grad of all that a training wants, never of frozen
-weights. Bytes and FLOP are the algorithm's (bench_ops.py); a copy's bytes are those it reads and those it writes.
+weights. Bytes and FLOP are the algorithm's (bench_ops.py); a copy's bytes are those it reads and those it writes, and
+its time is the better of a device memcpy's and of an elementwise kernel's (torch.neg), which is the faster on an H200.
+
+Before anything is measured, processes compile what will be, all at once: the measuring pass then finds it in the caches
+on disk of Triton and of torch.compile (FX graphs and AOTAutograd's), which know it by its graph, inputs and settings.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import math
+import multiprocessing
+import os
+import random
 import statistics
 import subprocess
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,8 +58,11 @@ SDXL = dict(
     addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
 )  # fmt: skip
 MODELS = {"sd15": Model(dict(cross_attention_dim=768), 64), "sdxl": Model(SDXL, 128)}
-SET_BYTES, SETS = 180e6, (2, 24)  # bytes of arguments that take turns, over three times an H200's L2; how many sets
-CALLS, REPLAYS, SPIN = 10, 7, 400_000  # in a graph, at least; of it; cycles that the host needs to queue it
+SET_BYTES, SETS = 180e6, (2, 12)  # bytes of arguments that take turns, over three times an H200's L2; how many sets
+CALLS, REPLAYS = 10, 5  # in a graph, at least; of it
+SPIN = 400_000, 500  # cycles that the host needs to queue a graph, and more for each of its launches
+WORKERS, WORKER_BYTES = 8, 2**32  # processes that compile, at most; GPU memory that one may need
+UNCOMPILED = "attention", "frozen_conv"  # operators that are libraries' alone
 LARGEST = 5  # shapes of an operator whose share of the card's limit is told
 REFERENCE, COMPILE, RAPM = "reference", "compile", "rapm"
 
@@ -140,48 +154,57 @@ def card() -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(), "driver": driver, **{k: str(v) for k, v in versions.items()}}
 
 
-def graph_ms(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
-    """Milliseconds of one of `calls`, all of them in one CUDA graph. The current stream must not be the default one."""
-    for call in calls:
-        call()  # compiles, tunes and allocates
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+@functools.cache
+def cuda_driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def graph_ms(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> tuple[float, int]:
+    """Milliseconds and launches (kernels, copies and fills) of one of `calls`, all of them in one CUDA graph.
+
+    The current stream must not be the default one.
+    """
+    calls[0]()  # compiles, tunes and allocates
+    free, total = torch.cuda.mem_get_info()
+    if 2 * free < total:
+        torch.cuda.empty_cache()  # former graphs' memory; torch.cuda.graph would do so each time, which takes longer
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    graph.capture_begin()
+    try:
         # no result may take another's place: it would be written to the cache only
         kept = [call() for _ in range(math.ceil(CALLS / len(calls))) for call in calls]
+    finally:
+        graph.capture_end()
+    nodes = ctypes.c_size_t()
+    if error := cuda_driver().cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(nodes)):
+        raise RuntimeError(f"cuGraphGetNodes: CUDA error {error}")
     times = []
     for _ in range(1 + replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SPIN)  # so that its launch does not count
+        torch.cuda._sleep(SPIN[0] + SPIN[1] * nodes.value)  # so that its launch does not count
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / len(kept))
-    return statistics.median(times[1:])
-
-
-def gpu_kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
-    """Name and milliseconds of every kernel, copy and fill that `call` has the GPU do."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    events = profile.profiler.kineto_results.events()
-    events = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()]
-    return [(e.name(), e.duration_ns() * 1e-6) for e in events]
+    return statistics.median(times[1:]), round(nodes.value / len(kept))
 
 
 def copy_ms(size: float, sets: int, replays: int = REPLAYS) -> float:
-    """A device copy that reads and writes `size` bytes in all."""
-    buffers = [torch.empty(2, max(1, int(size) // 2), dtype=torch.uint8, device="cuda") for _ in range(sets)]
-    return graph_ms([partial(x[1].copy_, x[0]) for x in buffers], replays)
+    """The faster of a device memcpy and an elementwise kernel that read and write `size` bytes in all."""
+    n = max(1, int(size) // 8)
+    pairs = [[torch.empty(n, dtype=torch.float32, device="cuda") for _ in range(2)] for _ in range(sets)]
+    ways = [partial(y.copy_, x) for x, y in pairs], [partial(torch.neg, x, out=y) for x, y in pairs]
+    return min(graph_ms(calls, replays)[0] for calls in ways)
 
 
 def limits() -> dict[str, float]:
-    """What the card reaches: a large device copy, and a dense bf16 product."""
+    """What the card reaches: the faster of two large copies (`copy_ms`), and a dense bf16 product."""
     size, n = 2**31, 8192
     a, b = (torch.randn(n, n, device="cuda").bfloat16() for _ in range(2))
-    return {"copy_gbs": size / copy_ms(size, 2) * 1e-6, "bf16_tflops": 2 * n**3 / graph_ms([lambda: a @ b]) * 1e-9}
+    product_ms, _ = graph_ms([lambda: a @ b])
+    return {"copy_gbs": size / copy_ms(size, 2) * 1e-6, "bf16_tflops": 2 * n**3 / product_ms * 1e-9}
 
 
 def tensors(tree: object) -> list[Tensor]:
@@ -245,11 +268,11 @@ def kept_mib(provider: Provider, args: list) -> float:
     return sum(kept.values()) / 2**20 if wanted(out) else 0.0
 
 
-def measured(provider: Provider, sets: list[list], replays: int, launches: bool) -> dict:
-    """Times and memory of a provider; lists are of forward, and of backward where there is one."""
+def measured(provider: Provider, sets: list[list], replays: int) -> dict:
+    """Times, launches and memory of a provider; lists are of forward, and of backward where there is one."""
     args = [fresh(provider.prepare(*x)) for x in sets]
     forward = [partial(provider.run, *x) for x in args]
-    ms, kept = [graph_ms(forward, replays)], kept_mib(provider, args[0])
+    found, kept = [graph_ms(forward, replays)], kept_mib(provider, args[0])
 
     def backward_of(call: Callable, inputs: list) -> Callable | None:
         heads = wanted(call())
@@ -264,23 +287,74 @@ def measured(provider: Provider, sets: list[list], replays: int, launches: bool)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     if first:
         others = filter(None, map(backward_of, forward[1:], args[1:]))
-        ms.append(graph_ms([first, *others], replays))
-    found = {"ms": ms, "kept_mib": kept, "peak_mib": peak}
-    return {**found, "launches": [len(gpu_kernels(x)) for x in (forward[0], first) if x]} if launches else found
+        found.append(graph_ms([first, *others], replays))
+    ms, launches = map(list, zip(*found, strict=True))
+    return {"ms": ms, "launches": launches, "kept_mib": kept, "peak_mib": peak}
+
+
+# Compiling beforehand
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Settings that a compiled graph is known by, and a stream that can be captured."""
+    import torch._functorch.config as functorch
+
+    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+    # Compiled backward passes run many times on what they have kept, so they must not write into it.
+    with torch.cuda.stream(stream), kernel_mode("auto"), functorch.patch(donated_buffer=False):
+        yield
+
+
+@functools.cache
+def own_operators() -> dict[str, Op]:
+    return operators({}, peers=False)
+
+
+def warmed(task: tuple[str, tuple, str]) -> bool:
+    """Runs a provider (the task: operator, shape, provider) forward and backward, so that it is compiled; if it can."""
+    name, shape, provider = task
+    try:
+        with measuring():
+            op = own_operators()[name]
+            args = op.make(*shape)
+            heads = wanted(providers_of(op, provider == COMPILE)[provider].run(*args))
+            if heads:
+                torch.autograd.grad(heads, wanted(args), [torch.ones_like(y) for y in heads])
+        return True
+    except Exception:  # the measuring pass will meet it again, and tell
+        return False
+
+
+def warm(tasks: list[tuple[str, tuple, str]]) -> str:
+    """Compiles `tasks` in processes of their own; what was done, in a line."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each process; one for each core by default
+    if runtime.triton:  # torch.compile moves Triton's cache at its first kernel, unless told where it is
+        os.environ.setdefault("TRITON_CACHE_DIR", runtime.triton.knobs.cache.dir)
+    places = min(WORKERS, (os.cpu_count() or 1) // 2, torch.cuda.mem_get_info()[0] // WORKER_BYTES, len(tasks))
+    workers, done, start = max(1, places), 0, time.perf_counter()
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for good in pool.map(warmed, tasks):
+                done += good
+    except BrokenProcessPool:  # one was killed, perhaps for its memory: what is not done is compiled later
+        pass
+    seconds = time.perf_counter() - start
+    return f"compiled {done} of {len(tasks)} cases beforehand, {workers} at once, in {seconds:.0f} s"
 
 
 # The command
 
 
 def providers_of(op: Op, compiled: bool) -> dict[str, Provider]:
-    out = {REFERENCE: Provider(op.reference, activations=op.activations)}
+    out = {REFERENCE: Provider(op.reference, activations=op.activations, checked=False)}  # the measure of the others
     if compiled and op.compiled:
         torch._dynamo.reset()  # a shape is compiled for itself: too many others, and it would run eagerly
         out[COMPILE] = Provider(op.compiled(op.reference), activations=op.activations)
     return {**out, **op.others, RAPM: Provider(op.rapm, activations=op.activations)}
 
 
-def case(op: Op, shape: tuple, replays: int, compiled: bool, launches: bool) -> dict:
+def case(op: Op, shape: tuple, replays: int, compiled: bool, without: Set[str] = frozenset()) -> dict:
     """Everything about one shape; a provider that is wrong or fails has a reason instead of times."""
     torch.manual_seed(0)
     args = op.make(*shape)
@@ -292,10 +366,12 @@ def case(op: Op, shape: tuple, replays: int, compiled: bool, launches: bool) -> 
     allowed = [1.5 * error + op.slack for error in inexact]
     found: dict[str, dict] = {}
     for name, provider in providers_of(op, compiled).items():
+        if name in without:
+            continue
         try:
             if provider.checked:
                 check(provider, args, cotangents, exact, allowed)
-            found[name] = measured(provider, sets, replays, launches)
+            found[name] = measured(provider, sets, replays)
         except Exception as error:  # of any library; the others are still of interest
             found[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     row: dict = {"sets": len(sets), "unit": op.unit, "cost": list(op.cost(*shape)), "providers": found}
@@ -339,35 +415,42 @@ def line(model: str, name: str, total: dict, rows: list[dict]) -> str:
     return "\n    ".join([f"{model} {name}: {', '.join(parts)}", *(f"{k}: {v}" for k, v in reasons.items())])
 
 
+def tasks_of(table: dict[str, Op], shapes: dict[tuple[str, str], list[tuple]]) -> list[tuple[str, tuple, str]]:
+    """What `warm` compiles: the one that takes longest first, then torch.compile's others, then our kernels."""
+    tasks = {(name, shape, RAPM) for (_, name), found in shapes.items() for shape in found if name not in UNCOMPILED}
+    tasks |= {(name, shape, COMPILE) for name, shape, _ in tasks if table[name].compiled}
+    tasks = random.Random(0).sample(sorted(tasks, key=str), len(tasks))  # neighbours often share a kernel
+    return sorted(tasks, key=lambda task: (task[0] != "disc_head", task[2] != COMPILE))
+
+
 def bench(names: Sequence[str] = (), models: Sequence[str] = tuple(MODELS), quick: bool = False) -> dict:
     """The report of `rapm bench`, printed on the way. UserError without a GPU, or for an operator that is not there."""
     unknown = sorted(set(names) - set(KERNELS))
     if unknown:
         raise UserError(f"no operator {unknown[0]!r}: choose from {', '.join(KERNELS)}")
     need_gpu()
-    import torch._functorch.config as functorch
-
     left_out: dict[str, str] = {}
     table = {key: op for key, op in operators(left_out).items() if not names or key.split()[0] in names}
     report: dict = {"card": card(), "quick": quick, "left_out": left_out, "totals": {}, "rows": []}
-    replays = 3 if quick else REPLAYS
-    # Compiled backward passes run many times on what they have kept, so they must not write into it.
-    with torch.cuda.stream(torch.cuda.Stream()), kernel_mode("auto"), functorch.patch(donated_buffer=False):
+    counts = {(model, name): op.shapes(unet_shapes(model)) for model in models for name, op in table.items()}
+    shapes = {
+        (model, name): sorted(found, key=lambda shape: -sum(table[name].cost(*shape)))[: 1 if quick else None]
+        for (model, name), found in counts.items()
+    }
+    if not quick:
+        print(warm(tasks_of(table, shapes)), flush=True)
+    with measuring():
         report["limits"] = limits()
         print(*(f"{k} {v}" for k, v in rounded({**report["card"], **report["limits"], **left_out}).items()), sep=", ")
-        for model in models:
-            report["totals"][model] = {}
-            for name, op in table.items():
-                counts = op.shapes(unet_shapes(model))
-                shapes = sorted(counts, key=lambda shape: -sum(op.cost(*shape)))
-                rows = [
-                    {"model": model, "op": name, "shape": shape, "count": counts[shape],
-                     **case(op, shape, replays, not quick, launches=i == 0)}
-                    for i, shape in enumerate(shapes[:1] if quick else shapes)
-                ]  # fmt: skip
-                report["rows"] += rows
-                report["totals"][model][name] = totals(rows, report["limits"])
-                print(line(model, name, report["totals"][model][name], rows), flush=True)
+        for (model, name), chosen in shapes.items():
+            rows, failed = [], set()  # who failed has no total: further shapes would only take time
+            for shape in chosen:
+                found = case(table[name], shape, REPLAYS, not quick, failed)
+                failed |= {key for key, provider in found["providers"].items() if "failed" in provider}
+                rows.append({"model": model, "op": name, "shape": shape, "count": counts[model, name][shape], **found})
+            report["rows"] += rows
+            total = report["totals"].setdefault(model, {})[name] = totals(rows, report["limits"])
+            print(line(model, name, total, rows), flush=True)
     report["attention_choices"] = choices()
     return rounded(report)
 
@@ -384,4 +467,4 @@ def run(names: Sequence[str], models: Sequence[str], quick: bool, output: Path |
     report = bench(names, models, quick)
     if output:
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return int(any("failed" in row["providers"][RAPM] for row in report["rows"]))
+    return int(any("failed" in row["providers"].get(RAPM, {}) for row in report["rows"]))

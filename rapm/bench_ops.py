@@ -60,8 +60,8 @@ def whole(reference: Callable) -> Callable:
 
 def random(*shape: int, scale: float = 1.0, grad: bool = False, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Normal numbers, channels-last in four dimensions."""
-    x = torch.randn(shape, device=DEVICE).mul_(scale).to(dtype)
-    return (x.to(memory_format=torch.channels_last) if x.dim() == 4 else x).requires_grad_(grad)
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, device=DEVICE, dtype=dtype, memory_format=layout).normal_(0, scale).requires_grad_(grad)
 
 
 def random_weight(*shape: int, grad: bool = False) -> Tensor:
@@ -321,8 +321,8 @@ def slot_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
             position_with(position.position_loss_ref, position.position_gradient_ref, False),
             position_with(position.position_loss, position.position_gradient, True), {}, compiled=whole,
         ),
-        "renoise": Op(once, make_renoise, per_number(3 * 4 + 3 * 2), renoise.renoise_ref, renoise.renoise, {}),
-        "guided_step": Op(once, make_guided, per_number(4 + 4 + 4), guided.guided_step_ref, guided.guided_step, {}),
+        "renoise": Op(once, make_renoise, per_number(3 * 4 + 3 * 2), renoise.renoise_ref, renoise.renoise, {}, compiled=whole),
+        "guided_step": Op(once, make_guided, per_number(4 + 4 + 4), guided.guided_step_ref, guided.guided_step, {}, compiled=whole),
     }  # fmt: skip
 
 
@@ -335,13 +335,15 @@ def library(name: str, left_out: dict[str, str]) -> ModuleType | None:
         return None
 
 
-def operators(left_out: dict[str, str]) -> dict[str, Op]:
-    """Every operator by name; libraries that are not to be had go to `left_out`."""
+def operators(left_out: dict[str, str], peers: bool = True) -> dict[str, Op]:
+    """Every operator by name, beside `peers` where wanted; libraries that are not to be had go to `left_out`."""
     kernels = {name: importlib.import_module(f"rapm.kernels.{name}") for name in KERNELS}
-    liger, peft = library("liger_kernel.transformers.functional", left_out), library("peft", left_out)
-    problem = kernels["attention"].xformers_problem()
-    xformers = None if problem else library("xformers.ops", left_out)
-    left_out |= {"xformers": problem} if problem else {}
+    liger = peft = xformers = None
+    if peers:
+        liger, peft = library("liger_kernel.transformers.functional", left_out), library("peft", left_out)
+        problem = kernels["attention"].xformers_problem()
+        xformers = None if problem else library("xformers.ops", left_out)
+        left_out |= {"xformers": problem} if problem else {}
     return {
         **norm_ops(kernels, liger), **layer_ops(kernels, peft), **attention_ops(kernels, xformers),
         **slot_ops(kernels),

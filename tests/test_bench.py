@@ -115,14 +115,13 @@ def test_what_is_kept() -> None:
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is run, and a call takes a millisecond."""
 
-    def graph_ms(calls: list[Callable], replays: int = 1) -> float:
+    def graph_ms(calls: list[Callable], replays: int = 1) -> tuple[float, int]:
         for call in calls:
             call()
-        return 1.0
+        return 1.0, 2
 
     monkeypatch.setattr(bench, "graph_ms", graph_ms)
     monkeypatch.setattr(bench, "copy_ms", lambda size, sets, replays: 0.5)
-    monkeypatch.setattr(bench, "gpu_kernels", lambda call: [("a", 0.1), ("b", 0.2)])
     monkeypatch.setattr(bench, "SET_BYTES", 1.0)
     for name in ("reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
@@ -131,15 +130,16 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["layer_norm", "lora_conv rank 1", "renoise"])
 def test_a_case(name: str, no_clock: None) -> None:
     op = OPS[name]
-    row = bench.case(op, SMALL[name.split()[0]], 1, compiled=False, launches=True)
+    row = bench.case(op, SMALL[name.split()[0]], 1, compiled=False)
     passes = 1 if name == "renoise" else 2
     assert row["sets"] == 2 and json.dumps(row)
     for provider in row["providers"].values():
         assert provider["ms"] == [1.0] * passes and provider["launches"] == [2] * passes
     assert (row["providers"][RAPM]["kept_mib"] > 0) == (passes == 2)
     wrong = op._replace(rapm=lambda *args: [y * 1.1 for y in bench.tensors(op.reference(*args))])
-    failed = bench.case(wrong, SMALL[name.split()[0]], 1, compiled=False, launches=False)["providers"]
+    failed = bench.case(wrong, SMALL[name.split()[0]], 1, compiled=False)["providers"]
     assert failed[RAPM].keys() == {"failed"} and "result" in failed[RAPM]["failed"] and "ms" in failed[REFERENCE]
+    assert RAPM not in bench.case(wrong, SMALL[name.split()[0]], 1, compiled=False, without={RAPM})["providers"]
 
 
 def row(count: int, cost: float, **ms: list[float] | None) -> dict:

@@ -110,4 +110,4 @@ print(is_kernels_available() or transformers_finds_it())"""
 
 def test_kernels_never_import_rapm() -> None:
     for file in (ROOT / "kernels").glob("*.py"):
-        assert not re.search(r"^\s*(from|import) rapm\b", file.read_text(), re.MULTILINE), file.name
+        assert not re.search(r"^\s*(from|import) rapm\b(?!\.kernels)", file.read_text(), re.MULTILINE), file.name

@@ -21,7 +21,8 @@ from rapm.checkpoint import checkpoints
 from rapm.cli import main
 from rapm.config import PRESETS, Config, parse_resolution, parse_vram
 from rapm.log import Log
-from rapm.train import Training, train
+from rapm.step import Step
+from rapm.train import train
 
 SETTINGS = """
 trajectories = 3
@@ -156,13 +157,13 @@ def test_export_again(finished, tmp_path, capsys):
 
 
 def test_twenty_updates_in_a_row_that_are_not_finite_stop_the_run(place, tmp_path, monkeypatch, capsys):
-    load = Training._load
+    load = Step.load
 
-    def poisoned(self, index, purpose):
-        load(self, index, purpose)
-        self.step.positions[1:] = torch.nan
+    def poisoned(self, trajectory, iteration):
+        load(self, trajectory, iteration)
+        self.positions[1:] = torch.nan
 
-    monkeypatch.setattr(Training, "_load", poisoned)
+    monkeypatch.setattr(Step, "load", poisoned)
     assert main(arguments(place, tmp_path / "run", "--max_train_steps", "40")) == 1
     assert "20 updates in a row" in capsys.readouterr().err
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,24 +18,23 @@ LIMITS = {80: 99, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block; sm_80 has 16
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """Kernel -> architecture -> bytes of shared memory at most, from two processes side by side."""
+    """Kernel -> architecture -> bytes of shared memory at most; a process for each architecture."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RAPM_KERNELS")}
     environment |= {
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
     }  # fmt: skip
     found: dict[str, dict[str, int]] = {}
-    runs = []
-    for archs in ((80, 90, 89), (86, 120)):
-        command = [sys.executable, str(TESTS / "compile_kernels.py"), *map(str, archs)]
-        runs.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    for run in runs:
-        out, errors = run.communicate()
-        assert run.returncode == 0, errors[-3000:]
-        for kernel, bytes_by_arch in json.loads(out)["shared"].items():
-            found.setdefault(kernel, {}).update(bytes_by_arch)
+
+    def compiled(arch: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(TESTS / "compile_kernels.py"), str(arch)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for run in pool.map(compiled, LIMITS):
+            assert run.returncode == 0, run.stderr[-3000:]
+            for kernel, bytes_by_arch in json.loads(run.stdout)["shared"].items():
+                found.setdefault(kernel, {}).update(bytes_by_arch)
     return found
 
 
