@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -50,21 +51,26 @@ the UNet with its text encoder {unet_s} s.
 """
 KERNELS = """
 Measured on one {card[device]}, driver {card[driver]}, torch {card[torch]}, CUDA {card[cuda]}, Triton {card[triton]},
-by `rapm bench`: milliseconds, forward + backward, of all calls of one UNet pass, batch 1, bf16, as CUDA graphs, so
-that launches do not count; the last four are called once a slot, and their gradients are part of the forward.
-`reference` is eager PyTorch, `compile` torch.compile of it; then the fastest library that has the operator (Liger has
-the tanh gelu, and gets the layouts that it is made for; peft gets weights in bf16, so that it casts nothing). `limit`:
-the kernel's rate on the {largest} largest shapes, as a share of this card's copy ({limits[copy_gbs]:.0f} GB/s) or bf16
-product ({limits[bf16_tflops]:.0f} TFLOP/s). `kept`: MiB for backward over the pass, reference and kernel. `launches`:
-of one call, reference and kernel.
+by `rapm bench`: milliseconds, forward + backward, of all calls of one UNet pass, batch 1, bf16; the last four are
+called once a slot, and their gradients are part of the forward.
+"""
+BELOW = """
+Medians of CUDA-graph replays, so that launches do not count, on sets of inputs that take turns, so that the L2 cache
+does not hold them; who is further from an fp64 result than plain PyTorch's own rounding explains gets no time.
+`PyTorch` is the plain reference, eager; `compile` is torch.compile of it; `library` is the fastest other one: Liger
+(its gelu is the tanh one) gets the layouts that it is made for, peft gets weights in bf16, so that it casts nothing.
+`of the limit`: rates on the {largest} largest shapes, forward; backward, as shares of this card's large copy
+({limits[copy_gbs]:,.0f} GB/s, the faster of a memcpy and an elementwise kernel), for products of a dense bf16 one
+({limits[bf16_tflops]:.0f} TFLOP/s). `kept MiB`: what autograd keeps for backward over the pass.
 """
 OVERHEAD = """
-What a LoRA adds to the frozen layers, in all layers of a pass, forward and backward:
+What a LoRA adds to the time of the frozen layers, in all layers of a pass: forward; backward; both. The frozen layers'
+backward is the gradient of their input; the LoRA's has its own gradients too.
 """
 MISSING = "Not measured: {reasons}."
 SLOT = """
-Where the GPU time of one slot goes, LoRA rank 1, batch 1, bf16, as one CUDA graph, on one {card[device]}: before, with
-`RAPM_KERNELS=reference`, and after. {summary}
+GPU milliseconds of one slot by family of kernels, LoRA rank 1, batch 1, bf16, as one CUDA graph, on one {card[device]}:
+before, with `RAPM_KERNELS=reference`, and after. {summary}
 """
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = {
@@ -191,26 +197,49 @@ def teacher() -> str:
 MODELS = {"sd15": "SD1.5, 512x512", "sdxl": "SDXL, 1024x1024"}
 OURS = ("reference", "compile", "rapm", "frozen layer")  # providers of rapm/bench.py that are no library
 LARGEST = 5  # rapm/bench.py
+RANKS = 1, 64  # rapm/bench_ops.py
 
 
 def times(ms: list[float]) -> str:
     return " + ".join(f"{x:#.3g}".rstrip(".") for x in ms)
 
 
-def kernel_cells(total: dict, launches: dict[str, list[int]]) -> dict[str, str]:
-    """An operator's row: its totals over a pass, and how many launches a call of each provider takes."""
-    found = {name: sum(provider["ms"]) for name, provider in total["providers"].items()}
-    cells = {name: times(total["providers"][name]["ms"]) if name in found else "" for name in OURS[:3]}
+def span(shares: list[float]) -> str:
+    low, high = (f"{100 * x:.0f}" for x in (min(shares), max(shares)))
+    return f"{low}%" if low == high else f"{low}-{high}%"
+
+
+def kernel_cells(total: dict) -> dict[str, str]:
+    """An operator's row: its totals over a pass."""
+    done = total["providers"]
+    found = {name: sum(provider["ms"]) for name, provider in done.items()}
+    cells = {name: times(done[name]["ms"]) if name in found else "" for name in OURS[:3]}
     peer = min((name for name in found if name not in OURS), key=lambda name: found[name], default=None)
-    cells["library"] = f"{times(total['providers'][peer]['ms'])} ({peer})" if peer else ""
-    cells = {"calls": str(total["calls"]), **{k: cells[k] for k in ("reference", "compile", "library", "rapm")}}
-    for name in OURS[:2]:
-        cells[f"x {name}"] = f"{found[name] / found['rapm']:.1f}" if {name, "rapm"} <= found.keys() else ""
-    shares = [f"{min(column):.0%} to {max(column):.0%}" for column in total.get("share", [])]
-    cells["limit"] = ", ".join(shares)
-    pair = [name for name in ("reference", "rapm") if name in found]
-    cells["kept"] = ", ".join(f"{total['providers'][name]['kept_mib']:.0f}" for name in pair)
-    cells["launches"] = ", ".join("+".join(map(str, launches[name])) for name in pair if name in launches)
+    kept = [
+        f"{done[name]['kept_mib']:,.0f}"
+        for name in ("reference", "rapm")
+        if name in found and len(done[name]["ms"]) > 1
+    ]
+    return {
+        "PyTorch": cells["reference"],
+        "compile": cells["compile"],
+        "library": f"{times(done[peer]['ms'])} ({peer})" if peer else "",
+        "rapm": cells["rapm"],
+        "compile / rapm": f"{found['compile'] / found['rapm']:.2f}" if {"compile", "rapm"} <= found.keys() else "",
+        "of the limit": "; ".join(map(span, total.get("share", []))),
+        "kept MiB": " → ".join(kept),
+    }
+
+
+def overhead_cells(ops: dict, layer: str) -> dict[str, str]:
+    """What a LoRA of either rank adds to `layer`, lora_linear or lora_conv."""
+    cells = {"frozen layer": times(ops[f"{layer} rank {RANKS[0]}"]["providers"]["frozen layer"]["ms"])}
+    for rank in RANKS:
+        done = ops[f"{layer} rank {rank}"]["providers"]
+        for name in ("rapm", "peft"):
+            pairs = [*zip(done[name]["ms"], done["frozen layer"]["ms"], strict=True)] if name in done else []
+            pairs += [tuple(map(sum, zip(*pairs, strict=True)))] if pairs else []
+            cells[f"{name}, rank {rank}"] = "; ".join(f"{a / b - 1:+.0%}" for a, b in pairs)
     return cells
 
 
@@ -219,29 +248,19 @@ def kernels() -> str:
     report = load("kernels")
     if report["quick"]:
         sys.exit("benchmarks/results/kernels.json is of --quick: run rapm bench without it")
-    parts = [fill(KERNELS.format(**report, largest=LARGEST))]
-    added = []
+    parts, added, reasons = [fill(KERNELS.format(**report))], [], dict(report["left_out"])
     for model, ops in report["totals"].items():
-        rows = []
-        for name, total in ops.items():
-            first = next(row for row in report["rows"] if (row["model"], row["op"]) == (model, name))
-            launches = {k: v["launches"] for k, v in first["providers"].items() if "launches" in v}
-            rows.append((name, kernel_cells(total, launches)))
-            done = total["providers"]
-            if "frozen layer" in done:
-                frozen, cells = done["frozen layer"]["ms"], {"frozen layer": times(done["frozen layer"]["ms"])}
-                for other in ("rapm", "peft", "reference"):
-                    more = [
-                        f"{a / b - 1:+.0%}" for a, b in zip(done.get(other, {"ms": []})["ms"], frozen, strict=False)
-                    ]
-                    cells[other] = ", ".join(more)
-                added.append((f"{MODELS[model]}: {name}", cells))
-        parts += [f"**{MODELS[model]}**", rows_table(rows)]
+        parts += [f"**{MODELS[model]}**", rows_table([(name, kernel_cells(total)) for name, total in ops.items()])]
+        layers = [name for name in ("lora_linear", "lora_conv") if all(f"{name} rank {rank}" in ops for rank in RANKS)]
+        added += [(f"{MODELS[model].split(',')[0]} {name}", overhead_cells(ops, name)) for name in layers]
+    parts.append(fill(BELOW.format(**report, largest=LARGEST)))
     if added:
         parts += [fill(OVERHEAD), rows_table(added)]
-    if report["left_out"]:
-        reasons = "; ".join(f"{name} ({reason})" for name, reason in report["left_out"].items())
-        parts.append(fill(MISSING.format(reasons=reasons)))
+    for row in report["rows"]:
+        failed = {name: found["failed"] for name, found in row["providers"].items() if "failed" in found}
+        reasons |= {f"{name}'s {row['op']}": reason for name, reason in failed.items()}
+    if reasons:
+        parts.append(fill(MISSING.format(reasons="; ".join(f"{name} ({reason})" for name, reason in reasons.items()))))
     return "\n\n".join(parts)
 
 
@@ -288,18 +307,24 @@ def slot_svg() -> str:
 
 
 def slot() -> str:
-    """The README's section on the time of a slot."""
-    report, rows, ratios = load("slot_time"), [], []
+    """The README's section on the time of a slot: a column for each model and mode."""
+    report, ratios, columns = load("slot_time"), [], {}
     for model, modes in report["models"].items():
-        for name, mode in modes.items():
-            cells = {"GPU ms": f"{mode['gpu_ms']:.1f}", "launches": f"{mode['launches']:,}"}
-            cells |= {label: f"{mode['families'].get(family, 0.0):.1f}" for family, (label, _) in COLOURS.items()}
-            rows.append(
-                (f"{MODELS[model].split(',')[0]} {name}", {**cells, "peak GiB": f"{mode['allocated_mib'] / 1024:.1f}"})
-            )
+        short = MODELS[model].split(",")[0]
+        columns |= {f"{short} {name}": mode for name, mode in modes.items()}
         if {"before", "after"} <= modes.keys():
-            ratio = modes["before"]["gpu_ms"] / modes["after"]["gpu_ms"]
-            ratios.append(f"{MODELS[model].split(',')[0]} takes {1 / ratio:.0%} of the time")
+            share = modes["after"]["gpu_ms"] / modes["before"]["gpu_ms"]
+            ratios.append(f"{short} takes {share:.0%} of the time")
+
+    def row(cell: Callable[[dict], str]) -> dict[str, str]:
+        return {title: cell(mode) for title, mode in columns.items()}
+
+    rows = [("all", row(lambda mode: f"{mode['gpu_ms']:.1f}"))]
+    for family, (label, _) in COLOURS.items():
+        if any(mode["families"].get(family, 0.0) >= 0.05 for mode in columns.values()):
+            rows.append((label, row(lambda mode, family=family: f"{mode['families'].get(family, 0.0):.1f}")))
+    rows.append(("launches", row(lambda mode: f"{mode['launches']:,}")))
+    rows.append(("peak GiB", row(lambda mode: f"{mode['allocated_mib'] / 1024:.1f}")))
     summary = " and ".join(ratios) + "." if ratios else ""
     picture = "![GPU time of one slot by family](docs/slot_time.svg)"
     return "\n\n".join([fill(SLOT.format(card=report["card"], summary=summary)), picture, rows_table(rows)])

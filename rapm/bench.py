@@ -4,10 +4,11 @@ Shapes are recorded from a pass of the real architectures on meta tensors: SD1.5
 bf16, channels-last. Providers: `reference` is the operator's plain PyTorch, eager; `compile` is torch.compile of that;
 `rapm` is the kernel; then libraries that have the operator. Who computes it wrongly gets no time.
 
-A time is one call's in a CUDA graph, whose calls take turns with more inputs than fit in the L2 cache: the median over
-replays. `forward` keeps what backward needs; `backward` is autograd.grad of all that a training wants, never of frozen
-weights. Bytes and FLOP are the algorithm's (bench_ops.py); a copy's bytes are those it reads and those it writes, and
-its time is the better of a device memcpy's and of an elementwise kernel's (torch.neg), which is the faster on an H200.
+A time is one call's in a CUDA graph, whose calls take turns with inputs, up to twelve sets, that the L2 cache does not
+hold (but for the smallest): the median over replays. `forward` keeps what backward needs; `backward` is autograd.grad
+of all that a training wants, never of frozen weights. Bytes and FLOP are the algorithm's (bench_ops.py); a copy's bytes
+are those it reads and those it writes, and its time is the better of a device memcpy's and of an elementwise kernel's
+(torch.neg), which is the faster on an H200.
 
 Before anything is measured, processes compile what will be, all at once: the measuring pass then finds it in the caches
 on disk of Triton and of torch.compile (FX graphs and AOTAutograd's), which know it by its graph, inputs and settings.
@@ -423,22 +424,29 @@ def tasks_of(table: dict[str, Op], shapes: dict[tuple[str, str], list[tuple]]) -
     return sorted(tasks, key=lambda task: (task[0] != "disc_head", task[2] != COMPILE))
 
 
-def bench(names: Sequence[str] = (), models: Sequence[str] = tuple(MODELS), quick: bool = False) -> dict:
-    """The report of `rapm bench`, printed on the way. UserError without a GPU, or for an operator that is not there."""
+def bench(
+    names: Sequence[str] = (), models: Sequence[str] = tuple(MODELS), quick: bool = False, output: Path | None = None
+) -> dict:
+    """The report of `rapm bench`, printed and written to `output` operator by operator.
+
+    UserError without a GPU, or for an operator that is not there.
+    """
     unknown = sorted(set(names) - set(KERNELS))
     if unknown:
         raise UserError(f"no operator {unknown[0]!r}: choose from {', '.join(KERNELS)}")
     need_gpu()
+    start = time.perf_counter()
     left_out: dict[str, str] = {}
-    table = {key: op for key, op in operators(left_out).items() if not names or key.split()[0] in names}
+    every = operators(left_out)
+    table = {key: every[key] for name in names or KERNELS for key in every if key.split()[0] == name}
     report: dict = {"card": card(), "quick": quick, "left_out": left_out, "totals": {}, "rows": []}
-    counts = {(model, name): op.shapes(unet_shapes(model)) for model in models for name, op in table.items()}
+    counts = {(model, name): op.shapes(unet_shapes(model)) for name, op in table.items() for model in models}
     shapes = {
         (model, name): sorted(found, key=lambda shape: -sum(table[name].cost(*shape)))[: 1 if quick else None]
         for (model, name), found in counts.items()
     }
-    if not quick:
-        print(warm(tasks_of(table, shapes)), flush=True)
+    if not quick and (tasks := tasks_of(table, shapes)):
+        print(warm(tasks), flush=True)
     with measuring():
         report["limits"] = limits()
         print(*(f"{k} {v}" for k, v in rounded({**report["card"], **report["limits"], **left_out}).items()), sep=", ")
@@ -450,8 +458,12 @@ def bench(names: Sequence[str] = (), models: Sequence[str] = tuple(MODELS), quic
                 rows.append({"model": model, "op": name, "shape": shape, "count": counts[model, name][shape], **found})
             report["rows"] += rows
             total = report["totals"].setdefault(model, {})[name] = totals(rows, report["limits"])
-            print(line(model, name, total, rows), flush=True)
-    report["attention_choices"] = choices()
+            print(f"[{time.perf_counter() - start:.0f} s] {line(model, name, total, rows)}", flush=True)
+            report["attention_choices"] = choices()
+            if output:
+                output.write_text(json.dumps(rounded(report), indent=1) + "\n", encoding="utf-8")
+    if not quick and (missed := torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]):
+        print(f"{missed} graphs were compiled again: torch.compile's cache did not have them")
     return rounded(report)
 
 
@@ -464,7 +476,5 @@ def run(names: Sequence[str], models: Sequence[str], quick: bool, output: Path |
     """`rapm bench`; exit code 1 where one of our kernels is wrong."""
     if output and not output.parent.is_dir():
         raise UserError(f"output {output}: {output.parent} is no folder: make it, or choose another")
-    report = bench(names, models, quick)
-    if output:
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = bench(names, models, quick, output)
     return int(any("failed" in row["providers"].get(RAPM, {}) for row in report["rows"]))

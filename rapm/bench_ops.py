@@ -110,6 +110,7 @@ def norm_ops(kernels: dict[str, ModuleType], liger: ModuleType | None) -> dict[s
     peers: dict[str, dict[str, Provider]] = {"group_norm": {}, "layer_norm": {}, "geglu": {}}
     if liger:
         # Each gets the layout that it is made for: NCHW, and value and gate as two tensors. Its gelu is the tanh one.
+        # Its GroupNorm (0.8.5) adds up bf16 numbers and their squares in bf16, and is refused for what comes of that.
         nchw = lambda *args: [x.contiguous() if torch.is_tensor(x) else x for x in args]  # noqa: E731
         peers["group_norm"]["Liger"] = Provider(liger_group_norm, nchw)
         peers["layer_norm"]["Liger"] = Provider(liger_layer_norm)
@@ -321,8 +322,12 @@ def slot_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
             position_with(position.position_loss_ref, position.position_gradient_ref, False),
             position_with(position.position_loss, position.position_gradient, True), {}, compiled=whole,
         ),
-        "renoise": Op(once, make_renoise, per_number(3 * 4 + 3 * 2), renoise.renoise_ref, renoise.renoise, {}, compiled=whole),
-        "guided_step": Op(once, make_guided, per_number(4 + 4 + 4), guided.guided_step_ref, guided.guided_step, {}, compiled=whole),
+        "renoise": Op(
+            once, make_renoise, per_number(3 * 4 + 3 * 2), renoise.renoise_ref, renoise.renoise, {}, compiled=whole,
+        ),
+        "guided_step": Op(
+            once, make_guided, per_number(4 + 4 + 4), guided.guided_step_ref, guided.guided_step, {}, compiled=whole,
+        ),
     }  # fmt: skip
 
 
