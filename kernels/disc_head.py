@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapm.kernels.disc_head_backward import (
+    _hinge_kernel,
     _input_kernel,
     _norm_backward_kernel,
     _reduce_kernel,
-    _hinge_kernel,
     _weight_kernel,
 )  # fmt: skip
 from rapm.kernels.disc_head_forward import _activate_kernel, _conv_kernel

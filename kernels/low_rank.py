@@ -2,7 +2,7 @@
 
 rows: t = x a and y = [bias] + t b in one launch: the pass over x that t needs, and a write of y. Each program has all K
 of some rows, and a share of the columns of y.
-sums: g^T x and dy^T h, the low-rank weights' gradients: each program has some columns of x or dy and all rows, or a part
+sums: g^T x and dy^T h, the low-rank weights' gradients: each program has some columns of x or dy and all rows, or part
 of them, and then a second launch adds up the parts, in fp32 and in a fixed order. With ranks of 1 these are products of
 vectors, else tensor cores at 16 columns and more.
 

@@ -99,7 +99,7 @@ def test_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(module, "processors", lambda device: 4)
-        actual, launches = module._plan(inputs[0], 16, 0)
+        actual, launches = module._plan(inputs[0], 16, 0, module.FORWARD_VALUES)
         assert (actual, launches[0]["ROWS"]) == (grid, rows)
         compare(inputs, torch.float32, 16)
 
@@ -110,7 +110,7 @@ def test_plans(channels: int, size: int, whole: int, monkeypatch: pytest.MonkeyP
     """On the H200's 132 processors: registers and partial results are bounded, and every channel is covered."""
     monkeypatch.setattr(module, "processors", lambda device: 132)
     x = torch.empty(1, channels, size, size, device="meta")
-    (blocks, splits, _), launches = module._plan(x, 32, whole)
+    (blocks, splits, _), launches = module._plan(x, 32, whole, module.FORWARD_VALUES)
     options = launches[0]
     assert options["ROWS"] * splits >= size * size > options["ROWS"] * (splits - 1) and splits <= 128
     assert (
