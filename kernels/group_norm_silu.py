@@ -22,8 +22,7 @@ from torch import Tensor
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 # A tile of 15 KB in bf16, four programs a processor forward and two backward: 60 KB a processor are in flight.
-TILE_VALUES, MAX_WARPS = 8192, 16
-FORWARD_VALUES, BACKWARD_VALUES = 64, 32  # of a thread: with 32 the sums over rows cost FIRST a third more (H200)
+TILE_VALUES, MAX_WARPS, FORWARD_VALUES, BACKWARD_VALUES = 8192, 16, 64, 32  # the last two: of a thread
 MAX_SPLITS = 128  # runs of a map, more where they would be short: every program of SECOND reads the results of all
 FILL = 1  # programs a processor: with fewer, runs are shorter
 WHOLE_FORWARD, WHOLE_BACKWARD = 32768, 16384  # the tile of one group up to which one launch does both stages
