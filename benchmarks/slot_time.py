@@ -22,10 +22,11 @@ import torch
 
 from rapm.bench import MODELS, card, example_text, kernel_mode, need_gpu
 from rapm.config import Config
+from rapm.device import captured
 from rapm.errors import UserError
 from rapm.lora import LoRA
 from rapm.schedule import Schedule
-from rapm.step import Step, captured
+from rapm.step import Step
 from rapm.trajectories import Trajectory
 from rapm.unet import UNet
 

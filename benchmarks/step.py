@@ -32,10 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rapm.bench import MODELS, Model, card, example_text, kernel_mode, limits, measuring, need_gpu
 from rapm.config import Config
+from rapm.device import captured
 from rapm.errors import UserError
 from rapm.kernels.renoise import renoise_ref
 from rapm.schedule import Schedule
-from rapm.step import LOSSES, Step, captured
+from rapm.step import LOSSES, Step
 from rapm.trajectories import Trajectory
 from rapm.unet import UNet
 from rapm.zoo import EMBEDDED

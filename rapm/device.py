@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from rapm.config import Config, parse_vram
@@ -32,3 +34,17 @@ def pick_device(config: Config) -> torch.device:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
     return device
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as one CUDA graph; capturing runs nothing. The step must have run before, on the current stream.
+
+    Where the current stream is one of its own, it is captured there: two graphs that replay at once must not share
+    cuBLAS's workspace, which belongs to the stream of the capture.
+    """
+    current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from rapm.errors import UserError
 from rapm.lora_file import read_lora
 from rapm.schedule import Schedule
-from rapm.trajectories import noise, walk
+from rapm.solver import walk
+from rapm.trajectories import noise
 from rapm.unet import Lora, Text, UNet
 
 if TYPE_CHECKING:

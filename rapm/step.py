@@ -8,8 +8,6 @@ Shapes: N slots, C h w latents, K replayed slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -233,17 +231,3 @@ class Step:
         if len(self.used) == 1:  # the other one's terms are 0
             terms = [F.pad(term, (self.used[0], 1 - self.used[0])) for term in terms]
         return *terms, keep, gradient
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as one CUDA graph; capturing runs nothing. The step must have run before, on the current stream.
-
-    Where the current stream is one of its own, it is captured there: two graphs that replay at once must not share
-    cuBLAS's workspace, which belongs to the stream of the capture.
-    """
-    current = torch.cuda.current_stream()
-    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return graph.replay

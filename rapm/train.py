@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rapm.card import write_model_card
 from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from rapm.config import Config
-from rapm.device import DTYPES, pick_device
+from rapm.device import DTYPES, captured, pick_device
 from rapm.errors import UserError
 from rapm.export import export_lora, verify_export
 from rapm.kernels.attention import xformers_problem
@@ -32,9 +32,10 @@ from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
 from rapm.prompts import read_prompts
 from rapm.sample import labelled_grid, sample
-from rapm.step import LOSSES, SIDES, Step, captured
+from rapm.solver import check_grid
+from rapm.step import LOSSES, SIDES, Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, check_grid, prepare, trajectory_seed
+from rapm.trajectories import Store, prepare, trajectory_seed
 from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.

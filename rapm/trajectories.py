@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.errors import UserError
-from rapm.schedule import Schedule, step_coefficients, trailing_steps
-from rapm.unet import Lora, Text, UNet
+from rapm.solver import Solver
+from rapm.unet import Text
 
 if TYPE_CHECKING:
     from rapm.config import Config
@@ -50,16 +50,6 @@ class Trajectory(NamedTuple):
     seed: int
 
 
-def check_grid(T: int, steps: int, fine_steps: int) -> None:
-    """UserError unless the fine grid of N M steps contains the coarse grid of N steps."""
-    if steps < 1 or fine_steps < 1:
-        raise UserError(f"steps {steps}, fine_steps {fine_steps}: both must be at least 1")
-    if T % (steps * fine_steps):
-        raise UserError(
-            f"steps {steps} x fine_steps {fine_steps} = {steps * fine_steps} must divide the teacher's {T} timesteps"
-        )
-
-
 def trajectory_seed(seed: int, index: int | str) -> int:
     """The seed of trajectory `index` (or of another purpose), 63 well-mixed bits: neighbours share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
@@ -68,69 +58,6 @@ def trajectory_seed(seed: int, index: int | str) -> int:
 def noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     """N(0, I), fp32 on the CPU: the same on every machine and in every batch."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def walk(
-    unet: UNet,
-    schedule: Schedule,
-    text: Text,
-    noise: Tensor,  # B C h w
-    steps: int,
-    *,
-    lora: Lora = None,
-    guidance: float = 1.0,
-    uncond: Text | None = None,
-) -> Iterator[Tensor]:
-    """The positions B C h w after each of `steps` DDIM steps: fp32 on the UNet's device, the network in its own dtype.
-
-    As in the stock pipeline, guidance above 1 asks for `uncond` (B or 1 rows) and doubles the network's batch.
-    """
-    guided = guidance > 1
-    text = text.to(unet.device, unet.dtype)
-    if guided:
-        text = Text.cat([uncond.to(unet.device, unet.dtype).expand(len(noise)), text])
-    if lora is not None:
-        lora = {
-            name: (down.to(unet.device, unet.dtype), up.to(unet.device, unet.dtype))
-            for name, (down, up) in lora.items()
-        }
-    z = noise.to(unet.device, torch.float32)
-    for t, s in trailing_steps(len(schedule), steps):
-        x = torch.cat([z, z]) if guided else z
-        out = unet(x.to(unet.dtype), torch.tensor(t, device=unet.device), text, lora).float()
-        if guided:
-            without, with_text = out.chunk(2)
-            out = without + guidance * (with_text - without)
-        a, b = step_coefficients(schedule, t, s)
-        z = a * z + b * out
-        yield z
-
-
-def solve(
-    unet: UNet,
-    schedule: Schedule,
-    text: Text,
-    uncond: Text | None,
-    noise: Tensor,  # B C h w
-    *,
-    steps: int,
-    fine_steps: int,
-    guidance: float,
-) -> tuple[Tensor, Tensor]:
-    """N slots of M guided DDIM steps from `noise`: (positions B N+1 C h w, fine B N C h w), fp32 on the UNet's device.
-
-    positions[:, 0] is the noise (METHOD.md's index N), the last one the image's latents.
-    """
-    check_grid(len(schedule), steps, fine_steps)
-    positions, fine = [noise.to(unet.device, torch.float32)], []
-    whole = walk(unet, schedule, text, noise, steps * fine_steps, guidance=guidance, uncond=uncond)
-    for i, z in enumerate(whole):
-        if i % fine_steps == 0:
-            fine.append(z)
-        if (i + 1) % fine_steps == 0:
-            positions.append(z)
-    return torch.stack(positions, dim=1), torch.stack(fine, dim=1)
 
 
 class Store:
@@ -179,7 +106,8 @@ def prepare(
     a store. UserError, before any work, if the folder holds other trajectories, cannot be written, or the disk is full.
     """
     folder = Path(folder)
-    check_grid(len(teacher.schedule), config.steps, config.fine_steps)
+    grid = dict(steps=config.steps, fine_steps=config.fine_steps, guidance=config.guidance)
+    solver = Solver(teacher.unet, teacher.schedule, **grid)
     resolution = config.resolution or teacher.default_resolution
     shape = teacher.latent_shape(resolution)
     uncond = teacher.encode_negative(config.negative_prompt, resolution)
@@ -195,16 +123,8 @@ def prepare(
             solved = []
             for start in range(0, len(indices), config.solve_batch):
                 batch = seeds[start : start + config.solve_batch]
-                positions, fine = solve(
-                    teacher.unet,
-                    teacher.schedule,
-                    text.rows(start, start + len(batch)),
-                    uncond,
-                    torch.stack([noise(seed, shape) for seed in batch]),
-                    steps=config.steps,
-                    fine_steps=config.fine_steps,
-                    guidance=config.guidance,
-                )
+                start_noise = torch.stack([noise(seed, shape) for seed in batch])
+                positions, fine = solver(text.rows(start, start + len(batch)), start_noise, uncond)
                 dtype = getattr(torch, config.trajectory_dtype)
                 solved.append((positions.to("cpu", dtype), fine.to("cpu", dtype)))
                 bar.update(len(batch))

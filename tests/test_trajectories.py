@@ -16,8 +16,9 @@ import torch
 from rapm import trajectories
 from rapm.config import Config
 from rapm.errors import UserError
+from rapm.solver import check_grid, solve
 from rapm.teacher import load_teacher
-from rapm.trajectories import Store, Trajectory, check_grid, noise, prepare, solve, trajectory_seed, verify
+from rapm.trajectories import Store, Trajectory, noise, prepare, trajectory_seed, verify
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 PROMPTS = ["a red circle", "two small dogs on a hill", "night"]
