@@ -138,22 +138,24 @@ def check(device: str, slots: int = 3) -> None:
 # Time
 
 
-def tflop(name: str) -> float:
-    """Of an iteration: N times (3 UNet and 4 encoder passes), each of one forward's products."""
+def pass_tflop(name: str) -> tuple[float, float]:
+    """Of one forward's products: the UNet's, and those of its encoder and mid block."""
     config, side = model_of(name)
     with torch.device("meta"), torch.no_grad(), kernel_mode("reference"):
         unet = UNet(config).to(torch.bfloat16)
-        z, t, text = (
-            torch.empty(1, 4, side, side),
-            torch.empty((), dtype=torch.long),
-            example_text(unet.config, side, "meta"),
-        )
-        counts = []
+        z, t = torch.empty(1, 4, side, side), torch.empty((), dtype=torch.long)
+        text, counts = example_text(unet.config, side, "meta"), []
         for run in (unet, unet.features):
             with FlopCounterMode(display=False) as counter:
                 run(z, t, text)
-            counts.append(counter.get_total_flops())
-    return config_of(name).steps * (3 * counts[0] + 4 * counts[1]) * 1e-12
+            counts.append(counter.get_total_flops() * 1e-12)
+    return counts[0], counts[1]
+
+
+def tflop(name: str) -> float:
+    """Of an iteration: N times 3 UNet passes (a backward counts as one) and 4 of its encoder."""
+    whole, encoder = pass_tflop(name)
+    return config_of(name).steps * (3 * whole + 4 * encoder)
 
 
 def measure(model: str, provider: str) -> dict:
