@@ -52,6 +52,7 @@ ENCODE = 0.3 * GIB  # activations of the text encoders
 # Speed. Calibrated on: the same two slots, 117.6 and 29.0 ms of GPU time.
 PRODUCTS = 0.70  # of `tflops`, in products and convolutions
 LAUNCH = 5.07e-6 * 4300  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
+COPIES = 0.03  # of the time of a copy to the host and back, that shows even where it is hidden (estimate)
 LAUNCHES = 15.5  # a slot's, for each layer that a LoRA may extend
 ELEMENTWISE = 0.6  # of `bandwidth`, where norms are computed again
 

@@ -44,11 +44,11 @@ class Slab:
                     "raise `ulimit -l`, free host memory, or give a larger --vram"
                 )
 
-    def take(self, size: int) -> Tensor:
-        """The next `size` bytes. RuntimeError where the slab ends."""
+    def take(self, size: int) -> Tensor | None:
+        """The next `size` bytes; None where the slab ends."""
         start = -(-self.used // ALIGN) * ALIGN
         if start + size > len(self.bytes):
-            raise RuntimeError(f"offload: {start + size} bytes are more than the slab of {len(self.bytes)}")
+            return None
         self.used = start + size
         return self.bytes[start : start + size]
 
@@ -117,7 +117,10 @@ class Offload:
             return None
         ref, entry = self._found.get(storage._cdata, (None, None))
         if entry is None:
-            entry = self._store(x, storage)
+            host = self.slab.take(storage.nbytes())
+            if host is None:  # more than was counted: it stays
+                return None
+            entry = self._store(x, storage, host)
             # While the reference is held, no other storage has this address.
             self._found[storage._cdata] = StorageWeakRef(storage), entry
         entry.uses += 1
@@ -137,9 +140,9 @@ class Offload:
             index -= 1
         return entry.device
 
-    def _store(self, x: Tensor, storage: torch.UntypedStorage) -> Entry:
+    def _store(self, x: Tensor, storage: torch.UntypedStorage, host: Tensor) -> Entry:
         raw = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
-        entry = Entry(self, len(self.entries), raw, self.slab.take(len(raw)))
+        entry = Entry(self, len(self.entries), raw, host)
         self.entries.append(entry)
         self.moved_out += len(raw)
         if self.out is None:

@@ -137,7 +137,8 @@ def options(name: str, sizes: Sizes, card: Card, last: bool) -> list[Option]:
         out.append(Option(Policy(level), counted.kept[level], 0, seconds))
         moved = counted.movable[level]
         if kind == "student" and moved and not last:  # the last layer's is needed at once
-            out.append(Option(Policy(level, True), counted.kept[level] - moved, moved, seconds))
+            copies = cards.COPIES * moved / (card.link * 1e9)
+            out.append(Option(Policy(level, True), counted.kept[level] - moved, moved, seconds + copies))
     return out
 
 
