@@ -63,16 +63,15 @@ def card_for(budget: int) -> Card:
 
 
 def this_card(device: torch.device) -> Card:
-    """The rates of `device`, measured in about a second: a bf16 product of 4096 cubed, a copy, both ways over the bus."""
+    """The rates of `device`, measured in about a second: a bf16 product, a copy, both ways to the host."""
     properties = torch.cuda.get_device_properties(device)
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     product = _seconds(lambda: a @ a, 20)
     source = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
     copy = _seconds(lambda: source.clone(), 10)
     link = link_rate(device)
-    del a, source
-    torch.cuda.empty_cache()
     tflops, bandwidth = 2 * 4096**3 / product * 1e-12, 2 * 256 * MIB / copy * 1e-9
+    torch.cuda.empty_cache()
     return Card(properties.name, properties.total_memory / GIB, tflops, bandwidth, link, measured=True)
 
 
@@ -93,6 +92,12 @@ def _seconds(run, times: int) -> float:
         run()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / times
+
+
+def cap(device: torch.device, budget: int, context: int = CONTEXT) -> None:
+    """The allocator's part of `budget`: the process with its context of `context` bytes stays within it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget - context) / total), device)
 
 
 def process_memory() -> int | None:

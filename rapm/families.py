@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from rapm.errors import UserError
 from rapm.unet import complete
+
+if TYPE_CHECKING:
+    from rapm.teacher import Teacher
 
 SD15 = dict(cross_attention_dim=768, sample_size=64)
 SD21 = dict(
@@ -33,6 +36,15 @@ class Model(NamedTuple):
     text: int  # parameters of the text encoders
     vae: int  # parameters of the VAE
     factor: int = 8  # pixels of an image to one of its latents
+
+    @classmethod
+    def of(cls, teacher: Teacher) -> Model:
+        """That of a loaded teacher."""
+        pipe = teacher.pipe
+        encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+        text = sum(p.numel() for encoder in encoders if encoder is not None for p in encoder.parameters())
+        vae = sum(p.numel() for p in pipe.vae.parameters())
+        return cls(teacher.source, teacher.unet.config, text, vae, pipe.vae_scale_factor)
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -101,4 +113,3 @@ def latents_of(model: Model, resolution: tuple[int, int] | None) -> tuple[int, i
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise UserError(f"resolution {height}x{width}: height and width must be multiples of {multiple}")
     return model.unet["in_channels"], height // model.factor, width // model.factor
-

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rapm.errors import UserError
 
 SMALLEST = 2**20  # bytes: below, the copies cost more than they free
-WINDOW = 256 * 2**20  # bytes under way each way
+WINDOWS = (256 * 2**20, 64 * 2**20)  # bytes under way each way, of which a plan takes one
 ALIGN = 512  # bytes, as the device's allocator does
 
 
@@ -84,7 +84,7 @@ class Entry:
 class Offload:
     """The host's part of one pass: `begin` it, run forward and backward, `finish` it."""
 
-    def __init__(self, size: int, device: torch.device, parameters: Iterable[Tensor] = (), window: int = WINDOW):
+    def __init__(self, size: int, device: torch.device, parameters: Iterable[Tensor] = (), window: int = WINDOWS[0]):
         """`size`: bytes of the slab. `parameters` are never moved."""
         self.slab, self.window = Slab(size, device), window
         self.parameters = [StorageWeakRef(p.untyped_storage()) for p in parameters]
@@ -115,7 +115,7 @@ class Offload:
         storage = x.untyped_storage()
         if storage.nbytes() < SMALLEST or x.nbytes != storage.nbytes() or storage._cdata in self.kept:
             return None
-        ref, entry = self._found.get(storage._cdata, (None, None))
+        _, entry = self._found.get(storage._cdata, (None, None))
         if entry is None:
             host = self.slab.take(storage.nbytes())
             if host is None:  # more than was counted: it stays

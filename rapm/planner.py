@@ -7,6 +7,7 @@ time whose kept bytes fit. Copies to the host count only as far as the passes do
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from rapm.errors import UserError
 from rapm.families import Model, latents_of
 from rapm.kernels.disc_head import layout
 from rapm.memory import TOKENS, Pass, count_encoder, count_student, meta_unet
-from rapm.offload import WINDOW
+from rapm.offload import WINDOWS
 from rapm.saved import LEVELS, Policy
 
 PHASES = ("encode", "solve", "train", "validate", "export")
@@ -64,7 +65,9 @@ class Plan:
     card: Card
     student: dict[str, Policy] = field(default_factory=dict)
     encoder: dict[str, Policy] = field(default_factory=dict)
-    moved: int = 0  # bytes that a slot moves to the host
+    kept: int = 0  # bytes that a slot keeps for backward on the card
+    moved: int = 0  # bytes that it moves to the host
+    window: int = WINDOWS[0]  # bytes under way each way, and so how far the copies run ahead
     solve_batch: int = 1
     together: bool = True  # both real features in one pass of two rows, or one after the other
     aside: bool = False  # the UNet waits on the host while text encoders or VAE work
@@ -74,11 +77,6 @@ class Plan:
     seconds: float = 0.0  # an iteration
     slowdown: float = 1.0  # over the same card without a budget
     solve_seconds: float = 0.0  # a trajectory
-
-    @property
-    def least(self) -> bool:
-        """Whether nothing is left to give up."""
-        return all(p == Policy("checkpoint", True) for p in self.student.values()) and not self.together
 
 
 def sizes_of(model: Model, config: Config) -> Sizes:
@@ -152,14 +150,12 @@ class Choice(NamedTuple):
 class Chooser:
     """The least added time for any number of kept bytes: a table over bytes kept and bytes moved, layer by layer."""
 
-    def __init__(self, sizes: Sizes, card: Card, adversarial: bool = True, offload: bool = True) -> None:
+    def __init__(self, sizes: Sizes, card: Card, adversarial: bool = True) -> None:
         names = [f"student/{name}" for name in sizes.student.layers]
         if adversarial:
             names += [f"encoder/{name}" for name in sizes.encoder.layers]
         last = f"student/{[name for name in sizes.student.layers if name != 'rest'][-1]}"
         self.options = {name: options(name, sizes, card, name == last) for name in names}
-        if not offload:
-            self.options = {n: [o for o in found if not o.moved] for n, found in self.options.items()}
         self.link = card.link * 1e9
         per_flop = slot_seconds(sizes, card) / sizes.flops
         self.hidden = sizes.student.flops * per_flop  # what the forward hides; the backward takes twice as long
@@ -197,13 +193,18 @@ class Chooser:
         """The fewest bytes that can be kept."""
         return int(np.argmax(np.isfinite(self.total).any(axis=1))) * self.grain
 
-    def best(self, kept: int) -> Choice | None:
-        """The fastest choice that keeps at most `kept` bytes; None where there is none."""
-        rows = min(len(self.total), max(0, kept // self.grain + 1))
-        if rows == 0 or not np.isfinite(self.total[:rows]).any():
+    def everything(self) -> Choice:
+        """All is kept."""
+        kept = sum(found[0].kept for found in self.options.values())
+        return Choice({name: found[0].policy for name, found in self.options.items()}, kept, 0, 0.0)
+
+    def best(self, kept: int, offload: bool = True) -> Choice | None:
+        """The fastest choice that keeps at most `kept` bytes, of those moving none without `offload`; None if none."""
+        total = self.total[: max(0, kept // self.grain + 1), : None if offload else 1]
+        if not np.isfinite(total).any():
             return None
-        place = np.unravel_index(np.argmin(self.total[:rows]), self.total[:rows].shape)
-        seconds, (i, j) = float(self.total[place]), map(int, place)
+        i, j = map(int, np.unravel_index(np.argmin(total), total.shape))
+        seconds = float(total[i, j])
         chosen = {}
         for name, pick in reversed(list(zip(self.options, self.picks, strict=True))):
             chosen[name] = option = self.options[name][pick[i, j]]
@@ -225,63 +226,60 @@ class Planner:
         self.context = cards.CONTEXT  # bytes of the process outside the allocator
         self.correction = 0  # bytes that a dry slot took beyond what was predicted
 
-    def plan(self, budget: int | None, shrink: int = 0) -> Plan:
-        """The fastest plan for `budget` bytes of the card; `shrink` bytes of them are not to be used in training.
+    def plan(self, budget: int | None, most: int | None = None) -> Plan:
+        """The fastest plan for `budget` bytes of the card that keeps at most `most` bytes for backward.
 
         UserError for a budget that cannot work, with the smallest that would.
         """
-        sizes, card = self.sizes, self.card or cards.card_for(budget or 0)
+        sizes, card, fitting = self.sizes, self.card or cards.card_for(budget or 0), []
         adversarial = sizes.heads > 0
         chooser = Chooser(sizes, card, adversarial)
-        fastest = chooser.best(2**62)
-        for together in (True, False):
-            plan = Plan(budget, card, together=together)
-            if budget is None:
-                choice = fastest._replace(policies={name: Policy() for name in fastest.policies}, moved=0, seconds=0.0)
-                break
-            choice = chooser.best(self._room(plan, chooser) - shrink)
-            if choice is not None:
-                break
-        if choice is None:
-            smallest = self._smallest(plan, chooser)
+        if budget is None:
+            return self._finish(Plan(None, card), chooser.everything())
+        # What costs no time comes first: copies further ahead, both real features in one pass.
+        for together, window in itertools.product((True, False), (0, *WINDOWS)):
+            plan = Plan(budget, card, together=together, window=window)
+            room = min(self._room(plan), 2**62 if most is None else most)
+            choice = chooser.best(room, offload=window > 0)
+            if choice is not None and (window == 0 or choice.moved):
+                fitting.append((choice.seconds, len(fitting), plan, choice))
+        if not fitting:
             raise UserError(
                 f"vram {budget / GIB:.2f}G is too little for {self.model.name} at rank {self.config.lora_rank}: "
-                f"at least --vram {math.ceil(smallest / GIB * 10) / 10:.1f}G"
+                f"at least --vram {self.smallest_words()}"
             )
+        _, _, plan, choice = min(fitting)
         return self._finish(plan, choice)
 
     def smallest(self) -> int:
         """Bytes of the least budget that works."""
         card = self.card or cards.CARDS[0]
-        return self._smallest(Plan(0, card, together=False), Chooser(self.sizes, card, self.sizes.heads > 0))
-
-    def _smallest(self, plan: Plan, chooser: Chooser) -> int:
-        train = self._train(plan, chooser.least + chooser.grain, moved=1)
+        plan = Plan(0, card, together=False, window=WINDOWS[-1])
+        chooser = Chooser(self.sizes, card, self.sizes.heads > 0)
+        train = self._train(plan, chooser.least)
         return max(train, *(self._phase(phase, plan, 1, True, True, True) for phase in PHASES if phase != "train"))
 
-    def _train(self, plan: Plan, kept: int, moved: int) -> int:
+    def smallest_words(self) -> str:
+        return f"{math.ceil(self.smallest() / GIB * 10) / 10:.1f}G"
+
+    def _train(self, plan: Plan, kept: int) -> int:
         """Bytes of the process at the peak of a slot that keeps `kept`."""
         sizes = self.sizes
         size = DTYPES[self.config.mixed_precision].itemsize
         extra = max(max(layer.extra.values()) for layer in (*sizes.student.layers.values(),))
         rows = 2 if plan.together else 1
         transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra
-        copies = 2 * WINDOW if moved else 0
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
-        slot = kept * (1 + cards.KEPT_OVERHEAD) + transient + copies + size * sizes.lora
+        slot = kept * (1 + cards.KEPT_OVERHEAD) + transient + 2 * plan.window + size * sizes.lora
         end = 3 * size * sizes.lora + 12 * sizes.lora  # the gradient, cast, clipped, when everything else is gone
         live = sizes.state + replay + cards.WORKSPACE + max(slot, end)
         return int(self.context + self.correction + sizes.weights + live * cards.RESERVED)
 
-    def _room(self, plan: Plan, chooser: Chooser) -> int:
-        """Bytes that may be kept. Copies under way are set aside where offload may be chosen at all."""
-        for moved in (0, 1):
-            free = plan.budget - self._train(plan, 0, moved)
-            room = int(free / (cards.RESERVED * (1 + cards.KEPT_OVERHEAD)))
-            choice = chooser.best(room) if room > 0 else None
-            if choice is not None and not (choice.moved and not moved):
-                return room
-        return room
+    def _room(self, plan: Plan) -> int:
+        """Bytes that may be kept."""
+        slot = plan.budget - self.context - self.correction - self.sizes.weights
+        end = self._train(plan, 0) - self.context - self.correction - self.sizes.weights
+        return int((slot - end) / (cards.RESERVED * (1 + cards.KEPT_OVERHEAD))) if slot >= end else -1
 
     def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
         """Bytes of the process in a phase other than training."""
@@ -319,10 +317,10 @@ class Planner:
             if need > budget:
                 raise UserError(
                     f"vram {budget / GIB:.2f}G is too little to {phase} with {self.model.name}: "
-                    f"at least --vram {math.ceil(self.smallest() / GIB * 10) / 10:.1f}G"
+                    f"at least --vram {self.smallest_words()}"
                 )
         phases = {phase: self._phase(phase, plan, batch, aside, tiled, apart) for phase in PHASES if phase != "train"}
-        phases["train"] = self._train(plan, choice.kept, choice.moved)
+        phases["train"] = self._train(plan, choice.kept)
         slot = slot_seconds(sizes, plan.card)
         solve = 2 * config.steps * config.fine_steps * sizes.student.flops * slot / sizes.flops
         policies: dict[str, dict[str, Policy]] = {"student": {}, "encoder": {}}
@@ -331,7 +329,8 @@ class Planner:
             if layer != "rest":
                 policies[kind][layer] = policy
         return replace(
-            plan, **policies, moved=choice.moved, solve_batch=batch, aside=aside, tiled=tiled, apart=apart,
+            plan, **policies, kept=choice.kept, moved=choice.moved, window=plan.window if choice.moved else 0,
+            solve_batch=batch, aside=aside, tiled=tiled, apart=apart,
             phases={phase: phases[phase] for phase in PHASES}, seconds=config.steps * (slot + choice.seconds),
             slowdown=(slot + choice.seconds) / slot, solve_seconds=solve,
         )  # fmt: skip

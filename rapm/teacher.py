@@ -135,7 +135,9 @@ class Teacher:
 
     def _encode_prompt(self, prompt: str | list[str], **options: object) -> tuple[Tensor, ...]:
         """SD: (positive, negative) embeddings; SDXL: these, then the pooled (positive, negative)."""
-        return self.pipe.encode_prompt(prompt=prompt, device=self._text_encoders[0].device, num_images_per_prompt=1, **options)
+        return self.pipe.encode_prompt(
+            prompt=prompt, device=self._text_encoders[0].device, num_images_per_prompt=1, **options
+        )
 
     def _text(self, resolution: tuple[int, int] | None, hidden: Tensor, pooled: Tensor | None = None) -> Text:
         if pooled is None:
