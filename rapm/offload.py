@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,53 @@ from rapm.errors import UserError
 SMALLEST = 2**20  # bytes: below, the copies cost more than they free
 WINDOWS = (256 * 2**20, 64 * 2**20)  # bytes under way each way, of which a plan takes one
 ALIGN = 512  # bytes, as the device's allocator does
+
+
+def _load_extension() -> bool:
+    """Whether csrc/ is built, and its operators are here now."""
+    built = next((path for path in Path(__file__).parent.glob("_offload*") if path.suffix in (".so", ".pyd")), None)
+    if built is not None:
+        torch.ops.load_library(built)
+    return built is not None
+
+
+EXTENSION = _load_extension()
+
+
+class Mark:
+    """The end of a copy."""
+
+    def __init__(self) -> None:
+        self.event = torch.ops.rapm.event_new() if EXTENSION else torch.cuda.Event()
+
+    def wait(self) -> None:
+        """The current stream goes on after it."""
+        current = torch.cuda.current_stream()
+        if EXTENSION:
+            torch.ops.rapm.stream_wait(current.cuda_stream, self.event)
+        else:
+            current.wait_event(self.event)
+
+    def __del__(self) -> None:
+        if EXTENSION:
+            torch.ops.rapm.event_free(self.event)
+
+
+def copy_async(target: Tensor, source: Tensor, stream: torch.cuda.Stream, before: Mark | None = None) -> Mark:
+    """target = source on `stream`, after what the current stream has been given so far, and after `before`."""
+    done, current = Mark(), torch.cuda.current_stream()
+    if EXTENSION:
+        earlier = 0 if before is None else before.event
+        streams = current.cuda_stream, stream.cuda_stream
+        torch.ops.rapm.copy_async(target, source, source.nbytes, *streams, earlier, done.event)
+        return done
+    stream.wait_stream(current)
+    if before is not None:
+        stream.wait_event(before.event)
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+        done.event.record(stream)
+    return done
 
 
 class Slab:
@@ -66,15 +114,15 @@ class Entry:
         self.host = host
         self.uses = self.left = 0
         self.spent = False  # in this pass nobody needs it any more
-        self.stored: torch.cuda.Event | None = None
-        self.loaded: torch.cuda.Event | None = None
+        self.stored: Mark | None = None
+        self.loaded: Mark | None = None
 
     def unpack(self, view: tuple, _: object) -> Tensor:
         x = self.owner.fetch(self)
         self.left -= 1
         if self.left == 0:
             if self.stored is not None and self.loaded is None:  # it never left: the copy out may still read it
-                torch.cuda.current_stream().wait_event(self.stored)
+                self.stored.wait()
             # A second backward, which is rare, fetches it again.
             self.device, self.loaded, self.left, self.spent = None, None, self.uses, True
         dtype, *geometry = view
@@ -131,7 +179,7 @@ class Offload:
         """The entry's bytes, on the device; those before it follow, as far as the window reaches."""
         self._load(entry)
         if entry.loaded is not None:
-            torch.cuda.current_stream().wait_event(entry.loaded)
+            entry.loaded.wait()
         ahead, index = 0, entry.index - 1
         while index >= 0 and ahead < self.window:
             if not (before := self.entries[index]).spent:
@@ -149,15 +197,12 @@ class Offload:
             entry.host.copy_(raw)
             entry.device = None
             return entry
-        self.out.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.out):
-            entry.host.copy_(raw, non_blocking=True)
-            entry.stored = self.out.record_event()
+        entry.stored = copy_async(entry.host, raw, self.out)
         self._flight.append(entry)
         self._flying += len(raw)
         while self._flying > self.window:
             oldest = self._flight.popleft()
-            torch.cuda.current_stream().wait_event(oldest.stored)
+            oldest.stored.wait()
             oldest.device = None
             self._flying -= len(oldest.host)
         return entry
@@ -172,8 +217,4 @@ class Offload:
         if self.back is None:
             entry.device.copy_(entry.host)
             return
-        self.back.wait_stream(torch.cuda.current_stream())  # whoever had the memory before
-        self.back.wait_event(entry.stored)
-        with torch.cuda.stream(self.back):
-            entry.device.copy_(entry.host, non_blocking=True)
-            entry.loaded = self.back.record_event()
+        entry.loaded = copy_async(entry.device, entry.host, self.back, entry.stored)  # after the memory's last user

@@ -1,60 +1,31 @@
 """Which plan fits a budget and is the fastest that does: memory by phase, a policy for each layer, seconds, disk.
 
-Memory is counted (rapm/memory.py); what cannot be counted, and all rates, are in rapm/cards.py. The choice is exact up
-to the grain of its table: over all layers of the student's and the discriminators' pass, the policies of least added
-time whose kept bytes fit. Copies to the host count only as far as the passes do not hide them.
+Memory is counted (rapm/memory.py); what cannot be counted, and all rates, are in rapm/cards.py; the policies of the
+layers are the fastest that fit (rapm/choice.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from pathlib import Path
 
-import numpy as np
 import torch
 
 from rapm import cards
 from rapm.cards import GIB, MIB, Card
-from rapm.config import Config
+from rapm.choice import Choice, Chooser
+from rapm.config import Config, parse_vram
 from rapm.device import DTYPES
 from rapm.errors import UserError
-from rapm.families import Model, latents_of
-from rapm.kernels.disc_head import layout
-from rapm.memory import TOKENS, Pass, count_encoder, count_student, meta_unet
+from rapm.families import Model, model_of
 from rapm.offload import WINDOWS
-from rapm.saved import LEVELS, Policy
+from rapm.saved import Policy
+from rapm.sizes import bound_seconds, sizes_of, slot_seconds
 
 PHASES = ("encode", "solve", "train", "validate", "export")
-CELLS = 1200  # of the choice's table, over all that can be kept
-MOVED_CELLS = 96  # over all that can be moved to the host
-
-
-class Sizes(NamedTuple):
-    """A job's bytes, and its passes."""
-
-    weights: int  # of the UNet
-    lora: int  # numbers in the LoRA
-    targets: int  # layers that it extends
-    heads: int  # numbers in the heads
-    features: int  # bytes of one set of features
-    text: int  # bytes of the text encoders, in fp32
-    vae: int  # bytes of the VAE, in fp32
-    pixels: int
-    student: Pass
-    encoder: Pass
-    trajectory: int  # bytes of one in the store
-
-    @property
-    def state(self) -> int:
-        """LoRA and heads: fp32 weights, gradient, two moments."""
-        return 16 * (self.lora + self.heads)
-
-    @property
-    def flops(self) -> float:
-        """Of a slot: two passes of the student and a backward, three of the encoder and a backward."""
-        return 3 * self.student.flops + 4 * self.encoder.flops
 
 
 @dataclass(frozen=True)
@@ -77,143 +48,6 @@ class Plan:
     seconds: float = 0.0  # an iteration
     slowdown: float = 1.0  # over the same card without a budget
     solve_seconds: float = 0.0  # a trajectory
-
-
-def sizes_of(model: Model, config: Config) -> Sizes:
-    """Everything that a plan for `config` needs to know of `model`. UserError for a resolution it cannot have."""
-    dtype = DTYPES[config.mixed_precision]
-    c, h, w = latents = latents_of(model, config.resolution)
-    unet = meta_unet(model.unet, dtype)
-    channels = unet.feature_channels
-    targets = unet.lora_targets()
-    lora = 0
-    for layer in targets.values():
-        out, inputs, *kernel = layer.weight.shape
-        lora += config.lora_rank * (inputs * math.prod(kernel) + out)
-    sides, features = (h, w), 0
-    for i, width in enumerate(channels):  # after each down block, all but the last of which halve the size; mid
-        if i < len(channels) - 2:
-            sides = tuple(-(-side // 2) for side in sides)
-        features += width * sides[0] * sides[1] * dtype.itemsize
-    heads = 2 * layout(channels)[1] if config.adversarial_relative or config.adversarial_absolute else 0
-    hidden = unet.config["cross_attention_dim"]
-    text = TOKENS * (max(hidden) if isinstance(hidden, (list, tuple)) else hidden) * 4
-    positions = (2 * config.steps + 1) * c * h * w * getattr(torch, config.trajectory_dtype).itemsize
-    return Sizes(
-        sum(p.nbytes for p in unet.parameters()), lora, len(targets), heads, features, 4 * model.text, 4 * model.vae,
-        h * w * model.factor**2, count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
-        positions + text,
-    )  # fmt: skip
-
-
-def slot_seconds(sizes: Sizes, card: Card) -> float:
-    """A slot with everything kept."""
-    products = sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS)
-    return products + cards.LAUNCHES * sizes.targets * cards.LAUNCH / card.bandwidth
-
-
-class Option(NamedTuple):
-    policy: Policy
-    kept: int
-    moved: int
-    seconds: float
-
-
-def options(name: str, sizes: Sizes, card: Card, last: bool) -> list[Option]:
-    """What a layer of a pass may do. `name` begins with the pass: "student/down_blocks.0.0"."""
-    kind, _, layer = name.partition("/")
-    counted = (sizes.student if kind == "student" else sizes.encoder).layers[layer]
-    rate = sizes.flops / slot_seconds(sizes, card)
-    out = []
-    for level in LEVELS:
-        if level != "keep" and counted.kept[level] >= counted.kept["keep"]:
-            continue
-        products = rate if level == "checkpoint" else card.tflops * 1e12 * cards.PRODUCTS
-        seconds = counted.flops[level] / products
-        if level != "checkpoint":
-            seconds += 3 * counted.again[level] / (card.bandwidth * 1e9 * cards.ELEMENTWISE)
-        out.append(Option(Policy(level), counted.kept[level], 0, seconds))
-        moved = counted.movable[level]
-        if kind == "student" and moved and not last:  # the last layer's is needed at once
-            copies = cards.COPIES * moved / (card.link * 1e9)
-            out.append(Option(Policy(level, True), counted.kept[level] - moved, moved, seconds + copies))
-    return out
-
-
-class Choice(NamedTuple):
-    policies: dict[str, Policy]
-    kept: int
-    moved: int
-    seconds: float  # added to a slot
-
-
-class Chooser:
-    """The least added time for any number of kept bytes: a table over bytes kept and bytes moved, layer by layer."""
-
-    def __init__(self, sizes: Sizes, card: Card, adversarial: bool = True) -> None:
-        names = [f"student/{name}" for name in sizes.student.layers]
-        if adversarial:
-            names += [f"encoder/{name}" for name in sizes.encoder.layers]
-        last = f"student/{[name for name in sizes.student.layers if name != 'rest'][-1]}"
-        self.options = {name: options(name, sizes, card, name == last) for name in names}
-        self.link = card.link * 1e9
-        per_flop = slot_seconds(sizes, card) / sizes.flops
-        self.hidden = sizes.student.flops * per_flop  # what the forward hides; the backward takes twice as long
-        most = sum(max(o.kept for o in found) for found in self.options.values())
-        movable = sum(max(o.moved for o in found) for found in self.options.values())
-        self.grain, self.moved_grain = max(1, most // CELLS), max(1, movable // MOVED_CELLS)
-        self._fill()
-
-    def _cells(self, option: Option) -> tuple[int, int]:
-        return -(-option.kept // self.grain), -(-option.moved // self.moved_grain)
-
-    def _fill(self) -> None:
-        shape = CELLS + len(self.options) + 1, MOVED_CELLS + len(self.options) + 1
-        best = np.full(shape, np.inf)
-        best[0, 0] = 0.0
-        self.picks: list[np.ndarray] = []
-        for found in self.options.values():
-            after, pick = np.full(shape, np.inf), np.zeros(shape, np.int8)
-            for i, option in enumerate(found):
-                kept, moved = self._cells(option)
-                if kept >= shape[0] or moved >= shape[1]:
-                    continue
-                candidate = np.full(shape, np.inf)
-                candidate[kept:, moved:] = best[: shape[0] - kept, : shape[1] - moved] + option.seconds
-                better = candidate < after
-                after[better], pick[better] = candidate[better], i
-            best = after
-            self.picks.append(pick)
-        moved = np.arange(shape[1]) * self.moved_grain / self.link
-        unhidden = np.maximum(0, moved - self.hidden) + np.maximum(0, moved - 2 * self.hidden)
-        self.total = best + unhidden[None, :]
-
-    @property
-    def least(self) -> int:
-        """The fewest bytes that can be kept."""
-        return int(np.argmax(np.isfinite(self.total).any(axis=1))) * self.grain
-
-    def everything(self) -> Choice:
-        """All is kept."""
-        kept = sum(found[0].kept for found in self.options.values())
-        return Choice({name: found[0].policy for name, found in self.options.items()}, kept, 0, 0.0)
-
-    def best(self, kept: int, offload: bool = True) -> Choice | None:
-        """The fastest choice that keeps at most `kept` bytes, of those moving none without `offload`; None if none."""
-        total = self.total[: max(0, kept // self.grain + 1), : None if offload else 1]
-        if not np.isfinite(total).any():
-            return None
-        i, j = map(int, np.unravel_index(np.argmin(total), total.shape))
-        seconds = float(total[i, j])
-        chosen = {}
-        for name, pick in reversed(list(zip(self.options, self.picks, strict=True))):
-            chosen[name] = option = self.options[name][pick[i, j]]
-            kept_cells, moved_cells = self._cells(option)
-            i, j = i - kept_cells, j - moved_cells
-        return Choice(
-            {name: option.policy for name, option in reversed(chosen.items())},
-            sum(o.kept for o in chosen.values()), sum(o.moved for o in chosen.values()), seconds,
-        )  # fmt: skip
 
 
 class Planner:
@@ -242,6 +76,8 @@ class Planner:
             room = min(self._room(plan), 2**62 if most is None else most)
             choice = chooser.best(room, offload=window > 0)
             if choice is not None and (window == 0 or choice.moved):
+                if not together:  # about one more pass of the encoder's launches
+                    choice = choice._replace(seconds=choice.seconds + bound_seconds(sizes, card) / 12)
                 fitting.append((choice.seconds, len(fitting), plan, choice))
         if not fitting:
             raise UserError(
@@ -397,3 +233,28 @@ def report(planner: Planner, plan: Plan) -> str:
         f"{planner.disk() / GIB:.2f} GiB of disk for the trajectories",
     ]
     return "\n".join(lines)
+
+
+def plan_for(config: Config) -> str:
+    """The report for `config`: on this machine's GPU, else on the smallest card of the table that has the budget.
+
+    UserError for a budget that cannot work, and for `auto` where there is no GPU.
+    """
+    budget, card, model = parse_vram(config.vram), None, model_of(config.teacher)
+    if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())
+        card = cards.this_card(device)
+        budget = budget or torch.cuda.mem_get_info(device)[0] + cards.CONTEXT
+    elif budget is None:
+        raise UserError("plan: there is no GPU here, so say for which budget: --vram 12G")
+    planner = Planner(model, config, card)
+    plan, free = planner.plan(budget), shutil.disk_usage(_existing(Path(config.output_dir))).free
+    lines = [report(planner, plan)]
+    if planner.disk() > free:
+        lines.append(f"warning: the disk of {config.output_dir} has only {free / GIB:.2f} GiB free")
+    return "\n".join(lines)
+
+
+def _existing(path: Path) -> Path:
+    """The path or its nearest parent that is there."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
