@@ -78,6 +78,10 @@ def build_parser() -> Parser:
     _add_settings(sub)
     sub.add_argument("--resume_from_checkpoint", metavar="latest|PATH")
     sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    sub = command("plan", run_plan, "What `train` would do within --vram: memory, time, disk; loads no weights.")
+    _add_settings(sub)
+    sub = command("doctor", run_doctor, "What is installed and active, what is missing, and what would fix it.")
+    sub.add_argument("--output_dir", type=Path, default=Path("."), help="the disk that is looked at")
     sub = command("trajectories", run_trajectories, "Stage 1 only: compute or check the teacher's trajectories.")
     _add_settings(sub)
     sub.add_argument("--verify", metavar="DIR", help="read every byte of a store and report what is damaged")
@@ -132,6 +136,20 @@ def run_train(arguments: argparse.Namespace) -> None:
     from rapm.train import train
 
     train(settings(arguments), resume=arguments.resume_from_checkpoint, dry_run=arguments.dry_run)
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    from rapm.planner import plan_for
+
+    print(plan_for(settings(arguments)))
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from rapm.doctor import examine
+
+    lines, works = examine(arguments.output_dir)
+    print("\n".join(lines))
+    return 0 if works else 1
 
 
 def run_trajectories(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from rapm.cards import CONTEXT, cap
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
 from rapm.kernels import runtime
@@ -31,8 +32,7 @@ def pick_device(config: Config) -> torch.device:
             print("note: Triton is not installed, so plain PyTorch operators are used: slower, the same results")
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
         if budget := parse_vram(config.vram):
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+            cap(device, budget, CONTEXT)
     return device
 
 

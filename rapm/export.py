@@ -113,15 +113,18 @@ def verify_export(
         for path, weights in student.items():
             ours = sample(unet, teacher.schedule, text, noise, steps, lora=weights)
             _load_in_stock(pipe, path, weights)
-            theirs = pipe(
-                prompts,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=1.0,
-                latents=noise,
-                output_type="latent",
-            ).images
+            with teacher.waiting(teacher.apart, noise.device):
+                theirs = pipe.to(noise.device)(
+                    prompts,
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=1.0,
+                    latents=noise,
+                    output_type="latent",
+                ).images
+                if teacher.apart:
+                    pipe.to("cpu")
             pipe.unload_lora_weights()
             error = (theirs.float() - ours) / ours.std()
             size = (error.abs().max() if unet.dtype == torch.float32 else error.square().mean().sqrt()).item()

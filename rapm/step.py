@@ -8,6 +8,8 @@ Shapes: N slots, C h w latents, K replayed slots.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from rapm.kernels.position_loss import position_gradient, position_loss
 from rapm.kernels.renoise import renoise
 from rapm.lora import LoRA
 from rapm.losses import hinge_discriminator
+from rapm.saved import KEEP_ALL, Memory
 from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
@@ -53,6 +56,14 @@ class Slots(nn.Module):
             self.register_buffer(name, torch.tensor(values))
 
 
+class SlotMemory(NamedTuple):
+    """What a slot's passes keep for backward, and whether both real features are made together."""
+
+    student: Memory = KEEP_ALL
+    encoder: Memory = KEEP_ALL
+    together: bool = True
+
+
 class Step:
     """The student's training, slot by slot. `load` a trajectory, then call once for each slot.
 
@@ -64,6 +75,7 @@ class Step:
     def __init__(self, unet: UNet, lora: LoRA, schedule: Schedule, config: Config, example: Trajectory, uncond: Text):
         """`example` is any trajectory: its shapes are everyone's. `uncond` serves `relative_start = "student"`."""
         self.unet, self.lora, self.config = unet, lora, config
+        self.memory = SlotMemory()  # may be another at every slot
         device = unet.device
         self.slots = Slots(schedule, config.steps, config.fine_steps).to(device)
         self.positions = example.positions.to(device, torch.float32, copy=True)  # N+1 C h w
@@ -134,7 +146,7 @@ class Step:
         """
         weights = self.lora.views(self.unet.dtype)
         frozen = {name: (down.detach(), up.detach()) for name, (down, up) in weights.items()}
-        out = self.unet(z, self.slots.high[self.slot], text, weights)
+        out = self.unet(z, self.slots.high[self.slot], text, weights, self.memory.student)
         with torch.no_grad():
             if self.config.relative_start == "student":
                 fine = self._teacher_step(z, text)
@@ -154,7 +166,9 @@ class Step:
         return renoise(fake, relative, absolute, *tables, self.key, share, self.unet.dtype)
 
     def __call__(self) -> None:
-        config = self.config
+        config, offload = self.config, self.memory.student.offload
+        if offload is not None:
+            offload.begin()
         out, zhat = self.walk(self.z, self.fine[self.slot], self.text)
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
 
@@ -166,6 +180,8 @@ class Step:
         gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
         (flat,) = torch.autograd.grad(out, self.lora.flat, gradient)
+        if offload is not None:
+            offload.finish()
         flat = flat / self.scale
         norm = flat.norm()
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
@@ -217,9 +233,13 @@ class Step:
             return zero, zero, None, None
         x_u, u, keep = self.renoised(z_n, zhat, ztilde)
         x = x_u[:1].requires_grad_()
-        fake = self.unet.features(x, u, self.text)
+        fake = self.unet.features(x, u, self.text, None, self.memory.encoder)
         with torch.no_grad():
-            real = self.unet.features(x_u[1:], u, self.text.expand(2))
+            if self.memory.together:
+                real = self.unet.features(x_u[1:], u, self.text.expand(2))
+            else:
+                each = [self.unet.features(x, u, self.text) for x in x_u[1:].split(1)]
+                real = [torch.cat(taps) for taps in zip(*each, strict=True)]
             shown = [torch.cat([f, r])[:, None] for f, r in zip(fake, real, strict=True)]  # 3 1 C h w
             if self.replay is not None:
                 past = self.replay.swap([x[:, 0] for x in shown], self.place[self.slot][0], self.picks[self.slot][0])

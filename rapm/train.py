@@ -20,20 +20,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm.budget import Budget, words
 from rapm.card import write_model_card
 from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from rapm.config import Config
 from rapm.device import DTYPES, captured, pick_device
 from rapm.errors import UserError
 from rapm.export import export_lora, verify_export
+from rapm.families import Model, model_of
 from rapm.kernels.attention import xformers_problem
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
 from rapm.prompts import read_prompts
 from rapm.sample import labelled_grid, sample
+from rapm.snapshot import Snapshot
 from rapm.solver import check_grid
-from rapm.step import LOSSES, SIDES, Step
+from rapm.step import LOSSES, SIDES, SlotMemory, Step
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Store, prepare, trajectory_seed
 from rapm.zoo import scenes
@@ -65,24 +68,73 @@ class Interrupted(Exception):
 class Training:
     """What changes during a run: the LoRA, the heads, both optimizers, the replay, the number of iterations done.
 
-    The last `validation_prompts` trajectories of the store are held out.
+    The last `validation_prompts` trajectories of the store are held out. With a budget the passes keep what its plan
+    says, and an out-of-memory takes the next plan.
     """
 
-    def __init__(self, teacher: Teacher, store: Store, config: Config) -> None:
+    def __init__(self, teacher: Teacher, store: Store, config: Config, budget: Budget | None = None) -> None:
         self.teacher, self.store, self.config = teacher, store, config
         self.lora = LoRA(teacher.unet, config.lora_rank, config.seed)
         self.uncond = teacher.encode_negative(config.negative_prompt, config.resolution)
         self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self.uncond)
+        self.budget = budget
+        if budget is not None:
+            self.step.memory = budget.memory(teacher.unet)
         self._slot: Callable[[], None] = self.step
         self._eager = EAGER
         self._reported = 0.0  # skipped updates of earlier reports
         self.done = 0
 
     def iterate(self) -> None:
-        """One iteration: one trajectory, N slots, both updates in each."""
-        if self._eager == 0 and self.step.z.is_cuda:
+        """One iteration: one trajectory, N slots, both updates in each.
+
+        One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
+        """
+        if self._slot is not self.step or self.budget is None:  # a graph that is there allocates nothing
+            self._iterate()
+            return
+        before = Snapshot(self.step)
+        while True:
+            try:
+                self._iterate()
+                break
+            except torch.OutOfMemoryError as error:
+                message = str(error).splitlines()[0]
+            before.restore()
+            self._step_down(message)
+        if self._eager == 0 and self.step.z.is_cuda and (line := self.budget.correct()):
+            tqdm.write(line)
+            self._eager = 1  # what is to be captured must have run
+            self._replan()
+
+    def _step_down(self, message: str) -> None:
+        line = self.budget.step_down()
+        if line is None:
+            raise RunError(
+                f"out of memory in iteration {self.done} though everything was given up that could be ({message}): "
+                f"give more --vram, at least {self.budget.planner.smallest_words()}, or a smaller resolution or rank"
+            )
+        if line:
+            tqdm.write(f"note: {line}")
+        self.release()
+        self._eager = max(1, self._eager)
+        self._replan()
+
+    def _replan(self) -> None:
+        self.step.memory = SlotMemory()  # lets go of the old slab first
+        self.step.memory = self.budget.memory(self.teacher.unet)
+
+    def release(self) -> None:
+        """Give back the captured slot and its memory; the next iteration captures it again."""
+        if self._slot is not self.step:
+            self._slot, self._eager = self.step, 0
+        if self.step.z.is_cuda:
+            torch.cuda.empty_cache()
+
+    def _iterate(self) -> None:
+        if self._eager == 0 and self.step.z.is_cuda and self._slot is self.step:
             self._slot = captured(self.step)
-        self._eager -= 1
+        self._eager = max(0, self._eager - 1)
         trained = len(self.store) - self.config.validation_prompts
         epoch, place = divmod(self.done, trained)
         order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
@@ -190,7 +242,7 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
     _claim(folder)
     check_tracker(config.report_to)
     checkpoint = find_checkpoint(folder, resume) if resume else None
-    teacher, config, prompts = prepare_teacher(config)
+    teacher, config, prompts, budget = prepare_run(config)
     state, done = load_checkpoint(checkpoint, config) if checkpoint else ({}, 0)
     if dry_run:
         print(describe(config, teacher, prompts))
@@ -199,7 +251,7 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
         store = solve_all(config, teacher, prompts)
     _set_aside(folder, done)
     (folder / "config.toml").write_text(config.to_toml())
-    training = Training(teacher, store, config)
+    training = Training(teacher, store, config, budget)
     if checkpoint:
         training.restore(state, done)
         print(f"resumed from {checkpoint} at iteration {done}")
@@ -229,13 +281,29 @@ def export_run(folder: Path) -> None:
 
 
 def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
-    """The teacher, the settings with its resolution, and the prompts; everything a user can get wrong is checked."""
+    """As `prepare_run`, without the budget."""
+    return prepare_run(config)[:3]
+
+
+def prepare_run(config: Config) -> tuple[Teacher, Config, list[str], Budget | None]:
+    """The teacher, the settings with its resolution, the prompts, and the plan for the budget.
+
+    Everything a user can get wrong is checked; a budget that cannot work before the weights are read, where it can be.
+    """
     prompts = training_prompts(config)
     if config.attention == "xformers" and (problem := xformers_problem()):
         raise UserError(f"attention xformers: {problem}, or use sdpa")
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    device, budget = pick_device(config), None
+    planned = Budget.wanted(config, device)
+    if planned and (config.teacher == "embedded" or (Path(config.teacher).expanduser() / "unet").is_dir()):
+        budget = Budget(model_of(config.teacher), config, device)
+    teacher = load_teacher(config.teacher, device=device, dtype=DTYPES[config.mixed_precision])
     teacher.unet.use_attention(config.attention)
     config = config.replace(resolution=config.resolution or teacher.default_resolution)
+    if planned:
+        budget = budget or Budget(Model.of(teacher), config, device)
+        config = budget.apply(teacher, config)
+        print(words(budget))
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
     teacher.latent_shape(config.resolution)
     count = config.trajectories + config.validation_prompts
@@ -245,7 +313,7 @@ def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
         )
     if long := teacher.count_truncated(prompts[:count]):
         print(f"warning: {long} of {len(prompts)} prompts are longer than the text encoder reads and are cut there")
-    return teacher, config, prompts
+    return teacher, config, prompts, budget
 
 
 def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
@@ -276,6 +344,7 @@ def run(training: Training, folder: Path) -> None:
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
                 training.check()
             if done % config.validation_steps == 0 or last:
+                training.release()
                 figures, student = training.validate()
                 log.write(done, figures)
                 if done % config.validation_steps == 0:

@@ -120,6 +120,8 @@ def prepare(
             shard_prompts = [prompts[i % len(prompts)] for i in indices]
             seeds = [trajectory_seed(config.seed, i) for i in indices]
             text = teacher.encode(shard_prompts, resolution)
+            if teacher.aside:  # the UNet has moved: what was captured reads where it was
+                solver = Solver(teacher.unet, teacher.schedule, **grid)
             solved = []
             for start in range(0, len(indices), config.solve_batch):
                 batch = seeds[start : start + config.solve_batch]

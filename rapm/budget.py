@@ -1,0 +1,105 @@
+"""A run's plan, the cap that enforces it, and what happens when it does not hold: the next rung, and on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from rapm import cards
+from rapm.cards import GIB, MIB
+from rapm.config import Config, parse_vram
+from rapm.errors import UserError
+from rapm.families import Model
+from rapm.offload import Offload
+from rapm.planner import Plan, Planner, grouped
+from rapm.saved import Memory
+from rapm.step import SlotMemory
+from rapm.teacher import Teacher
+
+RUNG = 0.85  # of the bytes kept, after an out-of-memory
+CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
+
+
+class Budget:
+    """The plan for `config` on `device`. UserError for a budget that cannot work, with the smallest that would."""
+
+    def __init__(self, model: Model, config: Config, device: torch.device) -> None:
+        self.device, self.stepped = device, False
+        cuda = device.type == "cuda"
+        self.bytes = parse_vram(config.vram)
+        if self.bytes is None:  # auto: what is free now; the context is there already
+            self.bytes = torch.cuda.mem_get_info(device)[0] + cards.CONTEXT
+        self.planner = Planner(model, config, cards.this_card(device) if cuda else None)
+        self.plan = self.planner.plan(self.bytes)
+
+    @staticmethod
+    def wanted(config: Config, device: torch.device) -> bool:
+        """A CPU run without --vram has no budget to keep."""
+        return device.type == "cuda" or config.vram != "auto"
+
+    def apply(self, teacher: Teacher, config: Config) -> Config:
+        """`config` with the plan's batch; the teacher's parts take turns where the plan says so."""
+        teacher.aside, teacher.apart = self.plan.aside, self.plan.apart
+        if self.plan.tiled:
+            teacher.pipe.vae.enable_tiling()
+        return config.replace(solve_batch=self.plan.solve_batch)
+
+    def memory(self, unet: torch.nn.Module) -> SlotMemory:
+        """What a slot's passes keep, with a slab for what is moved."""
+        plan = self.plan
+        moved = plan.moved and Offload(plan.moved + plan.moved // 32, self.device, unet.parameters(), plan.window)
+        return SlotMemory(Memory(plan.student, moved or None), Memory(plan.encoder), plan.together)
+
+    def step_down(self) -> str | None:
+        """The next plan after an out-of-memory, and one line that says so, at the first; None where there is none."""
+        try:
+            self.plan = self.planner.plan(self.bytes, most=int(RUNG * self.plan.kept))
+        except UserError:
+            return None
+        first, self.stepped = not self.stepped, True
+        words = "out of memory: the same iteration again, keeping less of each pass; the numbers stay the same"
+        return words if first else ""
+
+    def correct(self) -> str | None:
+        """After a dry iteration on the card: what it really took decides. One line where that changes the plan."""
+        planner, before = self.planner, self.plan
+        measured = torch.cuda.max_memory_reserved(self.device)
+        if (process := cards.process_memory()) is not None:
+            planner.context = process - torch.cuda.memory_reserved(self.device)
+            cards.cap(self.device, self.bytes, planner.context)
+        error = planner.context + measured - before.phases["train"]
+        if abs(error) < CHANGE:
+            return None
+        planner.correction += error
+        try:
+            plan = planner.plan(self.bytes)
+        except UserError:  # it ran: the prediction was too high only for what it might have been
+            return None
+        if (plan.student, plan.encoder) == (before.student, before.encoder):
+            return None
+        self.plan = replace(
+            plan, solve_batch=before.solve_batch, aside=before.aside, apart=before.apart, tiled=before.tiled
+        )  # fmt: skip
+        return f"the first iteration took {measured / GIB:.2f} GiB: {summary(self.plan)}"
+
+
+def summary(plan: Plan) -> str:
+    """What a plan does, in a line."""
+    parts = [f"{kind} {policy}: {names}" for kind, policies in (("student", plan.student), ("encoder", plan.encoder))
+             for policy, names in grouped(policies) if policy != "keep"]  # fmt: skip
+    return "; ".join(parts) if parts else "everything is kept for backward"
+
+
+def words(budget: Budget) -> str:
+    """What a run says of its plan: three lines at most."""
+    plan = budget.plan
+    peak = max(plan.phases, key=plan.phases.get)
+    lines = [
+        f"memory: {budget.bytes / GIB:.1f} GiB; training is to take {plan.phases['train'] / GIB:.1f}, "
+        f"the most is {plan.phases[peak] / GIB:.1f} ({peak}); {plan.slowdown:.2f} times as long as without a limit",
+        f"        {summary(plan)}",
+    ]
+    if risk := cards.fallback_risk():
+        lines.append(f"note: {risk}")
+    return "\n".join(lines)
