@@ -104,6 +104,15 @@ def build_parser() -> Parser:
     sub.add_argument("--batch", type=int, default=512)
     sub = command("export", run_export, "Write the LoRA files of a run's newest checkpoint again, and prove them.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    sub.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of the files (default fp32)")
+    sub.add_argument("--merge", action="store_true", help="also write merged/, a whole pipeline that needs no LoRA")
+    sub.add_argument(
+        "--push_to_hub",
+        nargs="?",
+        const="",
+        metavar="OWNER/NAME",
+        help="upload the LoRA and its card to the Hugging Face Hub, to a new private model or one that is there",
+    )
     sub = command("bench", run_bench, "Time the kernels on the shapes of a UNet pass, beside what else there is.")
     sub.add_argument("ops", nargs="*", metavar="OP", help="operators; without one, all")
     sub.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl"])
@@ -206,9 +215,12 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
+    import torch
+
     from rapm.train import export_run
 
-    export_run(arguments.folder)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
+    export_run(arguments.folder, dtype=dtype, merge=arguments.merge, push_to_hub=arguments.push_to_hub)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.errors import UserError
-from rapm.lora_file import read_lora
+from rapm.lora_file import read_lora, text_lora
 from rapm.schedule import Schedule
 from rapm.solver import walk
 from rapm.trajectories import noise
@@ -68,8 +68,9 @@ def sample_prompts(
         raise UserError(f"steps {steps}: the teacher's schedule has 1 to {len(teacher.schedule)}")
     shape = teacher.latent_shape(resolution)
     lora = read_lora(lora_path, teacher.unet) if lora_path else None
-    text = teacher.encode(prompts, resolution)
-    uncond = teacher.encode_negative(negative_prompt, resolution) if guidance > 1 else None
+    with text_lora(teacher.pipe, lora_path):
+        text = teacher.encode(prompts, resolution)
+        uncond = teacher.encode_negative(negative_prompt, resolution) if guidance > 1 else None
     text = Text(*(None if x is None else x.repeat_interleave(len(seeds), dim=0) for x in text))
     starts = torch.stack([noise(seed, shape) for seed in seeds]).repeat(len(prompts), 1, 1, 1)
     images = []

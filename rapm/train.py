@@ -23,15 +23,18 @@ from tqdm import tqdm
 from rapm.budget import Budget, words
 from rapm.card import write_model_card
 from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from rapm.clients import WORKFLOW, client_name, write_workflow
 from rapm.config import Config
 from rapm.device import DTYPES, captured, pick_device
 from rapm.errors import UserError
-from rapm.export import export_lora, verify_export
+from rapm.export import export_lora, verify_export, writing
 from rapm.families import Model, model_of
+from rapm.hub import claim_repo, upload
 from rapm.kernels.attention import xformers_problem
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
+from rapm.merge import export_merged, verify_merged
 from rapm.prompts import read_prompts
 from rapm.sample import labelled_grid, sample
 from rapm.snapshot import Snapshot
@@ -44,7 +47,7 @@ from rapm.zoo import scenes
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
     WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
-    "evaluation.json",
+    "evaluation.json", "merged", WORKFLOW,
 )  # fmt: skip
 PATIENCE = 20  # non-finite updates in a row before a run gives up
 SMALL = (
@@ -269,15 +272,24 @@ def solve_only(config: Config) -> Store:
         return solve_all(config, teacher, prompts)
 
 
-def export_run(folder: Path) -> None:
-    """Export a run's newest checkpoint again."""
+def export_run(
+    folder: Path, *, dtype: torch.dtype = torch.float32, merge: bool = False, push_to_hub: str | None = None
+) -> None:
+    """Export a run's newest checkpoint again, in `dtype`; `merge` writes a whole pipeline too; `push_to_hub` uploads.
+
+    `push_to_hub` is owner/name, or "" for a model of the run's name.
+    """
+    if not checkpoints(folder):
+        raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
+    _claim(folder)
     checkpoint = find_checkpoint(folder, "latest")
     config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
+    repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
     teacher, config, prompts = prepare_teacher(config)
     state = load_checkpoint(checkpoint, config)
     training = Training(teacher, solve_all(config, teacher, prompts), config)
     training.restore(*state)
-    finish(training, folder)
+    finish(training, folder, dtype=dtype, merge=merge, repo=repo)
 
 
 def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
@@ -356,20 +368,36 @@ def run(training: Training, folder: Path) -> None:
                 raise Interrupted(stopped[0], "--resume_from_checkpoint latest goes on")
 
 
-def finish(training: Training, folder: Path) -> None:
-    """Export, prove the files in stock software, draw the samples, write the card."""
+def finish(
+    training: Training,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    merge: bool = False,
+    repo: str | None = None,
+) -> None:
+    """Export, prove the files in stock software, draw the samples, write card and workflow; upload to `repo`."""
     teacher, config, lora = training.teacher, training.config, training.lora.export()
     shown = [training.store[i] for i in training.held_out]
-    export_lora(folder, lora, teacher, config=config, steps_done=training.done)
-    noise = torch.stack([t.positions[0] for t in shown[:2]])
-    verify_export(folder, teacher, lora, prompts=[t.prompt for t in shown[:2]], noise=noise, steps=config.steps)
+    prompts = [t.prompt for t in shown]
+    proof = dict(prompts=prompts[:2], noise=torch.stack([t.positions[0] for t in shown[:2]]), steps=config.steps)
+    export_lora(folder, lora, teacher, config=config, steps_done=training.done, dtype=dtype)
+    verify_export(folder, teacher, lora, **proof)
     figures, student = training.validate()
-    picture(training, student, folder / "samples.png")
-    write_model_card(
-        folder, teacher, config=config, prompts=[t.prompt for t in shown], steps_done=training.done,
-        metrics={"held-out trajectories": {"latent RMSE to the teacher's endpoints": figures["val_rmse"]}},
-    )  # fmt: skip
+    with writing(folder):
+        picture(training, student, folder / "samples.png")
+        write_workflow(folder, teacher, config=config, prompt=prompts[0])
+        write_model_card(
+            folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
+            metrics={"held-out trajectories": {"latent RMSE to the teacher's endpoints": figures["val_rmse"]}},
+        )  # fmt: skip
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
+    if merge:
+        path = export_merged(folder, lora, teacher, dtype=dtype)
+        verify_merged(path, teacher, lora, **proof, dtype=dtype)
+        print(f"merged: {path} is a whole pipeline that samples as the student does, without a LoRA")
+    if repo:
+        print(f"pushed: {upload(folder, repo)}, private until you publish it in its settings, unless it was public")
 
 
 def picture(training: Training, student: Tensor, path: Path) -> None:
