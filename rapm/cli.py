@@ -84,15 +84,19 @@ def build_parser() -> Parser:
     sub = command("sample", run_sample, "Draw pictures with a LoRA, or with the bare teacher.")
     sub.add_argument("prompt", nargs="*", help="prompts; or --prompts FILE")
     sub.add_argument("--prompts", metavar="FILE")
-    sub.add_argument("--teacher", default="embedded")
-    sub.add_argument("--lora", type=Path)
-    sub.add_argument("--steps", type=int, default=4)
-    sub.add_argument("--guidance", type=float, default=1.0)
+    sub.add_argument("--teacher", help="any base of the LoRA's family; without it the run's own, or `embedded`")
+    sub.add_argument("--lora", type=Path, metavar="FILE|RUN", help="a LoRA file, or a run's output folder")
+    sub.add_argument("--steps", type=int, help="1 to 8; without it the run's own, or 4")
+    sub.add_argument("--guidance", type=float, default=1.0, help="1, as the LoRA needs it, is none")
     sub.add_argument("--negative_prompt", default="")
-    sub.add_argument("--seeds", type=int, nargs="+", default=[0])
-    sub.add_argument("--resolution")
-    sub.add_argument("--mixed_precision", default="no")
-    sub.add_argument("--output", type=Path, default=Path("samples.png"))
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="each prompt is drawn with each")
+    sub.add_argument("--resolution", metavar="HxW")
+    sub.add_argument("--mixed_precision", metavar="no|fp16|bf16", help="without it the run's; fp16 on a GPU")
+    sub.add_argument("--batch", type=int, default=4, help="pictures drawn together: fewer need less memory")
+    sub.add_argument(
+        "--output", type=Path, default=Path("samples.png"), metavar="FILE.png|FOLDER",
+        help="a grid; or a folder: a PNG for each picture, its settings inside as A1111 reads them, beside grid.png",
+    )  # fmt: skip
     sub = command("evaluate", run_evaluate, "Compare a student of the embedded teacher with its teacher.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
     sub.add_argument("--lora", type=Path, help="another LoRA file than the run's")
@@ -148,33 +152,26 @@ def run_trajectories(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    from rapm.device import DTYPES, pick_device
+    from rapm.draw import draw
     from rapm.prompts import read_prompts
-    from rapm.sample import grid, sample_prompts
-    from rapm.teacher import load_teacher
 
     prompts = arguments.prompt or (read_prompts(arguments.prompts) if arguments.prompts else [])
     if not prompts:
         raise UserError("sample: give prompts, or --prompts FILE")
-    config = Config(mixed_precision=arguments.mixed_precision).checked()
-    resolution = parse_resolution(arguments.resolution) if arguments.resolution else None
-    teacher = load_teacher(arguments.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
-    images = sample_prompts(
-        teacher,
+    for path in draw(
         prompts,
-        lora_path=arguments.lora,
+        teacher=arguments.teacher,
+        lora=arguments.lora,
+        precision=arguments.mixed_precision,
+        output=arguments.output,
         steps=arguments.steps,
         guidance=arguments.guidance,
         seeds=arguments.seeds,
-        resolution=resolution,
+        resolution=parse_resolution(arguments.resolution) if arguments.resolution else None,
         negative_prompt=arguments.negative_prompt,
-    )
-    try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        grid(images, columns=len(arguments.seeds)).save(arguments.output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"output {arguments.output} cannot be written ({error})") from error
-    print(arguments.output)
+        batch=arguments.batch,
+    ):
+        print(path)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
