@@ -102,8 +102,11 @@ def build_parser() -> Parser:
     sub.add_argument("--lora", type=Path, help="another LoRA file than the run's")
     sub.add_argument("--pairs", type=int, default=4096, help="held-out caption and seed pairs in each half")
     sub.add_argument("--batch", type=int, default=512)
-    sub = command("export", run_export, "Write the LoRA files of a run's newest checkpoint again, and prove them.")
+    sub = command("export", run_export, "Write the LoRA files of a run's checkpoint again, and prove them.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    sub.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH")
+    sub = command("report", run_report, "Write a run as one HTML page: curves, pictures, settings, how to use it.")
+    sub.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its output folder")
     sub = command("bench", run_bench, "Time the kernels on the shapes of a UNet pass, beside what else there is.")
     sub.add_argument("ops", nargs="*", metavar="OP", help="operators; without one, all")
     sub.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl"])
@@ -187,7 +190,13 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     from rapm.train import export_run
 
-    export_run(arguments.folder)
+    export_run(arguments.folder, arguments.checkpoint)
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from rapm.report import write_report
+
+    print(write_report(arguments.folder))
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

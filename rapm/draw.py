@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from rapm import __version__
@@ -16,7 +14,7 @@ from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
 from rapm.export import base_name
-from rapm.sample import grid, sample_batches
+from rapm.sample import grid, png, sample_batches
 from rapm.teacher import load_teacher
 from rapm.trajectories import write_atomic
 
@@ -76,25 +74,17 @@ def draw(
             first = first or text
             if folder:
                 path = folder / f"{number:05d}-{seed}.png"
-                write_atomic(path, picture_bytes(Image.fromarray(image.numpy()), text))
+                write_atomic(path, png(Image.fromarray(image.numpy()), parameters=text))
                 yield path
         if folder is None or len(shown) + len(images) <= GRID_MAX:
             shown.extend(images)
     if folder is None or count <= GRID_MAX:
         sheet, path = grid(shown, columns=len(seeds)), folder / "grid.png" if folder else output
         if path.suffix.lower() == ".png":
-            write_atomic(path, picture_bytes(sheet, first))
+            write_atomic(path, png(sheet, parameters=first))
         else:
             sheet.save(path, quality=95)
         yield path
-
-
-def picture_bytes(picture: Image.Image, text: str) -> bytes:
-    """A PNG; `text` is its chunk `parameters`, which A1111 and Forge show and read back."""
-    chunk, data = PngInfo(), io.BytesIO()
-    chunk.add_text("parameters", text)  # as international text where Latin-1 does not suffice
-    picture.save(data, "png", pnginfo=chunk)
-    return data.getvalue()
 
 
 def parameters(

@@ -5,6 +5,7 @@ Shapes: B batch, C h w latents, H W image size in pixels.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -93,6 +95,15 @@ def sample_batches(
                 )
                 yield some, teacher.decode(z)
                 bar.update(len(some))
+
+
+def png(picture: Image.Image, **texts: str) -> bytes:
+    """A PNG whose text chunks are `texts`."""
+    chunks, data = PngInfo(), io.BytesIO()
+    for name, text in texts.items():
+        chunks.add_text(name, text)  # as international text where Latin-1 does not suffice
+    picture.save(data, "png", pnginfo=chunks)
+    return data.getvalue()
 
 
 def grid(images: Sequence[Tensor], columns: int) -> Image.Image:
