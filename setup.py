@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# FID and CLIP score: torchmetrics computes them, torch-fidelity brings FID's network.
+EVAL = ["torchmetrics>=1.9", "torch-fidelity>=0.3"]
 TEST = [
     "pytest",
     "pytest-benchmark",
@@ -13,6 +15,7 @@ TEST = [
     "accelerate",
     "scikit-learn",
     "tensorboard",
+    "torchmetrics>=1.9",
     "build",
 ]
 
@@ -51,7 +54,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers"],
-        "eval": ["scikit-learn"],
+        "eval": ["scikit-learn", *EVAL],
         "tensorboard": ["tensorboard"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "pre-commit"],

@@ -10,6 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 420, 210  # a column of a page, and about a telephone, so that the text keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24
 MOST = 400  # points a line: more than there are pixels
+FEW = 16  # points up to which each is a dot
 SMOOTH = 60  # points from which a line is also drawn smoothed, over a 15th of them
 
 Points = Sequence[tuple[int, float]]
@@ -44,7 +45,7 @@ def svg(chart: Chart, series: Mapping[str, Points], mark: int | None = None) -> 
         return across, TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low)
 
     parts = []
-    for value in _ticks(low, high, 5):
+    for value in _ticks(low, high, 6):
         y = place(0, value)[1]
         label = f"{10**value:.2g}" if chart.log else f"{value:.4g}"
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="var(--grid)"/>')
@@ -76,7 +77,7 @@ def _line(points: list[tuple[float, float]], colour: int, smooth: bool) -> str:
     style = f'fill="none" stroke="var(--c{colour % 4})" stroke-linejoin="round"'
     if not smooth:
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="var(--c{colour % 4})"/>' for x, y in points)
-        return f'<path d="{_path(points)}" {style} stroke-width="1.8"/>{dots if len(points) <= 40 else ""}'
+        return f'<path d="{_path(points)}" {style} stroke-width="1.8"/>{dots if len(points) <= FEW else ""}'
     reach = len(points) // 30
     means = []
     for i, (x, _) in enumerate(points):

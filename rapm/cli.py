@@ -97,11 +97,16 @@ def build_parser() -> Parser:
         "--output", type=Path, default=Path("samples.png"), metavar="FILE.png|FOLDER",
         help="a grid; or a folder: a PNG for each picture, its settings inside as A1111 reads them, beside grid.png",
     )  # fmt: skip
-    sub = command("evaluate", run_evaluate, "Compare a student of the embedded teacher with its teacher.")
+    sub = command("evaluate", run_evaluate, "Measure a student: to its teacher, or with --captions on COCO.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
-    sub.add_argument("--lora", type=Path, help="another LoRA file than the run's")
-    sub.add_argument("--pairs", type=int, default=4096, help="held-out caption and seed pairs in each half")
-    sub.add_argument("--batch", type=int, default=512)
+    sub.add_argument("--lora", type=Path, help="another LoRA file than the run's; `none`: the teacher itself")
+    sub.add_argument("--captions", type=Path, help="captions_val2014.json, or a CSV with a column `caption`")
+    sub.add_argument("--reference", type=Path, help="with --captions: a folder of images, or an .npz (mu, sigma)")
+    sub.add_argument("--samples", type=int, help="pictures at most: 30000, or all that the trajectories give")
+    sub.add_argument("--clip", metavar="ID|DIR|none", help="the CLIP of the score: a hub id or a local folder")
+    sub.add_argument("--inception", type=Path, metavar="FILE", help="a local copy of the weights of FID's network")
+    sub.add_argument("--pairs", type=int, help="embedded teacher: held-out caption and seed pairs a half (4096)")
+    sub.add_argument("--batch", type=int, help="pictures drawn together")
     sub = command("export", run_export, "Write the LoRA files of a run's checkpoint again, and prove them.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
     sub.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH")
@@ -178,13 +183,25 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    from rapm.evaluate import evaluate_run
+    given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
+    if arguments.captions is None and Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded":
+        from rapm.evaluate import evaluate_run
 
-    if arguments.pairs < 4 or arguments.pairs % 2 or arguments.batch < 1:
-        raise UserError(
-            f"pairs {arguments.pairs}, batch {arguments.batch}: an even number of at least 4, and at least 1"
+        pairs, batch = given.get("pairs", 4096), given.get("batch", 512)
+        if pairs < 4 or pairs % 2 or batch < 1:
+            raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
+        print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=pairs, batch=batch))
+        return
+    from rapm.compare import CLIP, Measures, compare
+
+    clip = {None: CLIP, "none": None}.get(arguments.clip, arguments.clip)
+    given.pop("pairs", None)
+    print(
+        compare(
+            arguments.folder, lora=arguments.lora, captions=arguments.captions, reference=arguments.reference,
+            measures=lambda: Measures(clip=clip, weights=arguments.inception), **given,
         )
-    print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=arguments.pairs, batch=arguments.batch))
+    )  # fmt: skip
 
 
 def run_export(arguments: argparse.Namespace) -> None:

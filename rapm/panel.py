@@ -14,7 +14,7 @@ ENOUGH = 10  # of them, before anything is unusual
 
 @dataclass(frozen=True)
 class Drift:
-    """A figure, what it is called, the range in which it is usual, and what to do outside of it."""
+    """A figure, the words that say it, the range in which it is usual, and what to do outside of it."""
 
     figure: str
     words: str
@@ -27,28 +27,28 @@ class Drift:
 # every run gives is read by nobody. Where they come from is behind each line.
 DRIFTS = (
     # A guided teacher's own 4 steps lie within 10% of its 40; what is visibly washed out or burnt is a quarter off.
-    Drift("val_saturation", "saturation of the teacher's", 0.75, 1.3,
+    Drift("val_saturation", "saturation is {:.2f} of the teacher's", 0.75, 1.3,
           "the adversarial terms or the learning rate are too strong for this teacher"),
-    Drift("val_contrast", "contrast of the teacher's", 0.75, 1.3,
+    Drift("val_contrast", "contrast is {:.2f} of the teacher's", 0.75, 1.3,
           "the adversarial terms or the learning rate are too strong for this teacher"),
     # Few-step students lose some of it (the embedded one keeps nine tenths); half is a collapse in sight.
-    Drift("val_diversity", "difference between two seeds of the teacher's", 0.6, 1.7,
+    Drift("val_diversity", "two seeds differ {:.2f} times as much as the teacher's", 0.6, 1.7,
           "below: the student draws one picture a prompt, lower the adversarial terms; above: it has not learned yet"),
     # A head that is nearly always right is on the flat side of the hinge: its gradient says little. Chance is no fault.
-    Drift("heads_rel", "share of positions in which D_rel is right", 0.0, 0.95,
+    Drift("heads_rel", "D_rel is right in {:.2f} of all positions", 0.0, 0.95,
           "the heads outrun the student: lower head_learning_rate, or raise renoise"),
-    Drift("heads_abs", "share of positions in which D_abs is right", 0.0, 0.95,
+    Drift("heads_abs", "D_abs is right in {:.2f} of all positions", 0.0, 0.95,
           "the heads outrun the student: lower head_learning_rate, or raise renoise"),
     # Batch 1 is noisy: norms differ by a factor of three from slot to slot, means over log_steps by much less.
-    Drift("grad_norm_ratio", "times the LoRA's usual gradient norm", 0.0, 10.0,
+    Drift("grad_norm_ratio", "the LoRA's gradient norm is {:.2f} times its median", 0.0, 10.0,
           "lower learning_rate if it stays there"),
-    Drift("head_grad_norm_ratio", "times the heads' usual gradient norm", 0.0, 10.0,
+    Drift("head_grad_norm_ratio", "the heads' gradient norm is {:.2f} times its median", 0.0, 10.0,
           "lower head_learning_rate if it stays there"),
     # Skipped updates change nothing, and a few are usual in fp16; many are a run that stands still.
-    Drift("skipped_share", "share of the last updates that were not finite and were skipped", 0.0, 0.05,
+    Drift("skipped_share", "{:.2f} of the last updates were not finite and were skipped", 0.0, 0.05,
           "use mixed_precision bf16, or lower learning_rate"),
     # FD of 64 samples moves by some 10% from one validation to the next where the student does not.
-    Drift("fd_ratio", "times the least FD so far", 0.0, 1.5,
+    Drift("fd_ratio", "FD is {:.2f} times the least so far", 0.0, 1.5,
           "the student moves away from the teacher; checkpoint-best is kept"),
 )  # fmt: skip
 
@@ -74,7 +74,7 @@ class Watch:
             elif drift.figure not in self._episodes:
                 self._episodes.add(drift.figure)
                 usual = f"{drift.low:g} to {drift.high:g}" if drift.low else f"up to {drift.high:g}"
-                found.append(f"{value:.2f} {drift.words} ({usual} is usual): {drift.advice}")
+                found.append(f"{drift.words.format(value)} ({usual} is usual): {drift.advice}")
         return found
 
     def _derived(self, values: Mapping[str, float], slots: int) -> dict[str, float]:

@@ -27,8 +27,8 @@ REPORT = "report.html"
 WIDE, NARROW, SHOWN = 1600, 800, 5  # pixels across: the last grid, an earlier one; how many of these
 
 CLOSENESS = (
-    Chart("Distance to the teacher", "FD in the teacher's own features; less is closer. Bottom line: the teacher's own "
-          "pictures of the same prompts.", {"val_fd": "student", "val_fd_floor": "teacher"}),
+    Chart("Distance to the teacher", "FD in the teacher's own features; less is closer. The flat line is what the "
+          "teacher's own pictures of the same prompts score.", {"val_fd": "student", "val_fd_floor": "teacher"}),
     Chart("Latent error", "RMSE to the teacher's endpoints from the same noise, held-out prompts.",
           {"val_rmse": "student"}),
     Chart("Pictures", "Student over teacher, held-out prompts: 1 is the teacher's.",
@@ -198,7 +198,7 @@ def _figure(path: Path, caption: str, width: int) -> str:
     source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
     names = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
     below = f"<ol>{names}</ol>" if prompts and width == WIDE else ""
-    image = f'<img src="{source}" alt="Grid of samples">'
+    image = f'<div class="wide"><img src="{source}" alt="Grid of samples"></div>'
     return f'<figure class="grid"><figcaption>{escape(caption)}</figcaption>{image}{below}</figure>'
 
 
@@ -233,8 +233,8 @@ def _evaluation(path: Path) -> str:
     parts = []
     for part in [report, *report.get("figures", [])]:
         if part.get("rows"):
-            columns = list(part["rows"][0])
-            parts.append(_table([[row[c] for c in columns] for row in part["rows"]], columns))
+            columns = list(dict.fromkeys(name for row in part["rows"] for name in row))
+            parts.append(_table([[row.get(c, "") for c in columns] for row in part["rows"]], columns))
             parts.append(_table(part["protocol"].items(), ("protocol", ""), folded="how it was measured"))
     return "".join(parts)
 
