@@ -9,6 +9,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# FID and CLIP score: torchmetrics computes them, torch-fidelity brings FID's network.
+EVAL = ["torchmetrics>=1.9", "torch-fidelity>=0.3"]
 TEST = [
     "pytest",
     "pytest-benchmark",
@@ -17,6 +19,7 @@ TEST = [
     "accelerate",
     "scikit-learn",
     "tensorboard",
+    "torchmetrics>=1.9",
     "build",
 ]
 
@@ -66,7 +69,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["rapm", "rapm.*"]), "rapm.kernels"],
     package_dir={"rapm.kernels": "kernels"},
-    package_data={"rapm": ["zoo/*.json", "zoo/*.safetensors", "zoo/embedded/**/*"]},
+    package_data={"rapm": ["*.css", "zoo/*.json", "zoo/*.safetensors", "zoo/embedded/**/*"]},
     entry_points={"console_scripts": ["rapm = rapm.cli:main"]},
     install_requires=[
         "torch>=2.10",
@@ -83,7 +86,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers"],
-        "eval": ["scikit-learn"],
+        "eval": ["scikit-learn", *EVAL],
         "tensorboard": ["tensorboard"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "pre-commit"],

@@ -1,4 +1,7 @@
-"""Checkpoints: one safetensors file in a folder `checkpoint-N`, which appears whole or not at all."""
+"""Checkpoints: one safetensors file in a folder `checkpoint-N`, which appears whole or not at all.
+
+`checkpoint-best` is the one of the validation with the least FD to the teacher; the limit never removes it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from rapm.errors import UserError
 from rapm.trajectories import write_atomic
 
 STATE = "state.safetensors"
+BEST = "checkpoint-best"
 # Settings that a resumed run may change: they decide where, how far and how often, not what is computed.
 FREE = {
     "output_dir", "store", "device", "vram", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
@@ -32,24 +36,36 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, state: dict[str, Tensor], done: int, config: Config) -> Path:
     """Write `checkpoint-{done}` and remove the oldest ones beyond the limit."""
     path = folder / f"checkpoint-{done}"
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    write_atomic(path / STATE, save(tensors, {"iterations": str(done), "config": json.dumps(asdict(config))}))
+    _write(path, state, done, config, {})
     for old in checkpoints(folder)[: -config.checkpoints_total_limit]:
         shutil.rmtree(old)
     return path
 
 
+def save_best(folder: Path, state: dict[str, Tensor], done: int, config: Config, fd: float) -> None:
+    """Write `checkpoint-best` in the place of the last one."""
+    _write(folder / BEST, state, done, config, {"fd": repr(fd)})
+
+
+def find_best(folder: Path) -> tuple[int, float] | None:
+    """The iteration and the FD of `checkpoint-best`; None where there is none. UserError for a damaged one."""
+    if not (folder / BEST / STATE).is_file():
+        return None
+    header = _header(folder / BEST)
+    return int(header["iterations"]), float(header["fd"])
+
+
 def find_checkpoint(folder: Path, which: str) -> Path:
-    """The checkpoint that `which` ("latest" or a path) names. UserError if there is none."""
+    """The checkpoint that `which` ("latest", "best" or a path) names. UserError if there is none."""
     if which == "latest":
         found = checkpoints(folder)
         if not found:
             raise UserError(f"resume: {folder} has no checkpoint: leave out --resume_from_checkpoint")
         return found[-1]
-    if not (Path(which) / STATE).is_file():
-        raise UserError(f"resume: {which} is not a checkpoint: give `latest` or a folder checkpoint-N")
-    return Path(which)
+    path = folder / BEST if which == "best" else Path(which)
+    if not (path / STATE).is_file():
+        raise UserError(f"resume: {path} is not a checkpoint: give `latest`, `best` or a folder checkpoint-N")
+    return path
 
 
 def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]:
@@ -63,11 +79,26 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     return state, done
 
 
+def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extra: dict[str, str]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    header = {"iterations": str(done), "config": json.dumps(asdict(config)), **extra}
+    write_atomic(path / STATE, save(tensors, header))
+
+
 def _open(path: Path) -> tuple[dict[str, Tensor], int, dict]:
+    header = _header(path)
+    with safe_open(path / STATE, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return state, int(header["iterations"]), json.loads(header["config"])
+
+
+def _header(path: Path) -> dict[str, str]:
+    """The file's header, once its fields have proven to be there."""
     try:
         with safe_open(path / STATE, framework="pt") as file:
             header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return state, int(header["iterations"]), json.loads(header["config"])
+        int(header["iterations"]), json.loads(header["config"]), float(header.get("fd", 0))
+        return header
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error

@@ -88,21 +88,30 @@ def build_parser() -> Parser:
     sub = command("sample", run_sample, "Draw pictures with a LoRA, or with the bare teacher.")
     sub.add_argument("prompt", nargs="*", help="prompts; or --prompts FILE")
     sub.add_argument("--prompts", metavar="FILE")
-    sub.add_argument("--teacher", default="embedded")
-    sub.add_argument("--lora", type=Path)
-    sub.add_argument("--steps", type=int, default=4)
-    sub.add_argument("--guidance", type=float, default=1.0)
+    sub.add_argument("--teacher", help="any base of the LoRA's family; without it the run's own, or `embedded`")
+    sub.add_argument("--lora", type=Path, metavar="FILE|RUN", help="a LoRA file, or a run's output folder")
+    sub.add_argument("--steps", type=int, help="1 to 8; without it the run's own, or 4")
+    sub.add_argument("--guidance", type=float, default=1.0, help="1, as the LoRA needs it, is none")
     sub.add_argument("--negative_prompt", default="")
-    sub.add_argument("--seeds", type=int, nargs="+", default=[0])
-    sub.add_argument("--resolution")
-    sub.add_argument("--mixed_precision", default="no")
-    sub.add_argument("--output", type=Path, default=Path("samples.png"))
-    sub = command("evaluate", run_evaluate, "Compare a student of the embedded teacher with its teacher.")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="each prompt is drawn with each")
+    sub.add_argument("--resolution", metavar="HxW")
+    sub.add_argument("--mixed_precision", metavar="no|fp16|bf16", help="without it the run's; fp16 on a GPU")
+    sub.add_argument("--batch", type=int, default=4, help="pictures drawn together: fewer need less memory")
+    sub.add_argument(
+        "--output", type=Path, default=Path("samples.png"), metavar="FILE.png|FOLDER",
+        help="a grid; or a folder: a PNG for each picture, its settings inside as A1111 reads them, beside grid.png",
+    )  # fmt: skip
+    sub = command("evaluate", run_evaluate, "Measure a student: to its teacher, or with --captions on COCO.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
-    sub.add_argument("--lora", type=Path, help="another LoRA file than the run's")
-    sub.add_argument("--pairs", type=int, default=4096, help="held-out caption and seed pairs in each half")
-    sub.add_argument("--batch", type=int, default=512)
-    sub = command("export", run_export, "Write the LoRA files of a run's newest checkpoint again, and prove them.")
+    sub.add_argument("--lora", type=Path, help="another LoRA file than the run's; `none`: the teacher itself")
+    sub.add_argument("--captions", type=Path, help="captions_val2014.json, or a CSV with a column `caption`")
+    sub.add_argument("--reference", type=Path, help="with --captions: a folder of images, or an .npz (mu, sigma)")
+    sub.add_argument("--samples", type=int, help="pictures at most: 30000, or all that the trajectories give")
+    sub.add_argument("--clip", metavar="ID|DIR|none", help="the CLIP of the score: a hub id or a local folder")
+    sub.add_argument("--inception", type=Path, metavar="FILE", help="a local copy of the weights of FID's network")
+    sub.add_argument("--pairs", type=int, help="embedded teacher: held-out caption and seed pairs a half (4096)")
+    sub.add_argument("--batch", type=int, help="pictures drawn together")
+    sub = command("export", run_export, "Write the LoRA files of a run's checkpoint again, and prove them.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of the files (default fp32)")
     sub.add_argument("--merge", action="store_true", help="also write merged/, a whole pipeline that needs no LoRA")
@@ -113,6 +122,9 @@ def build_parser() -> Parser:
         metavar="OWNER/NAME",
         help="upload the LoRA and its card to the Hugging Face Hub, to a new private model or one that is there",
     )
+    sub.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH")
+    sub = command("report", run_report, "Write a run as one HTML page: curves, pictures, settings, how to use it.")
+    sub.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its output folder")
     sub = command("bench", run_bench, "Time the kernels on the shapes of a UNet pass, beside what else there is.")
     sub.add_argument("ops", nargs="*", metavar="OP", help="operators; without one, all")
     sub.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl"])
@@ -175,43 +187,48 @@ def run_trajectories(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    from rapm.device import DTYPES, pick_device
+    from rapm.draw import draw
     from rapm.prompts import read_prompts
-    from rapm.sample import grid, sample_prompts
-    from rapm.teacher import load_teacher
 
     prompts = arguments.prompt or (read_prompts(arguments.prompts) if arguments.prompts else [])
     if not prompts:
         raise UserError("sample: give prompts, or --prompts FILE")
-    config = Config(mixed_precision=arguments.mixed_precision).checked()
-    resolution = parse_resolution(arguments.resolution) if arguments.resolution else None
-    teacher = load_teacher(arguments.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
-    images = sample_prompts(
-        teacher,
+    for path in draw(
         prompts,
-        lora_path=arguments.lora,
+        teacher=arguments.teacher,
+        lora=arguments.lora,
+        precision=arguments.mixed_precision,
+        output=arguments.output,
         steps=arguments.steps,
         guidance=arguments.guidance,
         seeds=arguments.seeds,
-        resolution=resolution,
+        resolution=parse_resolution(arguments.resolution) if arguments.resolution else None,
         negative_prompt=arguments.negative_prompt,
-    )
-    try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        grid(images, columns=len(arguments.seeds)).save(arguments.output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"output {arguments.output} cannot be written ({error})") from error
-    print(arguments.output)
+        batch=arguments.batch,
+    ):
+        print(path)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    from rapm.evaluate import evaluate_run
+    given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
+    if arguments.captions is None and Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded":
+        from rapm.evaluate import evaluate_run
 
-    if arguments.pairs < 4 or arguments.pairs % 2 or arguments.batch < 1:
-        raise UserError(
-            f"pairs {arguments.pairs}, batch {arguments.batch}: an even number of at least 4, and at least 1"
+        pairs, batch = given.get("pairs", 4096), given.get("batch", 512)
+        if pairs < 4 or pairs % 2 or batch < 1:
+            raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
+        print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=pairs, batch=batch))
+        return
+    from rapm.compare import CLIP, Measures, compare
+
+    clip = {None: CLIP, "none": None}.get(arguments.clip, arguments.clip)
+    given.pop("pairs", None)
+    print(
+        compare(
+            arguments.folder, lora=arguments.lora, captions=arguments.captions, reference=arguments.reference,
+            measures=lambda: Measures(clip=clip, weights=arguments.inception), **given,
         )
-    print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=arguments.pairs, batch=arguments.batch))
+    )  # fmt: skip
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -220,7 +237,15 @@ def run_export(arguments: argparse.Namespace) -> None:
     from rapm.train import export_run
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
-    export_run(arguments.folder, dtype=dtype, merge=arguments.merge, push_to_hub=arguments.push_to_hub)
+    export_run(
+        arguments.folder, arguments.checkpoint, dtype=dtype, merge=arguments.merge, push_to_hub=arguments.push_to_hub
+    )
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from rapm.report import write_report
+
+    print(write_report(arguments.folder))
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "lr_warmup_steps", "head_warmup_steps", "replay_size", "replay_batch", "weight_relative", "weight_absolute",
-    "adversarial_relative", "adversarial_absolute", "renoise",
+    "adversarial_relative", "adversarial_absolute", "renoise", "fd_samples",
 )  # fmt: skip
 POSITIVE = ("guidance", "learning_rate", "head_learning_rate", "max_grad_norm", "huber_c")
 
@@ -91,6 +91,7 @@ class Config:
     checkpoints_total_limit: int = 2
     validation_steps: int = 500
     validation_prompts: int = 8  # held-out trajectories, for the grid and for the discriminators' curve
+    fd_samples: int = 64  # pictures for the distance that picks the best checkpoint, each N network calls; 0: none
     log_steps: int = 10
     report_to: str = "tensorboard"
 

@@ -205,6 +205,9 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def write_report(path: Path, rows: Iterable[Row], protocol: Mapping[str, object]) -> None:
-    """The rows and how they were obtained, as JSON."""
+    """The rows and how they were obtained, as JSON; the `figures` of `rapm.compare` in the file stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"protocol": dict(protocol), "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
+    report = {"protocol": dict(protocol), "rows": [asdict(r) for r in rows]}
+    if path.is_file() and (figures := json.loads(path.read_text("utf-8")).get("figures")):
+        report["figures"] = figures
+    path.write_text(json.dumps(report, indent=2) + "\n")

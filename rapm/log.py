@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+
+from tqdm import tqdm
 
 from rapm.errors import UserError
 from rapm.trajectories import write_atomic
@@ -27,6 +30,15 @@ class Log:
         """One line: `iteration` and `values`."""
         self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         self._track(iteration, values)
+
+    def warn(self, iteration: int, text: str) -> None:
+        """A warning: on the terminal, above the progress bar, and in metrics.jsonl for the report."""
+        self._file.write(json.dumps({"iteration": iteration, "warning": text}) + "\n")
+        self.say(f"warning: iteration {iteration}: {text}")
+
+    def say(self, text: str) -> None:
+        """Lines on the terminal, above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> Log:
         return self

@@ -5,13 +5,15 @@ Shapes: B batch, C h w latents, H W image size in pixels.
 
 from __future__ import annotations
 
+import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 MIN_SIDE = 128  # pixels of a picture in a grid: smaller ones are magnified
 GAP, FONT_SIZE, LINE = 4, 13, 17  # pixels
 CAPTION_LINES = 3
+ENCODE = 256  # prompts whose text is held at a time
 
 
 def sample(
@@ -47,7 +50,12 @@ def sample(
     return last
 
 
-def sample_prompts(
+def sample_prompts(teacher: Teacher, prompts: list[str], **options: object) -> Tensor:
+    """All pictures of `sample_batches` together: images B H W 3, uint8 on the CPU."""
+    return torch.cat([images for _, images in sample_batches(teacher, prompts, **options)])
+
+
+def sample_batches(
     teacher: Teacher,
     prompts: list[str],
     *,
@@ -58,8 +66,9 @@ def sample_prompts(
     resolution: tuple[int, int] | None = None,
     negative_prompt: str = "",
     batch: int = 4,
-) -> Tensor:
-    """Every prompt with every seed, prompt by prompt: images B H W 3, uint8 on the CPU, B = len(prompts) len(seeds).
+) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    """Every prompt with every seed, prompt by prompt: (number of the prompt, seed) of at most `batch` pictures, and
+    the pictures, B H W 3, uint8 on the CPU. Only a batch is held at a time, so a prompt file may be long.
 
     `lora_path` is a LoRA file or a run's folder; None samples the teacher. One seed is the same noise for every prompt,
     whatever the batch. UserError for a number of steps, resolution or LoRA that does not fit the teacher.
@@ -69,38 +78,49 @@ def sample_prompts(
     shape = teacher.latent_shape(resolution)
     lora = read_lora(lora_path, teacher.unet) if lora_path else None
     with text_lora(teacher.pipe, lora_path):
-        text = teacher.encode(prompts, resolution)
         uncond = teacher.encode_negative(negative_prompt, resolution) if guidance > 1 else None
-    text = Text(*(None if x is None else x.repeat_interleave(len(seeds), dim=0) for x in text))
-    starts = torch.stack([noise(seed, shape) for seed in seeds]).repeat(len(prompts), 1, 1, 1)
-    images = []
-    for start in tqdm(range(0, len(starts), batch), desc="sample", disable=None):
-        z = sample(
-            teacher.unet,
-            teacher.schedule,
-            text.rows(start, start + batch),
-            starts[start : start + batch],
-            steps,
-            lora=lora,
-            guidance=guidance,
-            uncond=uncond,
-        )
-        images.append(teacher.decode(z))
-    return torch.cat(images)
+    with tqdm(total=len(prompts) * len(seeds), desc="sample", disable=None) as bar:
+        for first in range(0, len(prompts), ENCODE):  # the text encoders visit the device once for each so many
+            with text_lora(teacher.pipe, lora_path):
+                text = teacher.encode(prompts[first : first + ENCODE], resolution)
+            pairs = [(first + i, seed) for i in range(len(text.hidden)) for seed in seeds]
+            for start in range(0, len(pairs), batch):
+                some = pairs[start : start + batch]
+                z = sample(
+                    teacher.unet,
+                    teacher.schedule,
+                    Text.cat([text.rows(i - first, i - first + 1) for i, _ in some]),
+                    torch.stack([noise(seed, shape) for _, seed in some]),
+                    steps,
+                    lora=lora,
+                    guidance=guidance,
+                    uncond=uncond,
+                )
+                yield some, teacher.decode(z)
+                bar.update(len(some))
 
 
-def grid(images: Tensor, columns: int) -> Image.Image:
-    """Images B H W 3 (uint8) as one picture, row by row; small ones are magnified by a whole factor."""
+def png(picture: Image.Image, **texts: str) -> bytes:
+    """A PNG whose text chunks are `texts`."""
+    chunks, data = PngInfo(), io.BytesIO()
+    for name, text in texts.items():
+        chunks.add_text(name, text)  # as international text where Latin-1 does not suffice
+    picture.save(data, "png", pnginfo=chunks)
+    return data.getvalue()
+
+
+def grid(images: Sequence[Tensor], columns: int) -> Image.Image:
+    """Images H W 3 (uint8) as one picture, row by row; small ones are magnified by a whole factor."""
     sheet, _ = _paste(images, columns, top=0, between=GAP)
     return sheet
 
 
-def labelled_grid(rows: Mapping[str, Tensor], captions: Sequence[str] | None = None) -> Image.Image:
-    """One row of images (n H W 3, uint8, all of one shape) under each name; `captions` head the n columns."""
-    images = torch.cat(list(rows.values()))
+def labelled_grid(rows: Mapping[str, Sequence[Tensor]], captions: Sequence[str] | None = None) -> Image.Image:
+    """One row of images (H W 3, uint8, as many in each) under each name; `captions` head the columns."""
+    images = [image for row in rows.values() for image in row]
     columns = len(images) // len(rows)
     font = ImageFont.load_default(FONT_SIZE)
-    letters = int(_zoom(images) * images.shape[2] / font.getlength("n"))  # that fit above a picture
+    letters = int(_cell(images)[1] / font.getlength("n"))  # that fit above a picture
     heads = [textwrap.wrap(text, letters, max_lines=CAPTION_LINES, placeholder="...") for text in captions or []]
     top = LINE * max(map(len, heads), default=0)
     sheet, corners = _paste(images, columns, top=top + LINE, between=LINE + GAP)
@@ -112,20 +132,23 @@ def labelled_grid(rows: Mapping[str, Tensor], captions: Sequence[str] | None = N
     return sheet
 
 
-def _zoom(images: Tensor) -> int:
-    """The least whole factor that makes both sides at least MIN_SIDE."""
-    return max(1, -(-MIN_SIDE // min(images.shape[1:3])))
+def _zoom(images: Sequence[Tensor]) -> int:
+    """The least whole factor that makes every side at least MIN_SIDE."""
+    return max(1, -(-MIN_SIDE // min(min(image.shape[:2]) for image in images)))
 
 
-def _paste(images: Tensor, columns: int, top: int, between: int) -> tuple[Image.Image, list[tuple[int, int]]]:
+def _cell(images: Sequence[Tensor]) -> tuple[int, int]:
+    """Height and width of a picture's place: the largest ones', magnified."""
+    return tuple(_zoom(images) * max(image.shape[i] for image in images) for i in range(2))
+
+
+def _paste(images: Sequence[Tensor], columns: int, top: int, between: int) -> tuple[Image.Image, list[tuple[int, int]]]:
     """A white sheet with the images in rows of `columns`, `top` above the first and `between` two rows; the corners."""
-    factor = _zoom(images)
-    height, width = (factor * side for side in images.shape[1:3])
-    count = len(images)
+    factor, (height, width), count = _zoom(images), _cell(images), len(images)
     corners = [(i % columns * (width + GAP), top + i // columns * (height + between)) for i in range(count)]
     size = min(columns, count) * (width + GAP) - GAP, corners[-1][1] + height
     sheet = Image.new("RGB", size, "white")
     for image, corner in zip(images, corners, strict=True):
         picture = Image.fromarray(image.cpu().numpy())
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), corner)
+        sheet.paste(picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST), corner)
     return sheet, corners

@@ -27,7 +27,9 @@ from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, tra
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
 
-LOSSES = ("loss", "huber_rel", "huber_abs", "gen_rel", "gen_abs", "disc_rel", "disc_abs", "grad_norm")
+LOSSES = (
+    "loss", "huber_rel", "huber_abs", "gen_rel", "gen_abs", "disc_rel", "disc_abs", "grad_norm", "head_grad_norm",
+)  # fmt: skip
 SIDES = ("relative", "absolute")
 
 
@@ -192,7 +194,8 @@ class Step:
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
                 optimizer.step()
-        row = torch.cat([loss[None], distances, generator, discriminator, norm[None]])
+        heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
+        row = torch.cat([loss[None], distances, generator, discriminator, norm[None], heads[None]])
         self.sums += row.where(good, 0.0)
         self.skipped += (~good).float()
         self.streak.copy_(torch.where(good, 0.0, self.streak + 1))
@@ -202,12 +205,13 @@ class Step:
         self.key[1] += 1
 
     @torch.no_grad()
-    def held_out(self, batch: list[Trajectory], counter: int) -> tuple[Tensor, Tensor]:
-        """B trajectories walked without an update: hinge of both discriminators N 2 (2 is chance) and z_0, B C h w.
+    def held_out(self, batch: list[Trajectory], counter: int) -> tuple[Tensor, Tensor, Tensor]:
+        """B trajectories walked without an update: the hinge of both discriminators, N 2 (2 is chance), the shares of
+        their logits with the right sign, N 2 2 (of real, of fake positions; 0.5 is chance), and z_0, B C h w.
 
         Equal counters give equal random numbers. Uses the slot's number and the key; `load` comes after it.
         """
-        device, hinge = self.z.device, []
+        device, hinge, right = self.z.device, [], []
         text = Text.cat([t.text for t in batch]).to(device, self.unet.dtype)
         positions, fine = (torch.stack([t[i] for t in batch], 1).to(device, torch.float32) for i in (0, 1))  # N B C h w
         z = positions[0]
@@ -221,7 +225,9 @@ class Step:
             for i in range(2):
                 real, fake = (self.discriminators(i, features[kind]) for kind in (1 + i, 0))
                 hinge.append(hinge_discriminator(real, fake))
-        return torch.stack(hinge).unflatten(0, (-1, 2)), z
+                shares = [[(sign * x > 0).float().mean() for x in xs] for sign, xs in ((1, real), (-1, fake))]
+                right.append(torch.stack([torch.stack(share).mean() for share in shares]))
+        return torch.stack(hinge).unflatten(0, (-1, 2)), torch.stack(right).unflatten(0, (-1, 2)), z
 
     def _adversarial(self, z_n: Tensor, zhat: Tensor, ztilde: Tensor) -> tuple[Tensor | None, ...]:
         """The generator's and the discriminators' terms, (2,) each; keep of the re-noising, and the gradient at x_u.

@@ -7,13 +7,13 @@ on bit for bit.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rapm.budget import Budget, words
 from rapm.card import write_model_card
-from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from rapm.checkpoint import BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, save_best, save_checkpoint
 from rapm.clients import WORKFLOW, client_name, write_workflow
 from rapm.config import Config
 from rapm.device import DTYPES, captured, pick_device
@@ -35,19 +35,22 @@ from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
 from rapm.merge import export_merged, verify_merged
+from rapm.panel import Watch, best_line, card_figures, panel
 from rapm.prompts import read_prompts
-from rapm.sample import labelled_grid, sample
+from rapm.report import write_report
+from rapm.sample import labelled_grid, png
 from rapm.snapshot import Snapshot
 from rapm.solver import check_grid
-from rapm.step import LOSSES, SIDES, SlotMemory, Step
+from rapm.step import LOSSES, SlotMemory, Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, prepare, trajectory_seed
+from rapm.trajectories import Store, prepare, trajectory_seed, write_atomic
+from rapm.validate import Measured, Validation
 from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
     WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
-    "evaluation.json", "merged", WORKFLOW,
+    "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST,
 )  # fmt: skip
 PATIENCE = 20  # non-finite updates in a row before a run gives up
 SMALL = (
@@ -71,8 +74,7 @@ class Interrupted(Exception):
 class Training:
     """What changes during a run: the LoRA, the heads, both optimizers, the replay, the number of iterations done.
 
-    The last `validation_prompts` trajectories of the store are held out. With a budget the passes keep what its plan
-    says, and an out-of-memory takes the next plan.
+    With a budget the passes keep what its plan says, and an out-of-memory takes the next plan.
     """
 
     def __init__(self, teacher: Teacher, store: Store, config: Config, budget: Budget | None = None) -> None:
@@ -87,6 +89,8 @@ class Training:
         self._eager = EAGER
         self._reported = 0.0  # skipped updates of earlier reports
         self.done = 0
+        self.validation = Validation(teacher, store, config, self.uncond)
+        self._measured: tuple[int, Measured] | None = None
 
     def iterate(self) -> None:
         """One iteration: one trajectory, N slots, both updates in each.
@@ -138,7 +142,7 @@ class Training:
         if self._eager == 0 and self.step.z.is_cuda and self._slot is self.step:
             self._slot = captured(self.step)
         self._eager = max(0, self._eager - 1)
-        trained = len(self.store) - self.config.validation_prompts
+        trained = self.validation.trained
         epoch, place = divmod(self.done, trained)
         order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
         self.step.load(self.store[int(order[place])], self.done)
@@ -148,43 +152,11 @@ class Training:
             self._slot()
         self.done += 1
 
-    @torch.no_grad()
-    def validate(self) -> tuple[dict[str, float], Tensor]:
-        """Held-out figures (hinge of both discriminators by slot, RMSE of the latents) and the student's latents."""
-        hinges, ends = [], []
-        for start in range(0, len(self.held_out), self.config.solve_batch):
-            batch = [self.store[i] for i in self.held_out[start : start + self.config.solve_batch]]
-            counter = -(start + 1) * self.config.steps  # training counts up from 0; the same at every validation
-            hinge, z = self.step.held_out(batch, counter)
-            hinges.append(hinge * len(batch) / len(self.held_out))
-            ends.append(z)
-        student, hinge = torch.cat(ends), torch.stack(hinges).sum(0)
-        target = torch.stack([self.store[i].positions[-1] for i in self.held_out]).to(student)
-        values = {"val_rmse": float((student - target).square().mean().sqrt())}
-        for i, side in enumerate(SIDES):
-            values[f"val_disc_{side[:3]}"] = float(hinge[:, i].mean())
-            values |= {f"val_disc_{side[:3]}_slot{n}": float(h) for n, h in enumerate(hinge[:, i])}
-        return values, student
-
-    @property
-    def held_out(self) -> range:
-        return range(len(self.store) - self.config.validation_prompts, len(self.store))
-
-    @cached_property
-    def teacher_rows(self) -> dict[str, Tensor]:
-        """The teacher's pictures of the held-out trajectories, whole and in N steps: n H W 3, uint8."""
-        teacher, config, whole, few = self.teacher, self.config, [], []
-        for i in self.held_out:
-            trajectory = self.store[i]
-            whole.append(trajectory.positions[-1:])
-            few.append(
-                sample(
-                    teacher.unet, teacher.schedule, trajectory.text, trajectory.positions[:1], config.steps,
-                    guidance=config.guidance, uncond=self.uncond,
-                )
-            )  # fmt: skip
-        names = f"teacher, {config.steps * config.fine_steps} steps", f"teacher, {config.steps} steps"
-        return {name: teacher.decode(torch.cat(z)) for name, z in zip(names, (whole, few), strict=True)}
+    def measure(self) -> Measured:
+        """What `validation` says of the student as it is now; once for each iteration."""
+        if self._measured is None or self._measured[0] != self.done:
+            self._measured = self.done, self.validation(self.step)
+        return self._measured[1]
 
     def losses(self, slots: int) -> dict[str, float]:
         """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
@@ -273,16 +245,17 @@ def solve_only(config: Config) -> Store:
 
 
 def export_run(
-    folder: Path, *, dtype: torch.dtype = torch.float32, merge: bool = False, push_to_hub: str | None = None
-) -> None:
-    """Export a run's newest checkpoint again, in `dtype`; `merge` writes a whole pipeline too; `push_to_hub` uploads.
+    folder: Path, which: str = "latest", *, dtype: torch.dtype = torch.float32, merge: bool = False,
+    push_to_hub: str | None = None,
+) -> None:  # fmt: skip
+    """Export a run's checkpoint (its newest, its best, or that of a path) again, in `dtype`.
 
-    `push_to_hub` is owner/name, or "" for a model of the run's name.
+    `merge` writes a whole pipeline too; `push_to_hub` uploads, to owner/name, or with "" to a model of the run's name.
     """
     if not checkpoints(folder):
         raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
     _claim(folder)
-    checkpoint = find_checkpoint(folder, "latest")
+    checkpoint = find_checkpoint(folder, which)
     config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
     repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
     teacher, config, prompts = prepare_teacher(config)
@@ -336,8 +309,8 @@ def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
 
 def run(training: Training, folder: Path) -> None:
     """Iterate to the end: log, validate, save."""
-    config, step = training.config, training.step
-    start, first, pending = time.perf_counter(), training.done, 0
+    config, step, watch = training.config, training.step, Watch()
+    start, first, pending, values = time.perf_counter(), training.done, 0, {}
     bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
     with stop_signals() as stopped, cores(step), bar, Log(folder, config.report_to, training.done) as log:
         while training.done < config.max_train_steps:
@@ -346,7 +319,7 @@ def run(training: Training, folder: Path) -> None:
             pending += config.steps
             stop, done, last = bool(stopped), training.done, training.done == config.max_train_steps
             if done % config.log_steps == 0 or last or stop:
-                values, pending = training.losses(pending), 0
+                values = training.losses(pending)
                 seconds = time.perf_counter() - start
                 values |= {"lr": float(step.optimizer.param_groups[0]["lr"]), "seconds": seconds}
                 values["iterations_per_second"] = (done - first) / seconds
@@ -354,44 +327,57 @@ def run(training: Training, folder: Path) -> None:
                     values["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
                 log.write(done, values)
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
+                for warning in watch(values, pending):
+                    log.warn(done, warning)
                 training.check()
+                pending = 0
             if done % config.validation_steps == 0 or last:
                 training.release()
-                figures, student = training.validate()
-                log.write(done, figures)
-                if done % config.validation_steps == 0:
-                    (folder / "samples").mkdir(exist_ok=True)
-                    picture(training, student, folder / "samples" / f"{done:06d}.png")
+                validate(training, folder, log, watch, values)
             if done % config.checkpointing_steps == 0 or last or stop:
                 save_checkpoint(folder, training.state(), done, config)
             if stop:
+                write_report(folder)
                 raise Interrupted(stopped[0], "--resume_from_checkpoint latest goes on")
 
 
+def validate(training: Training, folder: Path, log: Log, watch: Watch, losses: dict[str, float]) -> None:
+    """Measure the student, keep it if it is the best yet, draw the grid, and say it all."""
+    done, measured = training.done, training.measure()
+    fd, best = measured.figures.get("val_fd"), find_best(folder)
+    if fd is not None and (best is None or fd < best[1]):
+        save_best(folder, training.state(), done, training.config, fd)
+        best = done, fd
+    log.write(done, measured.figures)
+    log.say(panel(done, {**losses, **measured.figures}, best))
+    for warning in watch(measured.figures):
+        log.warn(done, warning)
+    (folder / "samples").mkdir(exist_ok=True)
+    picture(training, measured.pictures, folder / "samples" / f"{done:06d}.png")
+
+
 def finish(
-    training: Training,
-    folder: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    merge: bool = False,
+    training: Training, folder: Path, *, dtype: torch.dtype = torch.float32, merge: bool = False,
     repo: str | None = None,
-) -> None:
-    """Export, prove the files in stock software, draw the samples, write card and workflow; upload to `repo`."""
+) -> None:  # fmt: skip
+    """Export, prove the files in stock software, draw the samples, write card and report; upload to `repo`."""
     teacher, config, lora = training.teacher, training.config, training.lora.export()
-    shown = [training.store[i] for i in training.held_out]
+    shown = [training.store[i] for i in training.validation.held_out]
     prompts = [t.prompt for t in shown]
     proof = dict(prompts=prompts[:2], noise=torch.stack([t.positions[0] for t in shown[:2]]), steps=config.steps)
     export_lora(folder, lora, teacher, config=config, steps_done=training.done, dtype=dtype)
     verify_export(folder, teacher, lora, **proof)
-    figures, student = training.validate()
+    measured = training.measure()
     with writing(folder):
-        picture(training, student, folder / "samples.png")
+        picture(training, measured.pictures, folder / "samples.png")
         write_workflow(folder, teacher, config=config, prompt=prompts[0])
         write_model_card(
             folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
-            metrics={"held-out trajectories": {"latent RMSE to the teacher's endpoints": figures["val_rmse"]}},
+            metrics={"held-out trajectories": card_figures(measured.figures)},
         )  # fmt: skip
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
+    print(best_line(folder, training.done, measured.figures.get("val_fd"), find_best(folder)))
+    print(f"report: {write_report(folder)}")
     if merge:
         path = export_merged(folder, lora, teacher, dtype=dtype)
         verify_merged(path, teacher, lora, **proof, dtype=dtype)
@@ -400,10 +386,12 @@ def finish(
         print(f"pushed: {upload(folder, repo)}, private until you publish it in its settings, unless it was public")
 
 
-def picture(training: Training, student: Tensor, path: Path) -> None:
+def picture(training: Training, student: list[Tensor], path: Path) -> None:
     """The held-out grid: the teacher's whole trajectory, the teacher in N steps, the student in N, from one noise."""
-    rows = {**training.teacher_rows, f"student, {training.config.steps} steps": training.teacher.decode(student)}
-    labelled_grid(rows, [training.store[i].prompt for i in training.held_out]).save(path)
+    validation = training.validation
+    rows = {**validation.rows, f"student, {training.config.steps} steps": student}
+    prompts = [training.store[i].prompt for i in validation.held_out]
+    write_atomic(path, png(labelled_grid(rows, prompts), prompts=json.dumps(prompts)))
 
 
 def training_prompts(config: Config) -> list[str]:
@@ -488,6 +476,9 @@ def _claim(folder: Path) -> None:
 def _set_aside(folder: Path, done: int) -> None:
     """Move what an earlier run left to `previous-K/`: all of it, or on resuming the checkpoints after `done`."""
     old = [path for path in checkpoints(folder) if int(path.name.partition("-")[2]) > done]
+    best = find_best(folder)
+    if done and best and best[0] > done:
+        old.append(folder / BEST)
     if not done and (folder / "metrics.jsonl").exists():
         old += [path for name in OUTPUTS if (path := folder / name).exists()]
     if old:

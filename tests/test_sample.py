@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rapm.config import Config
+from rapm.draw import draw
 from rapm.errors import UserError
 from rapm.export import export_lora
 from rapm.lora import LoRA
@@ -191,3 +195,51 @@ def test_labelled_grid_has_rows_names_and_captions() -> None:
     for i in range(3):
         x = i * (128 + GAP)
         assert (pixels[:top, x : x + 128] < 128).any()  # a caption above each column
+
+
+def test_grid_of_several_shapes_gives_each_the_largest_place() -> None:
+    wide, tall = torch.full((128, 192, 3), 10, dtype=torch.uint8), torch.full((160, 128, 3), 20, dtype=torch.uint8)
+    sheet = grid([wide, tall], columns=2)
+    assert sheet.size == (2 * 192 + GAP, 160)
+    assert sheet.getpixel((0, 0)) == (10,) * 3 and sheet.getpixel((0, 150)) == (255,) * 3
+    assert sheet.getpixel((192 + GAP, 150)) == (20,) * 3
+
+
+def a1111_settings(path: Path) -> tuple[list[str], dict[str, str]]:
+    """A PNG's text as A1111 takes it apart: the lines before the last, and the last one's names and values."""
+    *lines, last = Image.open(path).text["parameters"].split("\n")
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    return lines, {name: json.loads(value) if value[:1] == '"' else value for name, value in pairs}
+
+
+def test_a_folder_gets_a_png_for_each_picture_with_its_settings(load: Callable, tmp_path: Path) -> None:
+    teacher, folder = load("sdxl"), tmp_path / "pictures"
+    source = teacher.source
+    written = list(
+        draw(["a cat, sitting", "Überraschung"], teacher=source, output=folder, steps=2, guidance=3.0, seeds=[7, 8],
+             negative_prompt="a dog", resolution=(64, 96), batch=3)
+    )  # fmt: skip
+    names = ["00000-7.png", "00000-8.png", "00001-7.png", "00001-8.png", "grid.png"]
+    assert [path.name for path in written] == names == sorted(path.name for path in folder.iterdir())
+    lines, values = a1111_settings(folder / "00000-8.png")
+    assert lines == ["a cat, sitting", "Negative prompt: a dog"]
+    wanted = {"Steps": "2", "Sampler": "DDIM", "CFG scale": "3", "Seed": "8", "Size": "96x64", "Model": "sdxl"}
+    assert wanted.items() <= values.items()
+    assert a1111_settings(folder / "00001-7.png")[0][0] == "Überraschung"
+    expected = sample_prompts(teacher, ["Überraschung"], steps=2, guidance=3.0, seeds=[7], negative_prompt="a dog",
+                              resolution=(64, 96))  # fmt: skip
+    drawn = torch.tensor(list(Image.open(folder / "00001-7.png").tobytes()), dtype=torch.uint8).view(64, 96, 3)
+    assert (drawn.int() - expected[0].int()).abs().max() <= 1
+
+
+def test_a_run_says_how_its_lora_is_used(load: Callable, tmp_path: Path) -> None:
+    """Teacher, steps and resolution come from the run whose folder the LoRA is; a flag overrides them."""
+    teacher, run = load("sd1"), tmp_path / "my run"
+    config = Config().replace(teacher=teacher.source, steps=2, resolution=(64, 64))
+    export_lora(run, LoRA(teacher.unet, 1).export(), teacher, config=config, steps_done=1)
+    (run / "config.toml").write_text(config.to_toml())
+    (path,) = draw(["a cat"], lora=run, output=tmp_path / "one.png")
+    lines, values = a1111_settings(path)
+    assert lines == ["a cat <lora:my run:1>"] and (values["Steps"], values["Size"]) == ("2", "64x64")
+    (path,) = draw(["a cat"], lora=run, output=tmp_path / "two.jpg", teacher=teacher.source, steps=8)
+    assert Image.open(path).size == (128, 128)

@@ -9,11 +9,12 @@ import tiny
 import torch
 
 from rapm.config import Config
+from rapm.kernels.disc_head import views
 from rapm.lora import LoRA
 from rapm.losses import hinge_generator, pseudo_huber
 from rapm.schedule import renoise_coefficients, step_coefficients, trailing_steps
 from rapm.solver import solve
-from rapm.step import SIDES, Step
+from rapm.step import LOSSES, SIDES, Step
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Trajectory, noise
 
@@ -200,13 +201,37 @@ def test_the_relative_branch_can_start_from_the_student(teacher, trajectory):
 
 def test_held_out_walks_as_training_does(teacher, trajectory):
     step = make(teacher, trajectory, renoise=0.0)  # u = t_n: nothing random
-    hinge, z = step.held_out([trajectory, trajectory], 0)
+    hinge, right, z = step.held_out([trajectory, trajectory], 0)
     still = make(teacher, trajectory, renoise=0.0, learning_rate=1e-12, head_learning_rate=1e-12)
     for n in range(4):
         still.sums.zero_()
         still()
         assert still.sums[5:7].tolist() == pytest.approx(hinge[n].tolist(), abs=1e-4)
     assert torch.allclose(z, still.z.expand_as(z), atol=1e-4)
+    assert right.shape == (4, 2, 2) and (right >= 0).all() and (right <= 1).all()
+
+
+def test_held_out_says_how_often_the_heads_are_right(teacher, trajectory):
+    """Heads that answer +1 whatever they see are right about everything real and nothing fake."""
+    step = make(teacher, trajectory)
+    with torch.no_grad():
+        step.discriminators.flat.zero_()
+        for side in range(2):
+            for name, x in views(step.discriminators.flat[side], teacher.unet.feature_channels).items():
+                x.fill_(float(name.endswith("out.bias")))
+    hinge, right, _ = step.held_out([trajectory], 0)
+    assert right[..., 0].eq(1).all() and right[..., 1].eq(0).all() and hinge.eq(2).all()
+
+
+def test_the_heads_gradient_norm_is_logged(teacher, trajectory):
+    step = make(teacher, trajectory)
+    step()
+    assert float(step.sums[LOSSES.index("head_grad_norm")]) == pytest.approx(
+        float(step.discriminators.flat.grad.norm())
+    )
+    alone = make(teacher, trajectory, adversarial_relative=0.0, adversarial_absolute=0.0)
+    alone()
+    assert float(alone.sums[LOSSES.index("head_grad_norm")]) == 0
 
 
 def test_replay_shows_the_heads_more_than_one_pair(teacher, trajectory):

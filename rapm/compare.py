@@ -1,0 +1,300 @@
+"""`rapm evaluate` on any teacher: FID and CLIP score of a student, to its teacher or on COCO, as jobs that go on.
+
+To the teacher: the stored trajectories end in the teacher's pictures, so the reference costs no teacher call; the
+student draws the same prompts from other noise. On captions: the COCO-2014 30K protocol as DMD2 states it: a caption an
+image, pictures at the model's own size, then every picture, real or drawn, cut to its central square and resized to
+256x256 with Lanczos. A picture is a PNG, written whole or not at all; the same command goes on where a kill left off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rapm import __version__
+from rapm.captions import SEED, Caption, read_captions
+from rapm.config import Config
+from rapm.device import DTYPES, pick_device
+from rapm.errors import UserError
+from rapm.lora_file import WEIGHTS, read_lora
+from rapm.metrics import (
+    clip_metric,
+    clip_score,
+    features,
+    fid,
+    inception,
+    kid,
+    moments,
+    need,
+    pictures,
+    square,
+    versions,
+)
+from rapm.sample import ENCODE, png, sample
+from rapm.teacher import Teacher, load_teacher
+from rapm.trajectories import Store, noise, trajectory_seed, write_atomic
+from rapm.unet import Lora, Text
+
+SIDE = 256  # pixels, of the COCO protocol
+CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default; DMD2's is laion/CLIP-ViT-g-14-laion2B-s12B-b42K
+FID_BIAS = "FID of n pictures is too high by about c / n: compare equal n only; KID is unbiased"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What draws: a LoRA in a few unguided steps, or the teacher (lora None) in all its guided ones."""
+
+    name: str
+    lora: Lora
+    steps: int
+    guidance: float
+    identity: str  # of the weights
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a protocol says of it."""
+        return {"subject": self.name, "weights": self.identity, "steps": self.steps, "guidance": self.guidance}
+
+
+class Measures:
+    """FID's network and a CLIP, loaded before anything is drawn. `clip` None leaves the CLIP score out."""
+
+    def __init__(
+        self, *, clip: str | None = CLIP, weights: Path | None = None, network: nn.Module | None = None
+    ) -> None:
+        """`network` replaces FID's: torchmetrics' `feature` argument, pictures n 3 H W (uint8) -> n F."""
+        need("torchmetrics")
+        self.network = inception(weights) if network is None else network
+        self.network_name = "inception-v3-compat" if network is None else type(network).__name__
+        self.clip_name, self.clip = clip, clip_metric(clip) if clip else None
+
+    def features(self, paths: Sequence[Path], cache: Path, side: int | None, device: torch.device) -> Tensor:
+        return features(paths, self.network, cache, name=self.network_name, side=side, device=device)
+
+    def clip_score(self, paths, captions, cache: Path, side: int | None, device: torch.device) -> float | None:
+        if self.clip is None:
+            return None
+        return clip_score(paths, captions, self.clip, cache, name=self.clip_name, side=side, device=device)
+
+
+def compare(
+    folder: Path,
+    *,
+    lora: Path | None = None,
+    captions: Path | None = None,
+    reference: Path | None = None,
+    samples: int = 30_000,
+    batch: int = 8,
+    measures: Callable[[], Measures] = Measures,
+) -> str:
+    """Evaluate the student of a run's folder (or the file `lora`; the teacher itself for `none`) and return the table.
+
+    With `captions` on those, against `reference` (a folder of images, or an .npz with `mu` and `sigma`; without one
+    there is no FID); else to the stored trajectories. Kept in evaluation.json. UserError before any picture is drawn.
+    """
+    if samples < 4 or batch < 1:
+        raise UserError(f"samples {samples}, batch {batch}: at least 4, and at least 1")
+    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    drawn = read_captions(captions, samples) if captions else None
+    store = None if captions else Store.open(config.store or folder / "trajectories")
+    real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
+    measured = measures()
+    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    subject = _subject(config, folder, lora, teacher)
+    if captions:
+        rows, protocol = _on_captions(folder, config, teacher, subject, drawn, real, measured, batch)
+        protocol["captions"] = f"{captions.name} sha256 {_sha256(captions.read_bytes())[:16]}"
+        protocol["reference"] = "none" if real is None else f"{reference.name}, {_count(real)}"
+    else:
+        rows, protocol = _to_teacher(folder, config, teacher, subject, store, samples, measured, batch)
+    protocol |= {
+        "FID": f"torchmetrics FrechetInceptionDistance, {measured.network_name}",
+        "CLIP score": measured.clip_name or "none", "rapm-fast": __version__, **versions(),
+        "device": str(teacher.unet.device),
+    }  # fmt: skip
+    _keep(folder / "evaluation.json", {"protocol": protocol, "rows": rows})
+    return _table(rows) + "\n\n" + "\n".join(f"{name}: {value}" for name, value in protocol.items())
+
+
+def _on_captions(
+    folder: Path, config: Config, teacher: Teacher, subject: Subject, drawn: list[Caption],
+    real: list[Path] | tuple[Tensor, Tensor] | None, measured: Measures, batch: int,
+) -> tuple[list[dict], dict]:  # fmt: skip
+    resolution = config.resolution or teacher.default_resolution
+    keys = _sha256(json.dumps(drawn).encode())
+    protocol = {
+        "protocol": f"COCO-2014 as in DMD2: a caption an image; central square, Lanczos to {SIDE}x{SIDE}",
+        "samples": len(drawn), "seed": SEED, "drawn": keys[:16], "teacher": teacher.fingerprint[:16],
+        "precision": config.mixed_precision, **subject.settings, "resolution": "x".join(map(str, resolution)),
+        "negative_prompt": config.negative_prompt,
+    }  # fmt: skip
+    job = _job(folder, "captions", protocol)
+    shape = teacher.latent_shape(resolution)
+    uncond = teacher.encode_negative(config.negative_prompt, resolution) if subject.guidance > 1 else None
+    paths = [job / "pictures" / f"{i:05d}.png" for i in range(len(drawn))]
+    todo = [i for i, path in enumerate(paths) if not path.exists()]
+    with _progress(len(drawn), todo) as bar:
+        for first in range(0, len(todo), ENCODE):
+            some = todo[first : first + ENCODE]
+            text = teacher.encode([drawn[i].text for i in some], resolution)
+            for start in range(0, len(some), batch):
+                part = some[start : start + batch]
+                z = _draw(teacher, subject, text.rows(start, start + batch), [(shape, i) for i in part], uncond)
+                _save([paths[i] for i in part], teacher.decode(z), SIDE)
+                bar.update(len(part))
+    device, captions = teacher.unet.device, [caption.text for caption in drawn]
+    row = {"name": subject.name, "samples": len(drawn)}
+    if real is not None:
+        mine = measured.features(paths, job / "features", None, device)
+        if isinstance(real, list):
+            theirs = measured.features(real, folder / "evaluation" / "reference", SIDE, device)
+            row |= {"FID": fid(mine, theirs), "KID x1000": kid(mine, theirs)}
+        else:
+            _check_width(mine, real[0])
+            row["FID"] = fid(mine, real)
+    if (score := measured.clip_score(paths, captions, job / "features", None, device)) is not None:
+        row["CLIP"] = score
+    return [row], protocol
+
+
+def _to_teacher(
+    folder: Path, config: Config, teacher: Teacher, subject: Subject, store: Store, samples: int, measured: Measures,
+    batch: int,
+) -> tuple[list[dict], dict]:  # fmt: skip
+    count = min(samples, len(store))
+    if count < 4:
+        raise UserError(f"evaluate: {store.folder} holds {count} trajectories, too few for any distance: make more")
+    protocol = {
+        "protocol": "to the teacher's stored endpoints; the student draws the same prompts from other noise",
+        "samples": count, "seed": SEED, "store": _sha256(json.dumps(store.metadata).encode())[:16],
+        "precision": config.mixed_precision, **subject.settings,
+        "prompts": f"the store's; all but the last {config.validation_prompts} were trained on", "bias": FID_BIAS,
+    }  # fmt: skip
+    jobs = _job(folder, "teacher", {"store": protocol["store"]}), _job(folder, "student", protocol)
+    theirs, mine = ([job / "pictures" / f"{i:05d}.png" for i in range(count)] for job in jobs)
+    uncond = teacher.encode_negative(config.negative_prompt, config.resolution) if subject.guidance > 1 else None
+    todo = [i for i in range(count) if not (theirs[i].exists() and mine[i].exists())]
+    with _progress(count, todo) as bar:
+        for part in _of_one_shape(store, todo, batch):
+            trajectories = [store[i] for i in part]
+            _save(
+                [theirs[i] for i in part], teacher.decode(torch.stack([t.positions[-1] for t in trajectories]).float())
+            )
+            text = Text.cat([t.text for t in trajectories])
+            starts = [(tuple(t.positions.shape[1:]), i) for i, t in zip(part, trajectories, strict=True)]
+            _save([mine[i] for i in part], teacher.decode(_draw(teacher, subject, text, starts, uncond)))
+            bar.update(len(part))
+    device, captions = teacher.unet.device, [store[i].prompt for i in range(count)]
+    x, y = (measured.features(p, job / "features", None, device) for p, job in zip((mine, theirs), jobs, strict=True))
+    rows = [{"name": subject.name, "samples": count, "FID": fid(x, y), "KID x1000": kid(x, y)}]
+    # The teacher against itself needs two sets of pictures: halves of the prompts, and the student's half beside them.
+    for name, half in (
+        (f"{subject.name}, half the prompts", x[::2]),
+        ("teacher, half the prompts (the floor)", y[::2]),
+    ):
+        rows.append({"name": name, "samples": len(half), "FID": fid(half, y[1::2]), "KID x1000": kid(half, y[1::2])})
+    if measured.clip is not None:
+        scores = [
+            measured.clip_score(p, captions, job / "features", None, device)
+            for p, job in zip((mine, theirs), jobs, strict=True)
+        ]
+        rows[0]["CLIP"] = scores[0]
+        rows.append({"name": "teacher", "samples": count, "CLIP": scores[1]})
+    return rows, protocol
+
+
+def _subject(config: Config, folder: Path, lora: Path | None, teacher: Teacher) -> Subject:
+    if lora is not None and str(lora) == "none":
+        steps = config.steps * config.fine_steps
+        return Subject(f"teacher, {steps} steps", None, steps, config.guidance, "none")
+    path = lora or folder / WEIGHTS
+    weights = read_lora(path, teacher.unet)
+    file = path / WEIGHTS if path.is_dir() else path
+    name = f"student, {config.steps} steps"
+    return Subject(name, weights, config.steps, 1.0, f"sha256 {_sha256(file.read_bytes())[:16]}")
+
+
+def _draw(
+    teacher: Teacher, subject: Subject, text: Text, starts: Sequence[tuple[tuple[int, ...], int]], uncond: Text | None
+) -> Tensor:
+    """Latents from the noise of this protocol's pictures: (shape, number) each."""
+    start = torch.stack([noise(trajectory_seed(SEED, f"picture {i}"), shape) for shape, i in starts])
+    return sample(
+        teacher.unet, teacher.schedule, text, start, subject.steps, lora=subject.lora, guidance=subject.guidance,
+        uncond=uncond,
+    )  # fmt: skip
+
+
+def _save(paths: Sequence[Path], images: Tensor, side: int | None = None) -> None:
+    for path, image in zip(paths, images, strict=True):
+        picture = Image.fromarray(image.numpy())
+        write_atomic(path, png(picture if side is None else square(picture, side)))
+
+
+def _of_one_shape(store: Store, indices: Sequence[int], batch: int):
+    """At most `batch` neighbours whose latents have one shape."""
+    part, shape = [], None
+    for i in indices:
+        mine = store[i].positions.shape
+        if part and (len(part) == batch or mine != shape):
+            yield part
+            part = []
+        part.append(i)
+        shape = mine
+    if part:
+        yield part
+
+
+def _job(folder: Path, kind: str, protocol: Mapping[str, object]) -> Path:
+    """The folder of this protocol's pictures: another LoRA, caption file or setting is another job."""
+    text = json.dumps(protocol, indent=1)
+    job = folder / "evaluation" / f"{kind}-{_sha256(text.encode())[:12]}"
+    try:
+        (job / "pictures").mkdir(parents=True, exist_ok=True)
+        write_atomic(job / "job.json", text.encode())
+    except OSError as error:
+        raise UserError(
+            f"evaluate: {job} cannot be written ({error.strerror}): free the disk, or its rights"
+        ) from error
+    return job
+
+
+def _progress(count: int, todo: Sequence[int]) -> tqdm:
+    return tqdm(total=count, initial=count - len(todo), desc="pictures", disable=None)
+
+
+def _check_width(mine: Tensor, mean: Tensor) -> None:
+    if mine.shape[1] != len(mean):
+        raise UserError(f"reference: its statistics have {len(mean)} features, FID's network has {mine.shape[1]}")
+
+
+def _count(real: list[Path] | tuple[Tensor, Tensor]) -> str:
+    return f"{len(real)} images" if isinstance(real, list) else "given statistics"
+
+
+def _keep(path: Path, entry: dict) -> None:
+    """Add the entry to `figures` in evaluation.json, in the place of an earlier one of the same protocol."""
+    report = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    same = [e for e in report.get("figures", []) if e["protocol"] != entry["protocol"]]
+    write_atomic(path, (json.dumps({**report, "figures": [*same, entry]}, indent=2) + "\n").encode())
+
+
+def _table(rows: list[dict]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        lines.append([f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,288 @@
+"""`rapm report`: a run as one HTML page that needs nothing else: curves as SVG, grids inside, nothing loaded.
+
+It reads what a run has written (config.toml, metrics.jsonl, samples.png, samples/, evaluation.json, README.md), so a
+run that still goes on, or was stopped, has a report too. A figure that no chart names gets one of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from rapm.chart import Chart, svg
+from rapm.config import PRESETS, Config
+from rapm.errors import UserError
+from rapm.lora_file import WEIGHTS
+from rapm.trajectories import write_atomic
+
+REPORT = "report.html"
+WIDE, NARROW, SHOWN = 1600, 800, 5  # pixels across: the last grid, an earlier one; how many of these
+
+CLOSENESS = (
+    Chart("Distance to the teacher", "FD in the teacher's own features; less is closer. The flat line is what the "
+          "teacher's own pictures of the same prompts score.", {"val_fd": "student", "val_fd_floor": "teacher"}),
+    Chart("Latent error", "RMSE to the teacher's endpoints from the same noise, held-out prompts.",
+          {"val_rmse": "student"}),
+    Chart("Pictures", "Student over teacher, held-out prompts: 1 is the teacher's.",
+          {"val_saturation": "saturation", "val_contrast": "contrast", "val_diversity": "diversity of seeds"}, 1.0),
+)  # fmt: skip
+TRAINING = (
+    Chart("Distance losses", "Pseudo-Huber to the relative and the absolute target.",
+          {"huber_rel": "relative", "huber_abs": "absolute"}),
+    Chart("Student loss", "All terms, weighted.", {"loss": "loss"}),
+    Chart("Adversarial terms", "What the heads charge the student.", {"gen_rel": "D_rel", "gen_abs": "D_abs"}),
+    Chart("Discriminators, training", "Hinge loss; 2 is chance.", {"disc_rel": "D_rel", "disc_abs": "D_abs"}, 2.0),
+    Chart("Discriminators, held out", "Hinge loss on held-out pairs; 2 is chance.",
+          {"val_disc_rel": "D_rel", "val_disc_abs": "D_abs"}, 2.0),
+    Chart("How often the heads are right", "Share of positions, held-out pairs; 0.5 is chance.",
+          {"val_acc_rel_real": "D_rel, real", "val_acc_rel_fake": "D_rel, fake", "val_acc_abs_real": "D_abs, real",
+           "val_acc_abs_fake": "D_abs, fake"}, 0.5),
+    Chart("Gradient norms", "Before clipping, on a logarithmic scale.",
+          {"grad_norm": "LoRA", "head_grad_norm": "heads"}, log=True),
+    Chart("Learning rate", "Of the LoRA.", {"lr": "LoRA"}),
+)  # fmt: skip
+MACHINE = (
+    Chart("Speed", "Iterations per second, since the start.", {"iterations_per_second": "iterations/s"}),
+    Chart("GPU memory", "Peak of what PyTorch has allocated, in MiB.", {"vram_mib": "peak"}),
+    Chart("Skipped updates", "Losses or gradients that were not finite, so far.", {"skipped": "updates"}),
+)
+HIDDEN = {"iteration", "warning", "seconds"}
+
+
+def write_report(folder: Path) -> Path:
+    """`report.html` in a run's folder. UserError where there is no run."""
+    folder = Path(folder)
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"report: {folder} holds no run (no config.toml): give a run's output folder")
+    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    lines = read_metrics(folder / "metrics.jsonl")
+    write_atomic(folder / REPORT, page(folder, config, lines).encode())
+    return folder / REPORT
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl; none where there is no file yet."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
+
+
+def page(folder: Path, config: Config, lines: list[dict]) -> str:
+    """The report as HTML."""
+    series = _series(lines)
+    done = max((line["iteration"] for line in lines), default=0)
+    last = {name: points[-1][1] for name, points in series.items()}
+    name = Path(config.teacher).name if config.teacher != "embedded" else "the embedded teacher"
+    best = min(series.get("val_fd", []), key=lambda point: point[1], default=None)
+    known = {figure for chart in CLOSENESS + TRAINING + MACHINE for figure in chart.figures}
+    slots = _slot_charts(series, config.steps)
+    known |= {figure for chart in slots for figure in chart.figures}
+    rest = [Chart(figure, "", {figure: figure}) for figure in series if figure not in known | HIDDEN]
+    state = "finished" if done >= config.max_train_steps else "not finished"
+    sections = [
+        _tiles(series, last, best, done, config),
+        _warnings(lines),
+        _section("Pictures", _pictures(folder)),
+        _section("How close", _charts(CLOSENESS, series, best)),
+        _section("How to use the file", _use(folder, config)),
+        _section("Measured", _evaluation(folder / "evaluation.json")),
+        _section("Training", _charts(TRAINING + slots, series)),
+        _section("Machine", _charts((*MACHINE, *rest), series)),
+        _section("Plan", _plan(config, last, done)),
+        _section("Settings", _settings(config)),
+        _section("Last figures", _table(sorted(last.items()), ("figure", "value"), folded="all figures")),
+    ]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>{escape(f"RAPM report: {folder.resolve().name}")}</title>
+<style>{Path(__file__).with_name("report.css").read_text("utf-8")}</style>
+</head>
+<body>
+<header>
+<p class="kicker">RAPM report · {escape(folder.resolve().name)}</p>
+<h1>A {config.steps}-step LoRA of {escape(name)}</h1>
+<p>{done:,} of {config.max_train_steps:,} iterations, {state}{_time(last.get("seconds"))}.</p>
+</header>
+<main>
+{"".join(sections)}
+</main>
+</body>
+</html>
+"""
+
+
+def _series(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """figure -> (iteration, value), finite ones only."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name not in ("iteration", "warning") and math.isfinite(value):
+                series.setdefault(name, []).append((line["iteration"], value))
+    return series
+
+
+def _slot_charts(series: dict, steps: int) -> tuple[Chart, ...]:
+    return tuple(
+        Chart(f"D_{side} by slot, held out", "Hinge loss; slot 0 starts at the noise. 2 is chance.",
+              {name: f"slot {n}" for n in range(steps) if (name := f"val_disc_{side}_slot{n}") in series}, 2.0)
+        for side in ("rel", "abs")
+    )  # fmt: skip
+
+
+def _tiles(series: dict, last: dict, best: tuple | None, done: int, config: Config) -> str:
+    tiles = []
+    if best:
+        floor = f"the teacher's own: {last['val_fd_floor']:.2f}"
+        tiles.append(("FD to the teacher", f"{last['val_fd']:.2f}", floor))
+        tiles.append(("best checkpoint", f"{best[0]:,}", f"FD {best[1]:.2f}"))
+    for figure, words in (
+        ("val_saturation", "saturation"),
+        ("val_contrast", "contrast"),
+        ("val_diversity", "diversity"),
+    ):
+        if figure in last:
+            tiles.append((words, f"{last[figure]:.0%}", "of the teacher's"))
+    if "iterations_per_second" in last:
+        tiles.append(("speed", f"{last['iterations_per_second']:.3g}", "iterations/s"))
+    if "vram_mib" in last:
+        tiles.append(("GPU memory", f"{last['vram_mib'] / 1024:.1f}", "GiB at the peak"))
+    cards = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in tiles)
+    return f'<dl class="tiles">{"".join(cards)}</dl>' if tiles else ""
+
+
+def _warnings(lines: list[dict]) -> str:
+    found = [line for line in lines if "warning" in line]
+    if not found:
+        return '<p class="fine">No warnings.</p>' if lines else ""
+    items = (f"<li><b>{line['iteration']:,}</b> {escape(line['warning'])}</li>" for line in found)
+    return f'<section class="warn"><h2>Warnings</h2><ul>{"".join(items)}</ul></section>'
+
+
+def _pictures(folder: Path) -> str:
+    """The last grid, and evenly spaced earlier ones."""
+    parts = []
+    if (folder / "samples.png").is_file():
+        parts.append(_figure(folder / "samples.png", "The last one", WIDE))
+    earlier = sorted((folder / "samples").glob("*.png"))
+    if not parts and earlier:
+        parts.append(_figure(earlier.pop(), "The newest so far", WIDE))
+    if earlier:
+        count = min(SHOWN, len(earlier))
+        chosen = [earlier[(i + 1) * len(earlier) // count - 1] for i in range(count)]
+        grids = "".join(_figure(path, f"Iteration {int(path.stem):,}", NARROW) for path in chosen)
+        parts.append(f"<details><summary>How it got there</summary>{grids}</details>")
+    return "".join(parts)
+
+
+def _figure(path: Path, caption: str, width: int) -> str:
+    with Image.open(path) as image:
+        prompts = json.loads(image.info.get("prompts", "[]"))
+        image = image.convert("RGB")
+        if image.width > width:
+            image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+        data = io.BytesIO()
+        image.save(data, "png", optimize=True)
+    source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    names = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
+    below = f"<ol>{names}</ol>" if prompts and width == WIDE else ""
+    image = f'<div class="wide"><img src="{source}" alt="Grid of samples"></div>'
+    return f'<figure class="grid"><figcaption>{escape(caption)}</figcaption>{image}{below}</figure>'
+
+
+def _charts(charts: Iterable[Chart], series: dict, best: tuple | None = None) -> str:
+    mark = best[0] if best else None
+    drawn = (
+        svg(c, series, mark if "val_fd" in c.figures else None) for c in charts if any(f in series for f in c.figures)
+    )
+    return f'<div class="charts">{"".join(drawn)}</div>' if (drawn := list(drawn)) else ""
+
+
+def _use(folder: Path, config: Config) -> str:
+    """The recipe, and the snippet of the model card."""
+    if not (folder / WEIGHTS).is_file():
+        return "<p>Not exported yet.</p>"
+    card = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
+    snippet = card.partition("```python\n")[2].partition("```")[0]
+    text = (
+        f"<p><code>{WEIGHTS}</code> goes into the client's folder of LoRAs, strength 1.0. "
+        f"<b>DDIM</b>, <b>{config.steps} steps</b>, <b>CFG 1</b>; schedule <code>sgm_uniform</code> in ComfyUI, "
+        "SGM Uniform in Forge, trailing timesteps in diffusers.</p>"
+        f'<p>From here: <code>rapm sample "a prompt" --lora {escape(str(folder))}</code></p>'
+    )
+    return text + (f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else "")
+
+
+def _evaluation(path: Path) -> str:
+    """The tables of `rapm evaluate`, each with its protocol."""
+    if not path.is_file():
+        return ""
+    report = json.loads(path.read_text("utf-8"))
+    parts = []
+    for part in [report, *report.get("figures", [])]:
+        if part.get("rows"):
+            columns = list(dict.fromkeys(name for row in part["rows"] for name in row))
+            parts.append(_table([[row.get(c, "") for c in columns] for row in part["rows"]], columns))
+            parts.append(_table(part["protocol"].items(), ("protocol", ""), folded="how it was measured"))
+    return "".join(parts)
+
+
+def _plan(config: Config, last: dict, done: int) -> str:
+    slots, fine = config.steps, config.steps * config.fine_steps
+    rows = [
+        ("trajectories", f"{config.trajectories:,} to train on, {config.validation_prompts} held out"),
+        ("teacher", f"{slots} slots of {config.fine_steps} DDIM steps = {fine}, guidance {config.guidance:g}"),
+        ("student", f"LoRA of rank {config.lora_rank}, {slots} steps without guidance"),
+        ("training", f"{config.max_train_steps:,} iterations of {slots} slots, batch 1"),
+        ("memory", f"budget {config.vram}"),
+    ]
+    if last.get("iterations_per_second"):
+        left = (config.max_train_steps - done) / last["iterations_per_second"]
+        rows.append(("time", f"{_time(last.get('seconds'))[2:]} so far, {_time(left)[2:] or 'nothing'} to go"))
+    return _table(rows, ("", ""))
+
+
+def _settings(config: Config) -> str:
+    """Every setting; those that differ from the preset's default stand out."""
+    usual = next((Config.preset(n) for n, p in PRESETS.items() if p.get("teacher") == config.teacher), Config())
+    rows = []
+    for name, value in dataclasses.asdict(config).items():
+        changed = value != getattr(usual, name)
+        rows.append((f"<b>{name}</b>" if changed else name, escape("" if value is None else str(value))))
+    table = f'<div class="wide"><table>{"".join(f"<tr><td>{a}</td><td>{b}</td></tr>" for a, b in rows)}</table></div>'
+    return f"<details><summary>all settings; bold ones are not the default</summary>{table}</details>"
+
+
+def _table(rows: Iterable, columns: Iterable[str], folded: str = "") -> str:
+    def text(value: object) -> str:
+        return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+    head = "".join(f"<th>{escape(c)}</th>" for c in columns) if any(columns) else ""
+    body = "".join(f"<tr>{''.join(f'<td>{text(x)}</td>' for x in row)}</tr>" for row in rows)
+    table = f'<div class="wide"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
+    return f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def _time(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f", {seconds / size:.1f} {unit}"
+    return f", {seconds:.0f} s"

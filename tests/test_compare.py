@@ -1,0 +1,235 @@
+"""FID, KID and CLIP score on real models: the libraries' own code on a small network and a small CLIP."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rapm import compare as module
+from rapm.captions import read_captions
+from rapm.cli import main
+from rapm.compare import Measures, compare
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.export import export_lora
+from rapm.lora import LoRA
+from rapm.metrics import fid, kid, square
+from rapm.teacher import load_teacher
+from rapm.trajectories import Store, prepare
+
+PROMPTS = [f"a picture of {i} things" for i in range(8)]
+
+
+class Network(nn.Module):
+    """FID's network in small: 6 fixed numbers of a picture n 3 H W, uint8."""
+
+    num_features = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.uint8
+        x = x.float() / 255
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small CLIP as transformers saves one."""
+    import transformers
+
+    folder, size = tmp_path_factory.mktemp("clip"), dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                                         num_attention_heads=2)  # fmt: skip
+    last = len(tiny._vocabulary()) - 1
+    text = dict(size, vocab_size=last + 1, max_position_embeddings=77, bos_token_id=last - 1, eos_token_id=last)
+    vision = dict(size, image_size=32, patch_size=16)
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(image_processor=images, tokenizer=tiny._tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run on a tiny teacher: store, LoRA and settings."""
+    root = tmp_path_factory.mktemp("run")
+    teacher = load_teacher(str(tiny.tiny_pipeline("sd1", root / "teacher")), device="cpu", dtype=torch.float32)
+    config = Config().replace(
+        teacher=teacher.source, steps=2, fine_steps=1, trajectories=8, validation_prompts=2, guidance=3.0,
+        output_dir=str(root / "run"), resolution=(64, 64),
+    )  # fmt: skip
+    prepare(root / "run" / "trajectories", teacher, PROMPTS, config, progress=False)
+    lora = LoRA(teacher.unet, 1)
+    with torch.no_grad():
+        lora.flat += 0.05 * torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(1))
+    export_lora(root / "run", lora.export(), teacher, config=config, steps_done=1)
+    (root / "run" / "config.toml").write_text(config.to_toml())
+    return root / "run"
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to write in."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def measures(clip: str | None = None):
+    return lambda: Measures(clip=clip, network=Network())
+
+
+def coco(path: Path, images: int) -> Path:
+    annotations = [
+        dict(image_id=i, id=10 * i + k, caption=f"image {i},\n caption {k}") for i in range(images) for k in range(5)
+    ]
+    path.write_text(json.dumps({"images": [dict(id=i) for i in range(images)], "annotations": annotations}))
+    return path
+
+
+def pixels(paths: list[Path]) -> Tensor:
+    return torch.stack([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in paths])
+
+
+def frechet(x: Tensor, y: Tensor) -> float:
+    x, y = x.double().numpy(), y.double().numpy()
+    cx, cy = np.cov(x.T), np.cov(y.T)
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * scipy.linalg.sqrtm(cx @ cy).real))
+
+
+def test_captions_are_drawn_one_an_image_and_alike_everywhere(tmp_path):
+    path = coco(tmp_path / "captions_val2014.json", 40)
+    ten, twenty = read_captions(path, 10), read_captions(path, 20)
+    assert twenty[:10] == ten and len({c.key for c in twenty}) == 20
+    assert [c.key for c in ten] != sorted(c.key for c in ten)
+    assert all(c.text.startswith(f"image {c.key}, caption ") for c in twenty)
+    assert len({c.text[-1] for c in twenty}) > 1  # not always an image's first
+    assert [c.text for c in ten[:3]] == ["image 38, caption 1", "image 19, caption 2", "image 33, caption 3"]
+
+
+def test_captions_of_a_csv(tmp_path):
+    path = tmp_path / "captions.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerows([["id", "caption"], [1, "a cat, sitting"], [2, " "], [3, "zwei Hunde"]])
+    assert sorted(c.text for c in read_captions(path, 9)) == ["a cat, sitting", "zwei Hunde"]
+    (tmp_path / "other.csv").write_text("name\nx\n")
+    for wrong in ("other.csv", "missing.json", "run.json"):
+        (tmp_path / "run.json").write_text('{"annotations": 3}')
+        with pytest.raises(UserError, match=f"{wrong} cannot be read"):
+            read_captions(tmp_path / wrong, 9)
+
+
+def test_fid_and_kid_are_the_published_formulas():
+    x, y = torch.randn(80, 6), 0.5 * torch.randn(60, 6) + 1
+    assert fid(x, y) == pytest.approx(frechet(x, y), rel=1e-5)
+    statistics = y.double().mean(0), torch.cov(y.double().T)
+    assert fid(x, statistics) == pytest.approx(fid(x, y), rel=1e-6)
+    same = [kid(torch.randn(40, 6), torch.randn(40, 6)) for _ in range(12)]
+    assert min(same) < 0 < kid(x, y) and kid(x, y) > 10 * max(same)  # unbiased: at 0 on both sides
+
+
+def test_square_is_the_centre(tmp_path):
+    image = Image.new("RGB", (30, 10), "red")
+    image.paste((0, 0, 255), (10, 0, 20, 10))
+    assert square(image, 5).tobytes() == bytes([0, 0, 255]) * 25
+
+
+def test_to_the_teacher(folder, clip):
+    """Other noise for the student, the store's endpoints for the teacher, and each figure from those very pictures."""
+    text = compare(folder, measures=measures(clip))
+    report = json.loads((folder / "evaluation.json").read_text())
+    (entry,) = report["figures"]
+    rows, protocol = {row["name"]: row for row in entry["rows"]}, entry["protocol"]
+    names = [
+        "student, 2 steps",
+        "student, 2 steps, half the prompts",
+        "teacher, half the prompts (the floor)",
+        "teacher",
+    ]
+    assert list(rows) == names and all(name in text for name in names)
+    assert protocol["samples"] == 8 and "too high by about c / n" in protocol["bias"]
+    assert {"torch", "torchmetrics", "transformers", "seed", "device", "rapm-fast"} <= protocol.keys()
+    (theirs,), (mine,) = (list((folder / "evaluation").glob(f"{kind}-*/pictures")) for kind in ("teacher", "student"))
+    x, y = (pixels(sorted(p.iterdir())) for p in (mine, theirs))
+    store, config = Store.open(folder / "trajectories"), Config.from_toml(folder / "config.toml")
+    teacher = load_teacher(config["teacher"], device="cpu", dtype=torch.float32)
+    ends = teacher.decode(torch.stack([t.positions[-1] for t in store])).permute(0, 3, 1, 2)
+    assert (ends.int() - y.int()).abs().max() <= 1
+    network = Network()
+    assert rows["student, 2 steps"]["FID"] == pytest.approx(frechet(network(x), network(y)), rel=1e-3)
+    floor = rows["teacher, half the prompts (the floor)"]
+    assert floor["FID"] == pytest.approx(frechet(network(y[::2]), network(y[1::2])), rel=1e-3, abs=1e-6)
+    assert floor["samples"] == 4 and -100 < rows["teacher"]["CLIP"] < 100
+
+
+def test_a_kill_costs_a_batch_and_the_same_command_goes_on(folder, tmp_path, monkeypatch, clip):
+    captions, draw, calls = coco(tmp_path / "captions_val2014.json", 9), module._draw, []
+    (tmp_path / "val2014" / "sub").mkdir(parents=True)
+    for i in range(5):
+        noise = torch.randint(0, 256, (40 + i, 60, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / "val2014" / "sub" / f"{i}.png")
+    job = dict(captions=captions, reference=tmp_path / "val2014", samples=7, batch=2)
+
+    def killed(*arguments):
+        calls.append(len(arguments[3]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(module, "_draw", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(folder, measures=measures(clip), **job)
+    (pictures,) = (folder / "evaluation").glob("captions-*/pictures")
+    kept = {path: path.stat().st_mtime_ns for path in pictures.iterdir()}
+    assert len(kept) == 4 and all(Image.open(path).size == (256, 256) for path in kept)
+    compare(folder, measures=measures(clip), **job)
+    assert calls == [2, 2, 2, 2, 1]  # the killed batch again, and the rest
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    (entry,) = json.loads((folder / "evaluation.json").read_text())["figures"]
+    assert entry["protocol"]["samples"] == entry["rows"][0]["samples"] == 7
+    assert {"FID", "KID x1000", "CLIP"} <= entry["rows"][0].keys()
+    assert entry["protocol"]["reference"] == "val2014, 5 images"
+    # In one go, on another machine as it were: the same figures.
+    shutil.rmtree(folder / "evaluation")
+    compare(folder, measures=measures(clip), **job)
+    (again,) = json.loads((folder / "evaluation.json").read_text())["figures"]  # in the place of the first
+    for name, value in entry["rows"][0].items():
+        assert again["rows"][0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+    features = [load_file(p)["values"] for p in (folder / "evaluation").glob("*/features/*.safetensors")]
+    assert sorted(len(x) for x in features) == [1, 7]  # FID's for each picture, CLIP's sum of the chunk
+
+
+def test_statistics_as_reference_and_the_teacher_as_subject(folder, tmp_path):
+    captions = coco(tmp_path / "captions.json", 5)
+    np.savez(tmp_path / "stats.npz", mu=np.full(6, 0.5), sigma=np.eye(6))
+    job = dict(captions=captions, reference=tmp_path / "stats.npz", measures=measures())
+    student, teacher = (compare(folder, lora=lora, **job) for lora in (None, Path("none")))
+    assert "student, 2 steps" in student and "teacher, 2 steps" in teacher and "guidance: 3.0" in teacher
+    assert len(json.loads((folder / "evaluation.json").read_text())["figures"]) == 2
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(UserError, match="5 features, FID's network has 6"):
+        compare(folder, **job)
+
+
+def test_the_command_says_what_is_missing_before_any_work(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rapm.metrics.find_spec", lambda name: None if name == "torch_fidelity" else name)
+    for extra, message in (
+        ([], "torch_fidelity is not installed: pip install rapm-fast[eval]"),
+        (["--captions", str(tmp_path / "none.json")], "none.json cannot be read"),
+        (["--captions", str(coco(tmp_path / "c.json", 4)), "--reference", str(tmp_path / "empty")], "holds 0 images"),
+    ):
+        assert main(["evaluate", "--run", str(folder), *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert not (folder / "evaluation").exists()
+    with pytest.raises(UserError, match="no CLIP"):
+        Measures(clip=str(tmp_path), network=Network())
