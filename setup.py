@@ -14,6 +14,7 @@ TEST = [
     "scikit-learn",
     "tensorboard",
     "build",
+    "pyarrow",
 ]
 
 setup(
@@ -51,6 +52,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers"],
+        "parquet": ["pyarrow"],
         "eval": ["scikit-learn"],
         "tensorboard": ["tensorboard"],
         "test": TEST,
