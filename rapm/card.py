@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rapm.disk import write_atomic
 from rapm.export import base_name, recipe, title
 from rapm.lora_file import WEIGHTS
-from rapm.trajectories import write_atomic
 
 if TYPE_CHECKING:
     from rapm.config import Config

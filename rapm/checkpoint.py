@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,14 +13,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rapm.config import Config
+from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.trajectories import write_atomic
 
 STATE = "state.safetensors"
-# Settings that a resumed run may change: they decide where, how far and how often, not what is computed.
+# Settings that a resumed run may change: they decide where, how far and how often, not what is computed. The prompts'
+# words are in the store, which refuses others.
 FREE = {
     "output_dir", "store", "device", "vram", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "log_steps", "report_to", "solve_batch",
+    "log_steps", "report_to", "solve_batch", "prompts",
 }  # fmt: skip
 
 
@@ -30,11 +32,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor], done: int, config: Config) -> Path:
-    """Write `checkpoint-{done}` and remove the oldest ones beyond the limit."""
+    """Write `checkpoint-{done}`, then remove the oldest ones beyond the limit. OSError: nothing has changed."""
     path = folder / f"checkpoint-{done}"
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    write_atomic(path / STATE, save(tensors, {"iterations": str(done), "config": json.dumps(asdict(config))}))
+    try:
+        write_atomic(path / STATE, save(tensors, {"iterations": str(done), "config": json.dumps(asdict(config))}))
+    except OSError:
+        with suppress(OSError):
+            path.rmdir()
+        raise
     for old in checkpoints(folder)[: -config.checkpoints_total_limit]:
         shutil.rmtree(old)
     return path
@@ -68,6 +75,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], int, dict]:
         with safe_open(path / STATE, framework="pt") as file:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return state, int(header["iterations"]), json.loads(header["config"])
+        defaults = json.loads(json.dumps(asdict(Config())))  # of settings that are newer than the checkpoint
+        return state, int(header["iterations"]), defaults | json.loads(header["config"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.lora_file import WEIGHTS, Weights, kohya_name, read_lora, read_tensors
 from rapm.sample import sample
-from rapm.trajectories import write_atomic
 from rapm.unet import UNet
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.trajectories import write_atomic
 
 
 class Log:

@@ -6,6 +6,7 @@ on bit for bit.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import signal
@@ -24,7 +25,8 @@ from rapm.card import write_model_card
 from rapm.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from rapm.config import Config
 from rapm.device import DTYPES, captured, pick_device
-from rapm.errors import UserError
+from rapm.disk import TROUBLE, sweep, write_atomic
+from rapm.errors import RunError, UserError
 from rapm.export import export_lora, verify_export
 from rapm.kernels.attention import xformers_problem
 from rapm.log import Log, check_tracker
@@ -48,10 +50,6 @@ SMALL = (
     8192  # numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine
 )
 EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on: one line that says why. Exit code 1; what was computed is kept."""
 
 
 class Interrupted(Exception):
@@ -197,13 +195,14 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
         return folder
     with advice("the same command goes on with the trajectories"):
         store = solve_all(config, teacher, prompts)
-    _set_aside(folder, done)
-    (folder / "config.toml").write_text(config.to_toml())
-    training = Training(teacher, store, config)
-    if checkpoint:
-        training.restore(state, done)
-        print(f"resumed from {checkpoint} at iteration {done}")
-    run(training, folder)
+    with advice("the same command with --resume_from_checkpoint latest goes on from the newest checkpoint"):
+        _set_aside(folder, done)
+        write_atomic(folder / "config.toml", config.to_toml().encode())
+        training = Training(teacher, store, config)
+        if checkpoint:
+            training.restore(state, done)
+            print(f"resumed from {checkpoint} at iteration {done}")
+        run(training, folder)
     with advice(f"`rapm export --run {folder}` finishes it"):
         finish(training, folder)
     return folder
@@ -306,7 +305,9 @@ def finish(training: Training, folder: Path) -> None:
 def picture(training: Training, student: Tensor, path: Path) -> None:
     """The held-out grid: the teacher's whole trajectory, the teacher in N steps, the student in N, from one noise."""
     rows = {**training.teacher_rows, f"student, {training.config.steps} steps": training.teacher.decode(student)}
-    labelled_grid(rows, [training.store[i].prompt for i in training.held_out]).save(path)
+    sheet = io.BytesIO()
+    labelled_grid(rows, [training.store[i].prompt for i in training.held_out]).save(sheet, "PNG")
+    write_atomic(path, sheet.getvalue())
 
 
 def training_prompts(config: Config) -> list[str]:
@@ -359,11 +360,16 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def advice(words: str) -> Iterator[None]:
-    """What to do after Ctrl-C in a phase that keeps its own results."""
+    """What to do after Ctrl-C, or a disk that takes no more, in a phase that keeps its own results."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT, words) from None
+    except OSError as error:
+        if error.errno not in TROUBLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise RunError(f"{where}{error.strerror}; what was written before is whole; after that, {words}") from error
 
 
 @contextmanager
@@ -384,6 +390,7 @@ def _claim(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
+        sweep(folder)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm.disk import sweep, write_atomic
 from rapm.errors import UserError
 from rapm.solver import Solver
 from rapm.unet import Text
@@ -145,20 +145,6 @@ def verify(folder: str | Path) -> list[str]:
     return [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """`data` under `path`, on the disk when this returns; a reader, or a kill, never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself is in the folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 def _trajectory_bytes(shape: tuple[int, int, int], text: Text, config: Config) -> int:
     latents = (2 * config.steps + 1) * math.prod(shape) * getattr(torch, config.trajectory_dtype).itemsize
     return latents + sum(x.nbytes for x in text if x is not None)
@@ -191,8 +177,7 @@ def _claim(folder: Path, metadata: dict, trajectory_bytes: int) -> dict[str, ran
     """Makes `folder` the store of `metadata` and returns its missing shards, or says why it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.tmp"):
-            stale.unlink()
+        sweep(folder)
         if (folder / METADATA).exists() and any(folder.glob("shard-*")):
             _refuse_difference(folder, _read_metadata(folder), metadata)
         shards = _shards(metadata).items()

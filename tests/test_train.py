@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from rapm.checkpoint import checkpoints
 from rapm.cli import main
 from rapm.config import PRESETS, Config, parse_resolution, parse_vram
+from rapm.disk import TEMPORARY
 from rapm.log import Log
 from rapm.step import Step
 from rapm.train import train
@@ -229,6 +231,44 @@ def test_a_disk_too_small_is_known_before_work(place, tmp_path, capsys, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     assert main(arguments(place, tmp_path / "run")) == 2
     assert "free some" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_loses_nothing(place, finished, tmp_path, monkeypatch, capsys):
+    """The disk takes `room` more files or renames, then none: whichever write that hits, the next start goes on."""
+    fsync = os.fsync
+    for room in range(0, 40, 3):
+        left = [room]
+
+        def full(file, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", full)
+        before = {path.name for path in checkpoints(tmp_path / "run")}
+        extra = ["--resume_from_checkpoint", "latest"] if before else []
+        code = main(arguments(place, tmp_path / "run", *extra))
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rapm: ")]
+        assert before <= {path.name for path in checkpoints(tmp_path / "run")}
+        assert not list((tmp_path / "run").rglob("*.tmp"))
+        if code == 0:
+            break
+        assert code == (2 if room == 0 else 1) and len(error) == 1 and "No space left on device" in error[0]
+        assert all((path / "state.safetensors").exists() for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert code == 0 and room > 9
+    mine, theirs = (load_checkpoint_of(folder / "checkpoint-6") for folder in (tmp_path / "run", finished))
+    assert all(torch.equal(x, theirs[name]) for name, x in mine.items())
+
+
+def test_what_a_kill_leaves_is_swept_up(place, finished, tmp_path):
+    shutil.copytree(finished / "trajectories", tmp_path / "run/trajectories")
+    (tmp_path / "run/checkpoint-3").mkdir()
+    for name in ("checkpoint-3/state.safetensors", "README.md", "trajectories/shard-00000.safetensors"):
+        (tmp_path / "run" / (name + TEMPORARY)).write_bytes(b"half")
+    (tmp_path / "run/notes.tmp").write_text("the user's own")
+    assert main(arguments(place, tmp_path / "run", "--dry-run")) == 0
+    assert [path.name for path in (tmp_path / "run").rglob("*.tmp")] == ["notes.tmp"]
 
 
 def test_resume_refuses_another_configuration(place, finished, tmp_path, capsys):

@@ -225,7 +225,7 @@ def test_a_failure_in_the_middle_resumes_where_it_stopped(teacher, tmp_path, cal
         patch.setattr(os, "replace", fail)
         make(tmp_path / "cut", teacher)
     names = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert names == {"metadata.json", "shard-00000.safetensors", "shard-00001.safetensors.tmp"}
+    assert names == {"metadata.json", "shard-00000.safetensors", "shard-00001.safetensors.rapm.tmp"}
     assert [p.partition(": ")[0] for p in verify(tmp_path / "cut")] == [f"shard-0000{i}.safetensors" for i in (1, 2)]
     with pytest.raises(UserError, match=r"is not complete \(shard-00001.safetensors\)"):
         Store.open(tmp_path / "cut")
