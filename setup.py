@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["rapm", "rapm.*"]), "rapm.kernels"],
     package_dir={"rapm.kernels": "kernels"},
-    package_data={"rapm": ["zoo/*.json", "zoo/*.safetensors", "zoo/embedded/**/*"]},
+    package_data={"rapm": ["zoo/*.json", "zoo/*.txt", "zoo/*.safetensors", "zoo/embedded/**/*"]},
     entry_points={"console_scripts": ["rapm = rapm.cli:main"]},
     install_requires=[
         "torch>=2.10",

@@ -111,6 +111,17 @@ def labelled_grid(rows: Mapping[str, Tensor], captions: Sequence[str] | None = N
     return sheet
 
 
+def letterbox(images: Sequence[Tensor]) -> Tensor:
+    """Pictures H W 3 (uint8) of any sizes as n H W 3 of the largest height and width, each in the middle of white."""
+    height, width = (max(image.shape[i] for image in images) for i in (0, 1))
+    sheet = torch.full((len(images), height, width, 3), 255, dtype=torch.uint8)
+    for place, image in zip(sheet, images, strict=True):
+        h, w = image.shape[:2]
+        top, left = (height - h) // 2, (width - w) // 2
+        place[top : top + h, left : left + w] = image
+    return sheet
+
+
 def _zoom(images: Tensor) -> int:
     """The least whole factor that makes both sides at least MIN_SIDE."""
     return max(1, -(-MIN_SIDE // min(images.shape[1:3])))

@@ -145,23 +145,24 @@ class Step:
         self.place.copy_(place[:, None], non_blocking=True)
         self.picks.copy_(picks, non_blocking=True)
 
-    def walk(self, z: Tensor, fine: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+    def walk(self, z: Tensor, fine: Tensor, text: Text, uncond: Text | None = None) -> tuple[Tensor, Tensor]:
         """The network's output at z, where the student stands, with gradient, and the relative target zhat_n; B C h w.
 
-        `fine` is the stored position after the teacher's first fine step from z on.
+        `fine` is the stored position after the teacher's first fine step from z on. `uncond` (1 or B rows) is the
+        loaded trajectory's unless given.
         """
         weights = self.lora.views(self.unet.dtype)
         frozen = {name: (down.detach(), up.detach()) for name, (down, up) in weights.items()}
         out = self.unet(z, self.slots.high[self.slot], text, weights)
         with torch.no_grad():
             if self.config.relative_start == "student":
-                fine = self._teacher_step(z, text)
+                fine = self._teacher_step(z, text, self.uncond if uncond is None else uncond)
             zhat = self.unet(fine, self.slots.fine[self.slot], text, frozen)
             return out, guided_step(fine, zhat, self.slots.step_fine[self.slot][0])
 
-    def _teacher_step(self, z: Tensor, text: Text) -> Tensor:
+    def _teacher_step(self, z: Tensor, text: Text, uncond: Text) -> Tensor:
         """The teacher's guided first fine step of the slot, from the student's position."""
-        both = Text.cat([self.uncond.expand(len(z)), text])
+        both = Text.cat([uncond.expand(len(z)), text])
         out = self.unet(torch.cat([z, z]), self.slots.high[self.slot], both)
         return guided_step(z, out, self.slots.step_teacher[self.slot][0], self.config.guidance)
 
@@ -204,19 +205,21 @@ class Step:
         self.key[1] += 1
 
     @torch.no_grad()
-    def held_out(self, batch: list[Trajectory], counter: int) -> tuple[Tensor, Tensor]:
+    def held_out(self, batch: list[Trajectory], counter: int, uncond: Text | None = None) -> tuple[Tensor, Tensor]:
         """B trajectories walked without an update: hinge of both discriminators N 2 (2 is chance) and z_0, B C h w.
 
-        Equal counters give equal random numbers. Uses the slot's number and the key; `load` comes after it.
+        `uncond` where trajectories have their own. Equal counters give equal random numbers. Uses the slot's number and
+        the key; `load` comes after it.
         """
         device, hinge = self.z.device, []
         text = Text.cat([t.text for t in batch]).to(device, self.unet.dtype)
+        uncond = None if uncond is None else uncond.to(device, self.unet.dtype)
         positions, fine = (torch.stack([t[i] for t in batch], 1).to(device, torch.float32) for i in (0, 1))  # N B C h w
         z = positions[0]
         for n in range(self.config.steps):
             self.slot.fill_(n)
             self.key[1] = counter + n
-            out, zhat = self.walk(z, fine[n], text)
+            out, zhat = self.walk(z, fine[n], text, uncond)
             z = guided_step(z, out, self.slots.step[self.slot][0])
             x_u, u, _ = self.renoised(z, zhat, positions[n + 1])
             features = [self.unet.features(x, u, text) for x in x_u.chunk(3)]

@@ -12,8 +12,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,12 +33,13 @@ from rapm.kernels.attention import xformers_problem
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
-from rapm.prompts import read_prompts
-from rapm.sample import labelled_grid, sample
+from rapm.prompts import BUNDLED, Prompts, Row, load_prompts
+from rapm.sample import labelled_grid, letterbox, sample
 from rapm.solver import check_grid
 from rapm.step import LOSSES, SIDES, Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, prepare, trajectory_seed
+from rapm.trajectories import Negatives, Store, Trajectory, prepare, trajectory_seed
+from rapm.unet import Text
 from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
@@ -63,47 +65,63 @@ class Interrupted(Exception):
 class Training:
     """What changes during a run: the LoRA, the heads, both optimizers, the replay, the number of iterations done.
 
-    The last `validation_prompts` trajectories of the store are held out.
+    The last `validation_prompts` trajectories of the store are held out. Each resolution of the store has a step of its
+    own, in `steps`, and on a GPU a captured slot; weights, optimizers and counters are those of `step`, the first.
     """
 
     def __init__(self, teacher: Teacher, store: Store, config: Config) -> None:
         self.teacher, self.store, self.config = teacher, store, config
         self.lora = LoRA(teacher.unet, config.lora_rank, config.seed)
-        self.uncond = teacher.encode_negative(config.negative_prompt, config.resolution)
-        self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self.uncond)
-        self._slot: Callable[[], None] = self.step
-        self._eager = EAGER
+        self.negatives = Negatives(teacher, config.negative_prompt)
+        self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self._uncond(store[0]))
+        self.steps = {store.resolution(0): self.step}
+        for i in range(1, min(len(store), len(store.resolutions))):
+            if store.resolution(i) not in self.steps:
+                self.steps[store.resolution(i)] = self.step.sibling(store[i], self._uncond(store[i]))
+        self._slots: dict[tuple[int, int], Callable[[], None]] = dict(self.steps)
+        self._eager = dict.fromkeys(self.steps, EAGER)
+        self._pool = torch.cuda.graph_pool_handle() if self.step.z.is_cuda else None
+        trained = range(len(store) - config.validation_prompts)
+        self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
         self._reported = 0.0  # skipped updates of earlier reports
         self.done = 0
 
     def iterate(self) -> None:
         """One iteration: one trajectory, N slots, both updates in each."""
-        if self._eager == 0 and self.step.z.is_cuda:
-            self._slot = captured(self.step)
-        self._eager -= 1
         trained = len(self.store) - self.config.validation_prompts
         epoch, place = divmod(self.done, trained)
         order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        self.step.load(self.store[int(order[place])], self.done)
-        self.step.draw(self._generator(f"iteration {self.done}"), self.done)
+        trajectory, size = self.store[int(order[place])], self.store.resolution(int(order[place]))
+        step, mine = self.steps[size], self._mine[size]
+        if self._eager[size] == 0 and step.z.is_cuda:
+            self._slots[size] = captured(step, self._pool)
+        self._eager[size] -= 1
+        step.load(trajectory, self.done, self._uncond(trajectory) if self.config.relative_start == "student" else None)
+        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())  # iterations of this size
+        step.draw(self._generator(f"iteration {self.done}"), before)
         self._set_rates()
         for _ in range(self.config.steps):
-            self._slot()
+            self._slots[size]()
         self.done += 1
 
     @torch.no_grad()
-    def validate(self) -> tuple[dict[str, float], Tensor]:
-        """Held-out figures (hinge of both discriminators by slot, RMSE of the latents) and the student's latents."""
-        hinges, ends = [], []
-        for start in range(0, len(self.held_out), self.config.solve_batch):
-            batch = [self.store[i] for i in self.held_out[start : start + self.config.solve_batch]]
-            counter = -(start + 1) * self.config.steps  # training counts up from 0; the same at every validation
-            hinge, z = self.step.held_out(batch, counter)
-            hinges.append(hinge * len(batch) / len(self.held_out))
-            ends.append(z)
-        student, hinge = torch.cat(ends), torch.stack(hinges).sum(0)
-        target = torch.stack([self.store[i].positions[-1] for i in self.held_out]).to(student)
-        values = {"val_rmse": float((student - target).square().mean().sqrt())}
+    def validate(self) -> tuple[dict[str, float], list[Tensor]]:
+        """Held-out figures (hinge of both discriminators by slot, RMSE of the latents); the student's latents C h w."""
+        hinges, ends, most = [], {}, self.config.solve_batch
+        for size, step in self.steps.items():
+            members = [i for i in self.held_out if self.store.resolution(i) == size]
+            for batch in (members[i : i + most] for i in range(0, len(members), most)):
+                trajectories = [self.store[i] for i in batch]
+                # training counts up from 0; the same at every validation
+                counter = -(batch[0] - self.held_out.start + 1) * self.config.steps
+                uncond = Text.cat([self._uncond(trajectory) for trajectory in trajectories])
+                hinge, z = step.held_out(trajectories, counter, uncond)
+                hinges.append(hinge * len(batch) / len(self.held_out))
+                ends |= dict(zip(batch, z, strict=True))
+        student, hinge = [ends[i] for i in self.held_out], torch.stack(hinges).sum(0)
+        targets = [self.store[i].positions[-1].to(ends[i]) for i in self.held_out]
+        errors = torch.cat([(z - target).flatten() for z, target in zip(student, targets, strict=True)])
+        values = {"val_rmse": float(errors.square().mean().sqrt())}
         for i, side in enumerate(SIDES):
             values[f"val_disc_{side[:3]}"] = float(hinge[:, i].mean())
             values |= {f"val_disc_{side[:3]}_slot{n}": float(h) for n, h in enumerate(hinge[:, i])}
@@ -119,15 +137,19 @@ class Training:
         teacher, config, whole, few = self.teacher, self.config, [], []
         for i in self.held_out:
             trajectory = self.store[i]
-            whole.append(trajectory.positions[-1:])
+            whole.append(trajectory.positions[-1])
             few.append(
                 sample(
                     teacher.unet, teacher.schedule, trajectory.text, trajectory.positions[:1], config.steps,
-                    guidance=config.guidance, uncond=self.uncond,
-                )
+                    guidance=config.guidance, uncond=self._uncond(trajectory),
+                )[0]
             )  # fmt: skip
         names = f"teacher, {config.steps * config.fine_steps} steps", f"teacher, {config.steps} steps"
-        return {name: teacher.decode(torch.cat(z)) for name, z in zip(names, (whole, few), strict=True)}
+        return {name: self.decode(z) for name, z in zip(names, (whole, few), strict=True)}
+
+    def decode(self, latents: list[Tensor]) -> Tensor:
+        """Latents C h w as pictures n H W 3, uint8: the smaller ones in the middle of a white one."""
+        return letterbox([self.teacher.decode(z[None])[0] for z in latents])
 
     def losses(self, slots: int) -> dict[str, float]:
         """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
@@ -151,8 +173,9 @@ class Training:
         step = self.step
         tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
         tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
-        if step.replay is not None:
-            tensors |= {f"replay.{name}": x for name, x in step.replay.state_dict().items()}
+        for i, own in enumerate(self.steps.values()):
+            if own.replay is not None:
+                tensors |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
         for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
             for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
                 tensors |= {f"adam.{label}.{i}.{name}": x for name, x in optimizer.state[parameter].items()}
@@ -170,6 +193,9 @@ class Training:
             mine.copy_(state[name])
         self._reported = float(step.skipped)
         self.done = done
+
+    def _uncond(self, trajectory: Trajectory) -> Text:
+        return self.negatives(trajectory.negative, trajectory.text)
 
     def _set_rates(self) -> None:
         config, i = self.config, self.done
@@ -194,6 +220,7 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
         print(describe(config, teacher, prompts))
         return folder
     with advice("the same command goes on with the trajectories"):
+        config = _keep_prompts(folder, config, prompts)
         store = solve_all(config, teacher, prompts)
     with advice("the same command with --resume_from_checkpoint latest goes on from the newest checkpoint"):
         _set_aside(folder, done)
@@ -213,6 +240,7 @@ def solve_only(config: Config) -> Store:
     _claim(Path(config.output_dir))
     teacher, config, prompts = prepare_teacher(config)
     with advice("the same command goes on"):
+        config = _keep_prompts(Path(config.output_dir), config, prompts)
         return solve_all(config, teacher, prompts)
 
 
@@ -227,7 +255,7 @@ def export_run(folder: Path) -> None:
     finish(training, folder)
 
 
-def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
+def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[Row]]:
     """The teacher, the settings with its resolution, and the prompts; everything a user can get wrong is checked."""
     prompts = training_prompts(config)
     if config.attention == "xformers" and (problem := xformers_problem()):
@@ -236,18 +264,19 @@ def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
     teacher.unet.use_attention(config.attention)
     config = config.replace(resolution=config.resolution or teacher.default_resolution)
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
-    teacher.latent_shape(config.resolution)
+    for resolution in config.resolutions:
+        teacher.latent_shape(resolution)
+    print(f"prompts: {prompts}")
     count = config.trajectories + config.validation_prompts
-    if len(prompts) > count:
-        print(
-            f"warning: {count} trajectories use only the first of {len(prompts)} prompts; `trajectories` asks for more"
-        )
-    if long := teacher.count_truncated(prompts[:count]):
-        print(f"warning: {long} of {len(prompts)} prompts are longer than the text encoder reads and are cut there")
-    return teacher, config, prompts
+    if (different := prompts.different) > count:
+        print(f"warning: {count} trajectories use only the first of {different} prompts; `trajectories` asks for more")
+    if long := teacher.count_truncated(prompts.texts):
+        used = len(prompts.rows)
+        print(f"warning: {long} of {used} prompts are longer than the text encoder reads and are cut there")
+    return teacher, config, prompts.rows
 
 
-def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
+def solve_all(config: Config, teacher: Teacher, prompts: list[Row]) -> Store:
     """Stage 1: the trajectories to train on and, after them, the held-out ones."""
     total = config.replace(trajectories=config.trajectories + config.validation_prompts)
     return prepare(config.store or Path(config.output_dir) / "trajectories", teacher, prompts, total)
@@ -258,7 +287,12 @@ def run(training: Training, folder: Path) -> None:
     config, step = training.config, training.step
     start, first, pending = time.perf_counter(), training.done, 0
     bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
-    with stop_signals() as stopped, cores(step), bar, Log(folder, config.report_to, training.done) as log:
+    with (
+        stop_signals() as stopped,
+        cores(training.steps.values()),
+        bar,
+        Log(folder, config.report_to, training.done) as log,
+    ):
         while training.done < config.max_train_steps:
             training.iterate()
             bar.update()
@@ -291,8 +325,9 @@ def finish(training: Training, folder: Path) -> None:
     teacher, config, lora = training.teacher, training.config, training.lora.export()
     shown = [training.store[i] for i in training.held_out]
     export_lora(folder, lora, teacher, config=config, steps_done=training.done)
-    noise = torch.stack([t.positions[0] for t in shown[:2]])
-    verify_export(folder, teacher, lora, prompts=[t.prompt for t in shown[:2]], noise=noise, steps=config.steps)
+    proof = [t for t in shown if t.positions.shape == shown[0].positions.shape][:2]
+    noise = torch.stack([t.positions[0] for t in proof])
+    verify_export(folder, teacher, lora, prompts=[t.prompt for t in proof], noise=noise, steps=config.steps)
     figures, student = training.validate()
     picture(training, student, folder / "samples.png")
     write_model_card(
@@ -302,35 +337,44 @@ def finish(training: Training, folder: Path) -> None:
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
 
 
-def picture(training: Training, student: Tensor, path: Path) -> None:
+def picture(training: Training, student: list[Tensor], path: Path) -> None:
     """The held-out grid: the teacher's whole trajectory, the teacher in N steps, the student in N, from one noise."""
-    rows = {**training.teacher_rows, f"student, {training.config.steps} steps": training.teacher.decode(student)}
+    rows = {**training.teacher_rows, f"student, {training.config.steps} steps": training.decode(student)}
     sheet = io.BytesIO()
     labelled_grid(rows, [training.store[i].prompt for i in training.held_out]).save(sheet, "PNG")
     write_atomic(path, sheet.getvalue())
 
 
-def training_prompts(config: Config) -> list[str]:
-    """The prompts of the trajectories, the held-out ones last."""
-    if config.prompts is not None:
-        return read_prompts(config.prompts)
-    if config.teacher != "embedded":
-        raise UserError("prompts: give --prompts FILE, one prompt a line (only the embedded teacher brings its own)")
+def training_prompts(config: Config) -> Prompts:
+    """The prompts of the trajectories, the held-out ones last; of a longer list the first ones."""
+    if config.prompts is not None or config.teacher != "embedded":
+        prompts = load_prompts(config.prompts or BUNDLED, config.trajectories + config.validation_prompts)
+        return prompts if config.prompts else replace(prompts, name="the bundled list")
     captions = scenes.draw_captions(config.trajectories, seed=config.seed)
     captions += scenes.draw_captions(config.validation_prompts, seed=config.seed, unseen=True)
-    return [scenes.caption(i) for i in captions]
+    rows = [Row(scenes.caption(i)) for i in captions]
+    return Prompts("the embedded teacher's captions", rows, len(rows), len(rows))
 
 
-def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
+def _keep_prompts(folder: Path, config: Config, prompts: list[Row]) -> Config:
+    """What came by the standard input, which cannot be read again, goes into a file of the run."""
+    if config.prompts != "-":
+        return config
+    write_atomic(folder / "prompts.txt", "".join(f"{row.text}\n" for row in prompts).encode())
+    return config.replace(prompts=str(folder / "prompts.txt"))
+
+
+def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:
     """What a run would do, for `--dry-run`."""
     lora = LoRA(teacher.unet, config.lora_rank)
-    c, h, w = teacher.latent_shape(config.resolution)
-    size = getattr(torch, config.trajectory_dtype).itemsize
+    sizes = [math.prod(teacher.latent_shape(resolution)) for resolution in config.resolutions]
     count = config.trajectories + config.validation_prompts
-    disk = count * (2 * config.steps + 1) * c * h * w * size / 2**20
+    numbers = sum(sizes[i % len(sizes)] for i in range(count)) * (2 * config.steps + 1)
+    disk = numbers * getattr(torch, config.trajectory_dtype).itemsize / 2**20
+    resolutions = ", ".join(f"{height}x{width}" for height, width in config.resolutions)
     grid, parameters = f"{config.steps} x {config.fine_steps} steps", lora.flat.numel() / 1e6
     return "\n".join([
-        f"teacher       {teacher.source} ({teacher.family}), {config.resolution[0]}x{config.resolution[1]}",
+        f"teacher       {teacher.source} ({teacher.family}), {resolutions}",
         f"prompts       {len(prompts)}",
         f"trajectories  {count} of {grid}, guidance {config.guidance}: {disk:.0f} MiB of positions",
         f"student       LoRA rank {config.lora_rank}, {parameters:.2f} M parameters on {len(lora.names)} layers",
@@ -373,10 +417,10 @@ def advice(words: str) -> Iterator[None]:
 
 
 @contextmanager
-def cores(step: Step) -> Iterator[None]:
-    """One core for a slot too small to share among several."""
+def cores(steps: Iterable[Step]) -> Iterator[None]:
+    """One core for slots too small to share among several."""
     before = torch.get_num_threads()
-    if not step.z.is_cuda and step.z.numel() < SMALL:
+    if all(not step.z.is_cuda and step.z.numel() < SMALL for step in steps):
         torch.set_num_threads(1)
     try:
         yield

@@ -1,13 +1,16 @@
 import io
 import json
 import random
+import re
 import sys
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from rapm.errors import UserError
-from rapm.prompts import LINE_BYTES, Row, load_prompts, read_prompts
+from rapm.prompts import BUNDLED, LINE_BYTES, Row, load_prompts, read_prompts
+from rapm.zoo.make_prompts import make_prompts, read_groups
 
 
 def test_one_prompt_a_line_in_order_without_blanks_and_repetitions(tmp_path):
@@ -145,3 +148,28 @@ def test_what_is_no_list_of_prompts_is_one_line(tmp_path, name):
 def test_a_file_that_cannot_be_read_is_a_user_error(tmp_path, name, reason):
     with pytest.raises(UserError, match=f"cannot read .*{reason}"):
         read_prompts(tmp_path / name)
+
+
+def test_the_bundled_list():
+    """At least 2,000 different prompts as the script makes them, none nearly another, all short, of every category."""
+    prompts = load_prompts(BUNDLED)
+    made = make_prompts()
+    assert prompts.texts == [prompt for _, prompt in made] and prompts.total == prompts.different >= 2000
+    words = [set(re.findall(r"[a-z0-9-]+", prompt.lower())) for prompt in prompts.texts]
+    vocabulary = {word: i for i, word in enumerate(sorted(set().union(*words)))}
+    table = np.zeros((len(words), len(vocabulary)), dtype=np.float32)
+    for row, mine in zip(table, words, strict=True):
+        row[[vocabulary[word] for word in mine]] = 1
+    shared, size = table @ table.T, table.sum(1)
+    likeness = shared / (size[:, None] + size - shared) - np.eye(len(words))
+    assert likeness.max() < 0.7 and len(vocabulary) > 1000
+    for prompt in prompts.texts:
+        # a token of CLIP's for every three letters begun is more than any of these words takes
+        assert 2 + sum(-(-len(word) // 3) for word in re.findall(r"\w+|[^\w\s]", prompt)) <= 77
+        assert prompt == " ".join(prompt.split()) and prompt.isascii() and not re.search(r"[#@*{}]", prompt)
+        assert not re.search(r"\ba [aeiou](?!ne)|\ban [^aeiouh]|\b(\w+) \1\b", prompt), prompt
+    categories = {group.category for group in read_groups()}
+    for part in (made[:250], made[-250:]):  # whichever part trajectories use
+        assert {category for category, _ in part} == categories
+    shares = [sum(category == one for category, _ in made) / len(made) for one in categories]
+    assert len(categories) > 15 and 0.01 < min(shares) and max(shares) < 0.1
