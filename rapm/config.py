@@ -146,7 +146,7 @@ class Config:
     @property
     def resolutions(self) -> tuple[tuple[int, int], ...]:
         """`resolution` and then `buckets`; empty before a teacher has given its own."""
-        return (() if self.resolution is None else (self.resolution,)) + self.buckets
+        return (*(() if self.resolution is None else (self.resolution,)), *self.buckets)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> dict[str, object]:

@@ -73,6 +73,8 @@ class Training:
         self.teacher, self.store, self.config = teacher, store, config
         self.lora = LoRA(teacher.unet, config.lora_rank, config.seed)
         self.negatives = Negatives(teacher, config.negative_prompt)
+        for i in range(len(store)) if config.relative_start == "student" else self.held_out:
+            self.negatives(store.negative(i))  # now: between iterations the text encoders would need memory
         self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self._uncond(store[0]))
         self.steps = {store.resolution(0): self.step}
         for i in range(1, min(len(store), len(store.resolutions))):
@@ -413,7 +415,9 @@ def advice(words: str) -> Iterator[None]:
         if error.errno not in TROUBLE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        raise RunError(f"{where}{error.strerror}; what was written before is whole; after that, {words}") from error
+        raise RunError(
+            f"{where}{error.strerror}; what was written before is whole; once that is mended, {words}"
+        ) from error
 
 
 @contextmanager

@@ -41,6 +41,7 @@ FORMAT = 2
 SHARD_BYTES, SHARD_MAX = 64 * 2**20, 64  # what a kill may cost, and what a write may hold in memory
 METADATA = "metadata.json"
 SEAL, BLANK = b'"sha256":"', b"0" * 64  # where a shard's own hash goes: no string in a JSON header has bare quotes
+LISTS = ("prompts", "seeds", "negatives")  # of a shard's header, an entry for each trajectory
 TENSORS = ("positions", "fine", "hidden", "pooled", "time_ids")
 
 
@@ -71,7 +72,7 @@ class Store:
     def __init__(self, folder: Path, metadata: dict) -> None:
         self.folder, self.metadata = folder, metadata
         self.resolutions = _resolutions(metadata)
-        self._open: dict[int, tuple] = {}  # shard -> (file handle, prompts, seeds, negative prompts)
+        self._open: dict[int, tuple] = {}  # shard -> (file handle, the lists of its header)
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
@@ -87,6 +88,19 @@ class Store:
         return self.metadata["count"]
 
     def __getitem__(self, index: int) -> Trajectory:
+        (file, lists), row = self._place(index)
+        rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
+        text = Text(rows["hidden"], rows.get("pooled"), rows.get("time_ids"))
+        words = (lists[name][row] for name in LISTS)
+        return Trajectory(rows["positions"][0], rows["fine"][0], text, *words)
+
+    def negative(self, index: int) -> str:
+        """The negative prompt of trajectory `index`; no tensor is read."""
+        (_, lists), row = self._place(index)
+        return lists["negatives"][row]
+
+    def _place(self, index: int) -> tuple[tuple, int]:
+        """The opened shard of a trajectory, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(f"trajectory {index} of {len(self)}")
         turn, bucket = divmod(index, len(self.resolutions))
@@ -95,12 +109,8 @@ class Store:
         if shard not in self._open:
             file = safe_open(self.folder / _shard_name(shard), framework="pt")
             header = file.metadata()
-            lists = [json.loads(header[name]) for name in ("prompts", "seeds", "negatives")]
-            self._open[shard] = file, *lists
-        file, prompts, seeds, negatives = self._open[shard]
-        rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
-        text = Text(rows["hidden"], rows.get("pooled"), rows.get("time_ids"))
-        return Trajectory(rows["positions"][0], rows["fine"][0], text, prompts[row], seeds[row], negatives[row])
+            self._open[shard] = file, {name: json.loads(header[name]) for name in LISTS}
+        return self._open[shard], row
 
     def resolution(self, index: int) -> tuple[int, int]:
         """Height, width in pixels of trajectory `index`."""
@@ -150,12 +160,9 @@ def prepare(
                     solved.append((positions.to("cpu", dtype), fine.to("cpu", dtype)))
                     bar.update(len(start_noise))
                 tensors = zip(TENSORS, (*map(torch.cat, zip(*solved, strict=True)), *text), strict=True)
-                header = {
-                    "store": _store_id(metadata),
-                    "prompts": json.dumps([row.text for row in shard]),
-                    "seeds": json.dumps(seeds),
-                    "negatives": json.dumps([row.negative or config.negative_prompt for row in shard]),
-                }
+                unwanted = [row.negative or config.negative_prompt for row in shard]
+                lists = zip(LISTS, ([row.text for row in shard], seeds, unwanted), strict=True)
+                header = {"store": _store_id(metadata), **{key: json.dumps(values) for key, values in lists}}
                 write_atomic(folder / name, _shard_bytes({key: x for key, x in tensors if x is not None}, header))
     return Store.open(folder)
 
@@ -331,6 +338,8 @@ def _read_metadata(folder: Path) -> dict:
         metadata = {}
     if _render(metadata) != data:
         raise UserError(f"{path} is damaged: delete the store, it will be computed again")
+    if metadata["format"] != FORMAT:
+        raise UserError(f"store {folder} has format {metadata['format']}, not {FORMAT}: take another output_dir")
     return metadata
 
 
