@@ -224,7 +224,7 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
     with advice("the same command goes on with the trajectories"):
         config = _keep_prompts(folder, config, prompts)
         store = solve_all(config, teacher, prompts)
-    with advice("the same command with --resume_from_checkpoint latest goes on from the newest checkpoint"):
+    with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
         _set_aside(folder, done)
         write_atomic(folder / "config.toml", config.to_toml().encode())
         training = Training(teacher, store, config)
