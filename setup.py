@@ -21,6 +21,7 @@ TEST = [
     "tensorboard",
     "torchmetrics>=1.9",
     "build",
+    "pyarrow",
 ]
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: one binary for it and all that follow
@@ -69,7 +70,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["rapm", "rapm.*"]), "rapm.kernels"],
     package_dir={"rapm.kernels": "kernels"},
-    package_data={"rapm": ["*.css", "zoo/*.json", "zoo/*.safetensors", "zoo/embedded/**/*"]},
+    package_data={"rapm": ["*.css", "zoo/*.json", "zoo/*.txt", "zoo/*.safetensors", "zoo/embedded/**/*"]},
     entry_points={"console_scripts": ["rapm = rapm.cli:main"]},
     install_requires=[
         "torch>=2.10",
@@ -86,6 +87,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers"],
+        "parquet": ["pyarrow"],
         "eval": ["scikit-learn", *EVAL],
         "tensorboard": ["tensorboard"],
         "test": TEST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,8 @@ class Budget:
         self.bytes = parse_vram(config.vram)
         if self.bytes is None:  # auto: what is free now; the context is there already
             self.bytes = torch.cuda.mem_get_info(device)[0] + cards.CONTEXT
+        if config.buckets:  # what the largest needs is enough for all
+            config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
         self.planner = Planner(model, config, cards.this_card(device) if cuda else None)
         self.plan = self.planner.plan(self.bytes)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rapm.clients import WORKFLOW, client_name, webui_settings
+from rapm.disk import write_atomic
 from rapm.export import base_name, recipe, title
 from rapm.lora_file import WEIGHTS
-from rapm.trajectories import write_atomic
 
 if TYPE_CHECKING:
     from rapm.config import Config

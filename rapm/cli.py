@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rapm import __version__
-from rapm.config import PRESETS, Config, parse_resolution
+from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions
 from rapm.errors import UserError
 
 # Flag, the names people already type for it, the field it sets.
@@ -44,8 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
+    from rapm.errors import RunError
     from rapm.export import ExportError
-    from rapm.train import Interrupted, RunError
+    from rapm.stop import Interrupted
 
     try:
         arguments = build_parser().parse_args(argv)
@@ -146,7 +147,7 @@ def settings(arguments: argparse.Namespace) -> Config:
     given = {field: getattr(arguments, field) for _, field, _ in FLAGS}
     changes |= {field: value for field, value in given.items() if value is not None}
     if isinstance(changes.get("resolution"), str):
-        changes["resolution"] = parse_resolution(changes["resolution"])
+        changes |= parse_resolutions(changes["resolution"])
     teacher = changes.get("teacher", "embedded")
     guess = "embedded" if teacher == "embedded" else "sdxl" if "xl" in str(teacher).lower() else "sd15"
     config = Config.preset(arguments.preset or guess)

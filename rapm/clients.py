@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rapm.disk import write_atomic
 from rapm.schedule import Schedule, trailing_steps
-from rapm.trajectories import write_atomic
 
 if TYPE_CHECKING:
     from rapm.config import Config

@@ -23,6 +23,7 @@ from rapm import __version__
 from rapm.captions import SEED, Caption, read_captions
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.lora_file import WEIGHTS, read_lora
 from rapm.metrics import (
@@ -40,7 +41,7 @@ from rapm.metrics import (
 )
 from rapm.sample import ENCODE, png, sample
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, noise, trajectory_seed, write_atomic
+from rapm.trajectories import Store, noise, trajectory_seed
 from rapm.unet import Lora, Text
 
 SIDE = 256  # pixels, of the COCO protocol

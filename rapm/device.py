@@ -36,8 +36,10 @@ def pick_device(config: Config) -> torch.device:
     return device
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:
     """`step` as one CUDA graph; capturing runs nothing. The step must have run before, on the current stream.
+
+    Graphs of one `pool` work in the same memory: they must not replay at once, nor leave results there.
 
     Where the current stream is one of its own, it is captured there: two graphs that replay at once must not share
     cuBLAS's workspace, which belongs to the stream of the capture.
@@ -45,6 +47,6 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     current = torch.cuda.current_stream()
     stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     return graph.replay

@@ -1,4 +1,4 @@
-"""The one exception a user can cause."""
+"""What ends a command with one line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -9,3 +9,7 @@ class UserError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)))
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: one line that says why (exit code 1). What was computed is kept."""

@@ -19,9 +19,9 @@ from PIL import Image
 
 from rapm.chart import Chart, svg
 from rapm.config import PRESETS, Config
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.lora_file import WEIGHTS
-from rapm.trajectories import write_atomic
 
 REPORT = "report.html"
 WIDE, NARROW, SHOWN = 1600, 800, 5  # pixels across: the last grid, an earlier one; how many of these

@@ -1,19 +1,13 @@
-"""Training: plan, trajectories, iterations, checkpoints, export. `python -m rapm.train` is `rapm train`.
-
-Every random number of iteration i comes from (seed, i), so a checkpoint needs no generator state and a resumed run goes
-on bit for bit.
-"""
+"""The job: plan, trajectories, iterations, checkpoints, export. `python -m rapm.train` is `rapm train`."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +19,8 @@ from rapm.card import write_model_card
 from rapm.checkpoint import BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, save_best, save_checkpoint
 from rapm.clients import WORKFLOW, client_name, write_workflow
 from rapm.config import Config
-from rapm.device import DTYPES, captured, pick_device
+from rapm.device import DTYPES, pick_device
+from rapm.disk import sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export import export_lora, verify_export, writing
 from rapm.families import Model, model_of
@@ -36,15 +31,15 @@ from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
 from rapm.merge import export_merged, verify_merged
 from rapm.panel import Watch, best_line, card_figures, panel
-from rapm.prompts import read_prompts
+from rapm.prompts import BUNDLED, Prompts, Row, load_prompts
 from rapm.report import write_report
 from rapm.sample import labelled_grid, png
-from rapm.snapshot import Snapshot
 from rapm.solver import check_grid
-from rapm.step import LOSSES, SlotMemory, Step
+from rapm.step import LOSSES
+from rapm.stop import Interrupted, advice, cores, stop_signals
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, prepare, trajectory_seed, write_atomic
-from rapm.validate import Measured, Validation
+from rapm.training import Training
+from rapm.trajectories import Store, prepare
 from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
@@ -52,163 +47,6 @@ OUTPUTS = (
     WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
     "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST,
 )  # fmt: skip
-PATIENCE = 20  # non-finite updates in a row before a run gives up
-SMALL = (
-    8192  # numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine
-)
-EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on: one line that says why. Exit code 1; what was computed is kept."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; nothing is lost. `code` is the exit code, 128 plus the signal's number."""
-
-    def __init__(self, number: int, advice: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; {advice}")
-        self.code = 128 + number
-
-
-class Training:
-    """What changes during a run: the LoRA, the heads, both optimizers, the replay, the number of iterations done.
-
-    With a budget the passes keep what its plan says, and an out-of-memory takes the next plan.
-    """
-
-    def __init__(self, teacher: Teacher, store: Store, config: Config, budget: Budget | None = None) -> None:
-        self.teacher, self.store, self.config = teacher, store, config
-        self.lora = LoRA(teacher.unet, config.lora_rank, config.seed)
-        self.uncond = teacher.encode_negative(config.negative_prompt, config.resolution)
-        self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self.uncond)
-        self.budget = budget
-        if budget is not None:
-            self.step.memory = budget.memory(teacher.unet)
-        self._slot: Callable[[], None] = self.step
-        self._eager = EAGER
-        self._reported = 0.0  # skipped updates of earlier reports
-        self.done = 0
-        self.validation = Validation(teacher, store, config, self.uncond)
-        self._measured: tuple[int, Measured] | None = None
-
-    def iterate(self) -> None:
-        """One iteration: one trajectory, N slots, both updates in each.
-
-        One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
-        """
-        if self._slot is not self.step or self.budget is None:  # a graph that is there allocates nothing
-            self._iterate()
-            return
-        before = Snapshot(self.step)
-        while True:
-            try:
-                self._iterate()
-                break
-            except torch.OutOfMemoryError as error:
-                message = str(error).splitlines()[0]
-            before.restore()
-            self._step_down(message)
-        if self._eager == 0 and self.step.z.is_cuda and (line := self.budget.correct()):
-            tqdm.write(line)
-            self._eager = 1  # what is to be captured must have run
-            self._replan()
-
-    def _step_down(self, message: str) -> None:
-        line = self.budget.step_down()
-        if line is None:
-            raise RunError(
-                f"out of memory in iteration {self.done} though everything was given up that could be ({message}): "
-                f"give more --vram, at least {self.budget.planner.smallest_words()}, or a smaller resolution or rank"
-            )
-        if line:
-            tqdm.write(f"note: {line}")
-        self.release()
-        self._eager = max(1, self._eager)
-        self._replan()
-
-    def _replan(self) -> None:
-        self.step.memory = SlotMemory()  # lets go of the old slab first
-        self.step.memory = self.budget.memory(self.teacher.unet)
-
-    def release(self) -> None:
-        """Give back the captured slot and its memory; the next iteration captures it again."""
-        if self._slot is not self.step:
-            self._slot, self._eager = self.step, 0
-        if self.step.z.is_cuda:
-            torch.cuda.empty_cache()
-
-    def _iterate(self) -> None:
-        if self._eager == 0 and self.step.z.is_cuda and self._slot is self.step:
-            self._slot = captured(self.step)
-        self._eager = max(0, self._eager - 1)
-        trained = self.validation.trained
-        epoch, place = divmod(self.done, trained)
-        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        self.step.load(self.store[int(order[place])], self.done)
-        self.step.draw(self._generator(f"iteration {self.done}"), self.done)
-        self._set_rates()
-        for _ in range(self.config.steps):
-            self._slot()
-        self.done += 1
-
-    def measure(self) -> Measured:
-        """What `validation` says of the student as it is now; once for each iteration."""
-        if self._measured is None or self._measured[0] != self.done:
-            self._measured = self.done, self.validation(self.step)
-        return self._measured[1]
-
-    def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
-        skipped = float(self.step.skipped)
-        counted = max(1.0, slots - (skipped - self._reported))
-        means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
-        self.step.sums.zero_()
-        self._reported = skipped
-        return {**means, "skipped": skipped}
-
-    def check(self) -> None:
-        """RunError after too many updates in a row that were not finite."""
-        if float(self.step.worst) >= PATIENCE:
-            raise RunError(
-                f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
-                "lower learning_rate, or use mixed_precision bf16 or no"
-            )
-
-    def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name."""
-        step = self.step
-        tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
-        tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
-        if step.replay is not None:
-            tensors |= {f"replay.{name}": x for name, x in step.replay.state_dict().items()}
-        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
-                tensors |= {f"adam.{label}.{i}.{name}": x for name, x in optimizer.state[parameter].items()}
-        return tensors
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Tensor], done: int) -> None:
-        """The inverse of `state`."""
-        step, device = self.step, self.step.z.device
-        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
-                moments = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
-        for name, mine in self.state().items():
-            mine.copy_(state[name])
-        self._reported = float(step.skipped)
-        self.done = done
-
-    def _set_rates(self) -> None:
-        config, i = self.config, self.done
-        rise = min(1.0, (i + 1) / (config.lr_warmup_steps + 1))
-        fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
-        self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
-        self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))
 
 
 def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -> Path:
@@ -223,14 +61,16 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
         print(describe(config, teacher, prompts))
         return folder
     with advice("the same command goes on with the trajectories"):
+        config = _keep_prompts(folder, config, prompts)
         store = solve_all(config, teacher, prompts)
-    _set_aside(folder, done)
-    (folder / "config.toml").write_text(config.to_toml())
-    training = Training(teacher, store, config, budget)
-    if checkpoint:
-        training.restore(state, done)
-        print(f"resumed from {checkpoint} at iteration {done}")
-    run(training, folder)
+    with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
+        _set_aside(folder, done)
+        write_atomic(folder / "config.toml", config.to_toml().encode())
+        training = Training(teacher, store, config, budget)
+        if checkpoint:
+            training.restore(state, done)
+            print(f"resumed from {checkpoint} at iteration {done}")
+        run(training, folder)
     with advice(f"`rapm export --run {folder}` finishes it"):
         finish(training, folder)
     return folder
@@ -241,6 +81,7 @@ def solve_only(config: Config) -> Store:
     _claim(Path(config.output_dir))
     teacher, config, prompts = prepare_teacher(config)
     with advice("the same command goes on"):
+        config = _keep_prompts(Path(config.output_dir), config, prompts)
         return solve_all(config, teacher, prompts)
 
 
@@ -265,12 +106,12 @@ def export_run(
     finish(training, folder, dtype=dtype, merge=merge, repo=repo)
 
 
-def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
+def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[Row]]:
     """As `prepare_run`, without the budget."""
     return prepare_run(config)[:3]
 
 
-def prepare_run(config: Config) -> tuple[Teacher, Config, list[str], Budget | None]:
+def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | None]:
     """The teacher, the settings with its resolution, the prompts, and the plan for the budget.
 
     Everything a user can get wrong is checked; a budget that cannot work before the weights are read, where it can be.
@@ -290,18 +131,19 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[str], Budget | No
         config = budget.apply(teacher, config)
         print(words(budget))
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
-    teacher.latent_shape(config.resolution)
+    for resolution in config.resolutions:
+        teacher.latent_shape(resolution)
+    print(f"prompts: {prompts}")
     count = config.trajectories + config.validation_prompts
-    if len(prompts) > count:
-        print(
-            f"warning: {count} trajectories use only the first of {len(prompts)} prompts; `trajectories` asks for more"
-        )
-    if long := teacher.count_truncated(prompts[:count]):
-        print(f"warning: {long} of {len(prompts)} prompts are longer than the text encoder reads and are cut there")
-    return teacher, config, prompts, budget
+    if (different := prompts.different) > count:
+        print(f"warning: {count} trajectories use only the first of {different} prompts; `trajectories` asks for more")
+    if long := teacher.count_truncated(prompts.texts):
+        used = len(prompts.rows)
+        print(f"warning: {long} of {used} prompts are longer than the text encoder reads and are cut there")
+    return teacher, config, prompts.rows, budget
 
 
-def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
+def solve_all(config: Config, teacher: Teacher, prompts: list[Row]) -> Store:
     """Stage 1: the trajectories to train on and, after them, the held-out ones."""
     total = config.replace(trajectories=config.trajectories + config.validation_prompts)
     return prepare(config.store or Path(config.output_dir) / "trajectories", teacher, prompts, total)
@@ -312,7 +154,8 @@ def run(training: Training, folder: Path) -> None:
     config, step, watch = training.config, training.step, Watch()
     start, first, pending, values = time.perf_counter(), training.done, 0, {}
     bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
-    with stop_signals() as stopped, cores(step), bar, Log(folder, config.report_to, training.done) as log:
+    log = Log(folder, config.report_to, training.done)
+    with stop_signals() as stopped, cores(training.steps.values()), bar, log:
         while training.done < config.max_train_steps:
             training.iterate()
             bar.update()
@@ -363,8 +206,9 @@ def finish(
     """Export, prove the files in stock software, draw the samples, write card and report; upload to `repo`."""
     teacher, config, lora = training.teacher, training.config, training.lora.export()
     shown = [training.store[i] for i in training.validation.held_out]
-    prompts = [t.prompt for t in shown]
-    proof = dict(prompts=prompts[:2], noise=torch.stack([t.positions[0] for t in shown[:2]]), steps=config.steps)
+    prompts, same = [t.prompt for t in shown], [t for t in shown if t.positions.shape == shown[0].positions.shape][:2]
+    noise = torch.stack([t.positions[0] for t in same])
+    proof = dict(prompts=[t.prompt for t in same], noise=noise, steps=config.steps)
     export_lora(folder, lora, teacher, config=config, steps_done=training.done, dtype=dtype)
     verify_export(folder, teacher, lora, **proof)
     measured = training.measure()
@@ -394,27 +238,36 @@ def picture(training: Training, student: list[Tensor], path: Path) -> None:
     write_atomic(path, png(labelled_grid(rows, prompts), prompts=json.dumps(prompts)))
 
 
-def training_prompts(config: Config) -> list[str]:
-    """The prompts of the trajectories, the held-out ones last."""
-    if config.prompts is not None:
-        return read_prompts(config.prompts)
-    if config.teacher != "embedded":
-        raise UserError("prompts: give --prompts FILE, one prompt a line (only the embedded teacher brings its own)")
+def training_prompts(config: Config) -> Prompts:
+    """The prompts of the trajectories, the held-out ones last; of a longer list the first ones."""
+    if config.prompts is not None or config.teacher != "embedded":
+        prompts = load_prompts(config.prompts or BUNDLED, config.trajectories + config.validation_prompts)
+        return prompts if config.prompts else replace(prompts, name="the bundled list")
     captions = scenes.draw_captions(config.trajectories, seed=config.seed)
     captions += scenes.draw_captions(config.validation_prompts, seed=config.seed, unseen=True)
-    return [scenes.caption(i) for i in captions]
+    rows = [Row(scenes.caption(i)) for i in captions]
+    return Prompts("the embedded teacher's captions", rows, len(rows), len(rows))
 
 
-def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
+def _keep_prompts(folder: Path, config: Config, prompts: list[Row]) -> Config:
+    """What came by the standard input, which cannot be read again, goes into a file of the run."""
+    if config.prompts != "-":
+        return config
+    write_atomic(folder / "prompts.txt", "".join(f"{row.text}\n" for row in prompts).encode())
+    return config.replace(prompts=str(folder / "prompts.txt"))
+
+
+def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:
     """What a run would do, for `--dry-run`."""
     lora = LoRA(teacher.unet, config.lora_rank)
-    c, h, w = teacher.latent_shape(config.resolution)
-    size = getattr(torch, config.trajectory_dtype).itemsize
+    sizes = [math.prod(teacher.latent_shape(resolution)) for resolution in config.resolutions]
     count = config.trajectories + config.validation_prompts
-    disk = count * (2 * config.steps + 1) * c * h * w * size / 2**20
+    numbers = sum(sizes[i % len(sizes)] for i in range(count)) * (2 * config.steps + 1)
+    disk = numbers * getattr(torch, config.trajectory_dtype).itemsize / 2**20
+    resolutions = ", ".join(f"{height}x{width}" for height, width in config.resolutions)
     grid, parameters = f"{config.steps} x {config.fine_steps} steps", lora.flat.numel() / 1e6
     return "\n".join([
-        f"teacher       {teacher.source} ({teacher.family}), {config.resolution[0]}x{config.resolution[1]}",
+        f"teacher       {teacher.source} ({teacher.family}), {resolutions}",
         f"prompts       {len(prompts)}",
         f"trajectories  {count} of {grid}, guidance {config.guidance}: {disk:.0f} MiB of positions",
         f"student       LoRA rank {config.lora_rank}, {parameters:.2f} M parameters on {len(lora.names)} layers",
@@ -423,52 +276,13 @@ def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
     ])  # fmt: skip
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM append their number to the list, so that the loop saves first; a second one stops at once."""
-    stopped: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if stopped:
-            raise KeyboardInterrupt
-        stopped.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield stopped
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-@contextmanager
-def advice(words: str) -> Iterator[None]:
-    """What to do after Ctrl-C in a phase that keeps its own results."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, words) from None
-
-
-@contextmanager
-def cores(step: Step) -> Iterator[None]:
-    """One core for a slot too small to share among several."""
-    before = torch.get_num_threads()
-    if not step.z.is_cuda and step.z.numel() < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _claim(folder: Path) -> None:
     """Make the output folder. UserError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
+        sweep(folder)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
 
@@ -476,9 +290,6 @@ def _claim(folder: Path) -> None:
 def _set_aside(folder: Path, done: int) -> None:
     """Move what an earlier run left to `previous-K/`: all of it, or on resuming the checkpoints after `done`."""
     old = [path for path in checkpoints(folder) if int(path.name.partition("-")[2]) > done]
-    best = find_best(folder)
-    if done and best and best[0] > done:
-        old.append(folder / BEST)
     if not done and (folder / "metrics.jsonl").exists():
         old += [path for name in OUTPUTS if (path := folder / name).exists()]
     if old:

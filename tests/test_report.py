@@ -14,9 +14,9 @@ from PIL import Image
 from rapm.chart import Chart, svg
 from rapm.cli import main
 from rapm.config import Config
+from rapm.disk import write_atomic
 from rapm.report import CLOSENESS, MACHINE, TRAINING, write_report
 from rapm.sample import png
-from rapm.trajectories import write_atomic
 
 EVIL = '<script src="https://example.org/x.js">"&\'</script>'
 FIGURES = [figure for chart in CLOSENESS + TRAINING + MACHINE for figure in chart.figures]
