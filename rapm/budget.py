@@ -26,11 +26,11 @@ class Budget:
     """The plan for `config` on `device`. UserError for a budget that cannot work, with the smallest that would."""
 
     def __init__(self, model: Model, config: Config, device: torch.device) -> None:
-        self.device, self.stepped = device, False
+        self.device, self.stepped, self.corrected = device, False, False
         cuda = device.type == "cuda"
         self.bytes = parse_vram(config.vram)
         if self.bytes is None:  # auto: what is free now; the context is there already
-            self.bytes = torch.cuda.mem_get_info(device)[0] + cards.CONTEXT
+            self.bytes = cards.automatic(device)
         if config.buckets:  # what the largest needs is enough for all
             config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
         self.planner = Planner(model, config, cards.this_card(device) if cuda else None)
@@ -45,7 +45,10 @@ class Budget:
         """`config` with the plan's batch; the teacher's parts take turns where the plan says so."""
         teacher.aside, teacher.apart = self.plan.aside, self.plan.apart
         if self.plan.tiled:
-            teacher.pipe.vae.enable_tiling()
+            vae = teacher.pipe.vae
+            vae.enable_tiling()
+            vae.tile_sample_min_size = cards.TILE  # by default the size that the VAE was trained on: no tile at all
+            vae.tile_latent_min_size = cards.TILE // teacher.pipe.vae_scale_factor
         return config.replace(solve_batch=self.plan.solve_batch)
 
     def memory(self, unet: torch.nn.Module) -> SlotMemory:
@@ -65,8 +68,10 @@ class Budget:
         return words if first else ""
 
     def correct(self) -> str | None:
-        """After a dry iteration on the card: what it really took decides. One line where that changes the plan."""
-        planner, before = self.planner, self.plan
+        """After the first iteration on the card: what it really took decides. One line where that changes the plan."""
+        if self.corrected or self.stepped:
+            return None
+        self.corrected, planner, before = True, self.planner, self.plan
         measured = torch.cuda.max_memory_reserved(self.device)
         if (process := cards.process_memory()) is not None:
             planner.context = process - torch.cuda.memory_reserved(self.device)

@@ -67,17 +67,17 @@ def this_card(device: torch.device) -> Card:
     properties = torch.cuda.get_device_properties(device)
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     product = _seconds(lambda: a @ a, 20)
-    source = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+    source = torch.empty(64 * MIB, dtype=torch.uint8, device=device)
     copy = _seconds(lambda: source.clone(), 10)
     link = link_rate(device)
-    tflops, bandwidth = 2 * 4096**3 / product * 1e-12, 2 * 256 * MIB / copy * 1e-9
+    tflops, bandwidth = 2 * 4096**3 / product * 1e-12, 2 * 64 * MIB / copy * 1e-9
     torch.cuda.empty_cache()
     return Card(properties.name, properties.total_memory / GIB, tflops, bandwidth, link, measured=True)
 
 
 def link_rate(device: torch.device) -> float:
     """GB/s of pinned copies: the slower direction."""
-    host = torch.empty(128 * MIB, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(64 * MIB, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
     out = _seconds(lambda: host.copy_(there, non_blocking=True), 5)
     back = _seconds(lambda: there.copy_(host, non_blocking=True), 5)
@@ -92,6 +92,11 @@ def _seconds(run, times: int) -> float:
         run()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / times
+
+
+def automatic(device: torch.device) -> int:
+    """The budget of `--vram auto`: what is free, less what a desktop may come to take."""
+    return torch.cuda.mem_get_info(device)[0] + CONTEXT - DISPLAY  # the context is there already
 
 
 def cap(device: torch.device, budget: int, context: int = CONTEXT) -> None:

@@ -52,7 +52,7 @@ class Config:
     seed: int = 0
     mixed_precision: str = "no"  # dtype of the frozen weights: "no" (fp32), "bf16" or "fp16"; LoRA and heads stay fp32
     device: str = "auto"
-    vram: str = "auto"  # "12G", "16GB" or "auto": the allocator's cap
+    vram: str = "auto"  # "12G", "16GB": the most that the process may take of the card; "auto": what is free
     attention: str = "auto"  # "sdpa", "xformers", or on a GPU whatever a one-off timing of each shape finds fastest
 
     # Stage 1: trajectories

@@ -198,7 +198,7 @@ def _layer(name: str) -> str:
 
 def _layer_of(name: str, notes: list[Note], checkpointed: list[Note], flops: float, up: float) -> Layer:
     mine = [note for note in notes if note.layer == name]
-    inputs = [note for note in checkpointed if note.layer == name]
+    inputs = [note for note in checkpointed if note.layer == name and note.level is None]
 
     def dropped(note: Note, level: str) -> bool:
         return note.level is not None and LEVELS.index(level) >= LEVELS.index(note.level)

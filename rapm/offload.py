@@ -135,8 +135,7 @@ class Offload:
     def __init__(self, size: int, device: torch.device, parameters: Iterable[Tensor] = (), window: int = WINDOWS[0]):
         """`size`: bytes of the slab. `parameters` are never moved."""
         self.slab, self.window = Slab(size, device), window
-        self.parameters = [StorageWeakRef(p.untyped_storage()) for p in parameters]
-        self.kept = {ref.cdata for ref in self.parameters}
+        self.parameters = list(parameters)
         cuda = device.type == "cuda"
         self.out, self.back = (torch.cuda.Stream(device) if cuda else None for _ in range(2))
         self.moved_out = self.moved_in = 0  # bytes, ever
@@ -145,6 +144,8 @@ class Offload:
     def begin(self) -> None:
         """A new pass: the slab is empty again."""
         self.slab.used = 0
+        self.kept = {p.untyped_storage()._cdata for p in self.parameters}  # they may have moved since the last pass
+        self._used: set[torch.cuda.Stream] = set()
         self.entries: list[Entry] = []
         self._found: dict[int, tuple[StorageWeakRef, Entry]] = {}
         self._flight: deque[Entry] = deque()
@@ -152,10 +153,8 @@ class Offload:
 
     def finish(self) -> None:
         """The pass is over: whatever is still under way ends before what the current stream does next."""
-        if self.out is not None:
-            current = torch.cuda.current_stream()
-            current.wait_stream(self.out)
-            current.wait_stream(self.back)
+        for stream in self._used:  # only those: another one is no part of a capture
+            torch.cuda.current_stream().wait_stream(stream)
         self.begin()
 
     def pack(self, x: Tensor) -> tuple[Entry, tuple] | None:
@@ -197,6 +196,7 @@ class Offload:
             entry.host.copy_(raw)
             entry.device = None
             return entry
+        self._used.add(self.out)
         entry.stored = copy_async(entry.host, raw, self.out)
         self._flight.append(entry)
         self._flying += len(raw)
@@ -217,4 +217,5 @@ class Offload:
         if self.back is None:
             entry.device.copy_(entry.host)
             return
+        self._used.add(self.back)
         entry.loaded = copy_async(entry.device, entry.host, self.back, entry.stored)  # after the memory's last user

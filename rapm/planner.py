@@ -38,7 +38,7 @@ class Plan:
     encoder: dict[str, Policy] = field(default_factory=dict)
     kept: int = 0  # bytes that a slot keeps for backward on the card
     moved: int = 0  # bytes that it moves to the host
-    window: int = WINDOWS[0]  # bytes under way each way, and so how far the copies run ahead
+    window: int = 0  # bytes under way each way, and so how far the copies run ahead
     solve_batch: int = 1
     together: bool = True  # both real features in one pass of two rows, or one after the other
     aside: bool = False  # the UNet waits on the host while text encoders or VAE work
@@ -98,11 +98,12 @@ class Planner:
     def smallest_words(self) -> str:
         return f"{math.ceil(self.smallest() / GIB * 10) / 10:.1f}G"
 
-    def _train(self, plan: Plan, kept: int) -> int:
-        """Bytes of the process at the peak of a slot that keeps `kept`."""
+    def _train(self, plan: Plan, kept: int, extra: int | None = None) -> int:
+        """Bytes of the process at the peak of a slot that keeps `kept`; `extra`: the most that is computed again."""
         sizes = self.sizes
         size = DTYPES[self.config.mixed_precision].itemsize
-        extra = max(max(layer.extra.values()) for layer in (*sizes.student.layers.values(),))
+        if extra is None:
+            extra = max(max(layer.extra.values()) for layer in sizes.student.layers.values())
         rows = 2 if plan.together else 1
         transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
@@ -156,7 +157,6 @@ class Planner:
                     f"at least --vram {self.smallest_words()}"
                 )
         phases = {phase: self._phase(phase, plan, batch, aside, tiled, apart) for phase in PHASES if phase != "train"}
-        phases["train"] = self._train(plan, choice.kept)
         slot = slot_seconds(sizes, plan.card)
         solve = 2 * config.steps * config.fine_steps * sizes.student.flops * slot / sizes.flops
         policies: dict[str, dict[str, Policy]] = {"student": {}, "encoder": {}}
@@ -164,6 +164,8 @@ class Planner:
             kind, _, layer = name.partition("/")
             if layer != "rest":
                 policies[kind][layer] = policy
+        extra = max(sizes.student.extra(policies["student"]), sizes.encoder.extra(policies["encoder"]))
+        phases["train"] = self._train(plan, choice.kept, extra)
         return replace(
             plan, **policies, kept=choice.kept, moved=choice.moved, window=plan.window if choice.moved else 0,
             solve_batch=batch, aside=aside, tiled=tiled, apart=apart,
@@ -244,7 +246,7 @@ def plan_for(config: Config) -> str:
     if torch.cuda.is_available() and config.device in ("auto", "cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
         card = cards.this_card(device)
-        budget = budget or torch.cuda.mem_get_info(device)[0] + cards.CONTEXT
+        budget = budget or cards.automatic(device)
     elif budget is None:
         raise UserError("plan: there is no GPU here, so say for which budget: --vram 12G")
     planner = Planner(model, config, card)
