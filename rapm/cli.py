@@ -31,6 +31,12 @@ FLAGS = (
     (("--attention",), "attention", str),
 )
 
+HELP = {
+    "prompts": "one a line in a text file, - for the standard input, or FILE or FILE:COLUMN of a table (.csv, .tsv, "
+    ".jsonl, .parquet); without it the bundled list, or the embedded teacher's captions",
+    "resolution": "HxW in pixels, or several with commas between, which the trajectories take in turn",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line."""
@@ -136,7 +142,7 @@ def build_parser() -> Parser:
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     for names, field, kind in FLAGS:
-        sub.add_argument(*names, dest=field, type=kind, metavar=field.upper())
+        sub.add_argument(*names, dest=field, type=kind, metavar=field.upper(), help=HELP.get(field))
     sub.add_argument("--config", metavar="FILE.toml", help="any setting of rapm/config.py; flags override it")
     sub.add_argument("--preset", help=", ".join(PRESETS))
 
