@@ -61,8 +61,9 @@ def sample_prompts(
 ) -> Tensor:
     """Every prompt with every seed, prompt by prompt: images B H W 3, uint8 on the CPU, B = len(prompts) len(seeds).
 
-    `lora_path` is a LoRA file or a run's folder; None samples the teacher. One seed is the same noise for every prompt,
-    whatever the batch. UserError for a number of steps, resolution or LoRA that does not fit the teacher.
+    `lora_path` is a LoRA file or a run's folder, for the text encoders too; None samples the teacher. One seed is the
+    same noise for every prompt, whatever the batch. UserError for a number of steps, resolution or LoRA that does not
+    fit the teacher.
     """
     if not 1 <= steps <= len(teacher.schedule):
         raise UserError(f"steps {steps}: the teacher's schedule has 1 to {len(teacher.schedule)}")
