@@ -19,7 +19,8 @@ from rapm.checkpoint import STATE, load_checkpoint, save_checkpoint
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.lora import LoRA
-from rapm.lora_file import kohya_name, read_lora
+from rapm.lora_file import read_lora
+from rapm.lora_names import kohya_name
 from rapm.prompts import read_prompts
 from rapm.trajectories import METADATA, Store, verify
 from rapm.unet import UNet, load_unet
