@@ -230,6 +230,10 @@ def test_the_command_says_what_is_missing_before_any_work(folder, tmp_path, caps
     ):
         assert main(["evaluate", "--run", str(folder), *extra]) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setattr("rapm.metrics.find_spec", lambda name: name)
+    (tmp_path / "other.pth").write_bytes(b"a pickle that runs code")
+    assert main(["evaluate", "--run", str(folder), "--inception", str(tmp_path / "other.pth")]) == 2
+    assert "another pickle is not read" in capsys.readouterr().err
     assert not (folder / "evaluation").exists()
     with pytest.raises(UserError, match="no CLIP"):
         Measures(clip=str(tmp_path), network=Network())
