@@ -192,16 +192,21 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
         print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=pairs, batch=batch))
         return
-    from rapm.compare import CLIP, Measures, compare
+    from rapm.compare import CLIP, compare
 
     clip = {None: CLIP, "none": None}.get(arguments.clip, arguments.clip)
     given.pop("pairs", None)
     print(
         compare(
-            arguments.folder, lora=arguments.lora, captions=arguments.captions, reference=arguments.reference,
-            measures=lambda: Measures(clip=clip, weights=arguments.inception), **given,
+            arguments.folder,
+            lora=arguments.lora,
+            captions=arguments.captions,
+            reference=arguments.reference,
+            clip=clip,
+            weights=arguments.inception,
+            **given,
         )
-    )  # fmt: skip
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,15 +65,12 @@ class Subject:
 
 
 class Measures:
-    """FID's network and a CLIP, loaded before anything is drawn. `clip` None leaves the CLIP score out."""
+    """FID's network and a CLIP, those that are wanted, loaded before anything is drawn."""
 
-    def __init__(
-        self, *, clip: str | None = CLIP, weights: Path | None = None, network: nn.Module | None = None
-    ) -> None:
-        """`network` replaces FID's: torchmetrics' `feature` argument, pictures n 3 H W (uint8) -> n F."""
+    def __init__(self, fid: bool, clip: str | None, weights: Path | None, network: nn.Module | None) -> None:
         need("torchmetrics")
-        self.network = inception(weights) if network is None else network
-        self.network_name = "inception-v3-compat" if network is None else type(network).__name__
+        self.network = (inception(weights) if network is None else network) if fid else None
+        self.network_name = "none" if not fid else "inception-v3-compat" if network is None else type(network).__name__
         self.clip_name, self.clip = clip, clip_metric(clip) if clip else None
 
     def features(self, paths: Sequence[Path], cache: Path, side: int | None, device: torch.device) -> Tensor:
@@ -93,12 +90,16 @@ def compare(
     reference: Path | None = None,
     samples: int = 30_000,
     batch: int = 8,
-    measures: Callable[[], Measures] = Measures,
+    clip: str | None = CLIP,
+    weights: Path | None = None,
+    network: nn.Module | None = None,
 ) -> str:
     """Evaluate the student of a run's folder (or the file `lora`; the teacher itself for `none`) and return the table.
 
     With `captions` on those, against `reference` (a folder of images, or an .npz with `mu` and `sigma`; without one
     there is no FID); else to the stored trajectories. Kept in evaluation.json. UserError before any picture is drawn.
+    `clip` None leaves the CLIP score out; `weights` is a local copy of those of FID's network; `network` replaces it
+    as torchmetrics' `feature` argument does, pictures n 3 H W (uint8) -> n F.
     """
     if samples < 4 or batch < 1:
         raise UserError(f"samples {samples}, batch {batch}: at least 4, and at least 1")
@@ -106,7 +107,9 @@ def compare(
     drawn = read_captions(captions, samples) if captions else None
     store = None if captions else Store.open(config.store or folder / "trajectories")
     real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
-    measured = measures()
+    if captions and real is None and clip is None:
+        raise UserError("evaluate: nothing to measure: give --reference for FID, or a CLIP")
+    measured = Measures(not captions or real is not None, clip, weights, network)
     teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
     subject = _subject(config, folder, lora, teacher)
     if captions:

@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
+from safetensors import safe_open
 
 from rapm.chart import Chart, svg
 from rapm.config import PRESETS, Config
@@ -175,7 +176,7 @@ def _pictures(folder: Path) -> str:
     """The last grid, and evenly spaced earlier ones."""
     parts = []
     if (folder / "samples.png").is_file():
-        parts.append(_figure(folder / "samples.png", "The last one", WIDE))
+        parts.append(_figure(folder / "samples.png", "What the file draws, from the same noise as the teacher", WIDE))
     earlier = sorted((folder / "samples").glob("*.png"))
     if not parts and earlier:
         parts.append(_figure(earlier.pop(), "The newest so far", WIDE))
@@ -217,12 +218,19 @@ def _use(folder: Path, config: Config) -> str:
     card = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
     snippet = card.partition("```python\n")[2].partition("```")[0]
     text = (
-        f"<p><code>{WEIGHTS}</code> goes into the client's folder of LoRAs, strength 1.0. "
+        f"<p><code>{WEIGHTS}</code>{_steps(folder / WEIGHTS)} goes into the client's folder of LoRAs, strength 1.0. "
         f"<b>DDIM</b>, <b>{config.steps} steps</b>, <b>CFG 1</b>; schedule <code>sgm_uniform</code> in ComfyUI, "
         "SGM Uniform in Forge, trailing timesteps in diffusers.</p>"
         f'<p>From here: <code>rapm sample "a prompt" --lora {escape(str(folder))}</code></p>'
     )
     return text + (f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else "")
+
+
+def _steps(path: Path) -> str:
+    """Which iteration the file is of: its header says."""
+    with safe_open(path, framework="pt") as file:
+        steps = (file.metadata() or {}).get("ss_steps")
+    return f" (of iteration {int(steps):,})" if steps else ""
 
 
 def _evaluation(path: Path) -> str:
