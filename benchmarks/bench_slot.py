@@ -8,9 +8,10 @@ import torch
 from rapm.config import Config
 from rapm.device import pick_device
 from rapm.lora import LoRA
+from rapm.solver import solve
 from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Trajectory, noise, solve
+from rapm.trajectories import Trajectory, noise
 
 CONFIG = Config.preset("embedded")
 PROMPT = "a red seven left of a blue star on a striped background"

@@ -14,21 +14,24 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rapm.bench import MODELS, card, example_text, kernel_mode, need_gpu
 from rapm.config import Config
+from rapm.device import captured
 from rapm.errors import UserError
 from rapm.lora import LoRA
 from rapm.schedule import Schedule
-from rapm.step import Step, captured
+from rapm.step import Step
 from rapm.trajectories import Trajectory
 from rapm.unet import UNet
 
 ROOT = Path(__file__).parents[1]
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 MODES = {"before": "reference", "after": "auto"}
 # The family of a kernel is the first of these that its name contains, in small letters. Names say little about purpose,
 # but a rank-1 LoRA is all vector products, and hardly anything else is; fp32 products are the discriminators' heads'.
@@ -71,11 +74,11 @@ def classify(name: str, own: dict[str, str]) -> str:
     return next((family for family, words in FAMILIES if any(word in name for word in words)), "other")
 
 
-def random_unet(model: str, device: str) -> UNet:
-    """A frozen UNet: normal weights of deviation 0.02, bf16, convolutions channels-last."""
+def random_unet(config: Mapping, device: str, dtype: torch.dtype = torch.bfloat16) -> UNet:
+    """A frozen UNet: normal weights of deviation 0.02, convolutions channels-last."""
     with torch.device("meta"):
-        unet = UNet(MODELS[model].unet)
-    unet = unet.requires_grad_(False).eval().to(torch.bfloat16).to_empty(device=device)
+        unet = UNet(config)
+    unet = unet.requires_grad_(False).eval().to(dtype).to_empty(device=device)
     for name, x in unet.named_parameters():
         if x.dim() > 1:
             x.normal_(0, 0.02)
@@ -87,14 +90,16 @@ def random_unet(model: str, device: str) -> UNet:
     return unet
 
 
-def make_step(unet: UNet, model: str) -> tuple[Step, Callable[[], None]]:
-    """A step on a random trajectory, and what sets it back to the first slot."""
-    config, side = Config.preset(model).replace(lora_rank=1), MODELS[model].side
-    schedule = Schedule.from_config(dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+def random_trajectory(unet: UNet, config: Config, side: int) -> Trajectory:
+    """Of latents of `side`."""
     positions, fine = (torch.randn(n, 4, side, side) for n in (config.steps + 1, config.steps))
-    trajectory = Trajectory(positions, fine, example_text(unet.config, side, "cpu"), "", 0)
-    step = Step(unet, LoRA(unet, config.lora_rank), schedule, config, trajectory, trajectory.text)
-    return step, lambda: step.load(trajectory, 0)
+    return Trajectory(positions, fine, example_text(unet.config, side, "cpu"), "", 0)
+
+
+def make_step(unet: UNet, config: Config, trajectory: Trajectory) -> Step:
+    """rapm's own slot."""
+    lora, schedule = LoRA(unet, config.lora_rank), Schedule.from_config(SCHEDULE)
+    return Step(unet, lora, schedule, config, trajectory, trajectory.text)
 
 
 def gpu_kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
@@ -111,7 +116,10 @@ def gpu_kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
 def measure(unet: UNet, model: str, iterations: int = 5) -> dict:
     """One slot as a CUDA graph: GPU milliseconds, launches and milliseconds by family, memory with the UNet's own."""
     torch.cuda.reset_peak_memory_stats()
-    step, reset = make_step(unet, model)
+    config = Config.preset(model).replace(lora_rank=1)
+    trajectory = random_trajectory(unet, config, MODELS[model].side)
+    step = make_step(unet, config, trajectory)
+    reset = partial(step.load, trajectory, 0)
     reset()
     step()  # eager: every kernel and workspace must have been used once
     slot, slots = captured(step), step.config.steps
@@ -179,7 +187,7 @@ def main() -> None:
         earlier = json.loads(arguments.output.read_text())
         report = earlier if earlier["card"] == report["card"] else report
     for model in arguments.models:
-        unet, modes = random_unet(model, "cuda"), report["models"].get(model, {})
+        unet, modes = random_unet(MODELS[model].unet, "cuda"), report["models"].get(model, {})
         for name in arguments.modes:
             with kernel_mode(MODES[name]), torch.cuda.stream(torch.cuda.Stream()):
                 modes[name] = found = measure(unet, model)

@@ -175,6 +175,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         raise ValueError(f"attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "xformers" and (problem := xformers_problem()):
         raise RuntimeError(problem)
+    if q.is_meta:  # to count memory: FlashAttention's, since what it keeps is what the others keep
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     if backend == "auto":
         backend = "sdpa" if _plain(q) else _choice(q, k, v)
     return RUN[backend](q, k, v)

@@ -1,15 +1,17 @@
-"""The model card of a LoRA: README.md as the hub shows it, with a snippet that runs as pasted."""
+"""The model card of a LoRA: README.md as the hub shows it, with how to use it: a snippet that runs as pasted."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rapm.clients import WORKFLOW, client_name, webui_settings
+from rapm.disk import write_atomic
 from rapm.export import base_name, recipe, title
 from rapm.lora_file import WEIGHTS
-from rapm.trajectories import write_atomic
 
 if TYPE_CHECKING:
     from rapm.config import Config
@@ -27,13 +29,17 @@ def write_model_card(
     prompts: Sequence[str],
     steps_done: int | None = None,
     metrics: Mapping[str, Mapping[str, object]] | None = None,
+    repo: str | None = None,
 ) -> None:
     """README.md as the hub shows it: front matter, samples.png, how to use the LoRA, settings, figures.
 
     `prompts` (at least one) are those of samples.png; `steps_done` None means all iterations of `config`; `metrics`
-    maps the rows of a table to their columns.
+    maps the rows of a table to their columns; `repo` is the model on the hub that the folder becomes, None for none.
+    The base model is in the front matter where it is on the hub. OSError where the card cannot be written.
     """
     folder = Path(folder)
+    name, end = client_name(config), math.sqrt(1 - teacher.schedule.at(0))
+    base = f"base_model: {_literal(teacher.source)}\n" if _on_the_hub(teacher) else ""
     height, width = config.resolution or teacher.default_resolution
     settings = {
         "teacher": base_name(teacher),
@@ -46,8 +52,7 @@ def write_model_card(
         "seed": config.seed,
     }
     card = f"""---
-base_model: {_literal(base_name(teacher))}
-license: {"apache-2.0" if teacher.source == "embedded" else "other"}
+{base}license: {"apache-2.0" if teacher.source == "embedded" else "other"}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags:
@@ -74,11 +79,24 @@ The licence of the base model applies.
 
 ## Use
 
-{recipe(config)}, LoRA strength 1.0. In ComfyUI and Forge: `{WEIGHTS}`, sampler `ddim`, schedule `sgm_uniform`.
+{recipe(config)}, LoRA strength 1.0.
 
 ```python
-{_snippet(folder, teacher, config, prompts[0])}
+{_snippet(repo or folder.as_posix(), teacher, config, prompts[0])}
 ```
+
+**ComfyUI**: copy `{WEIGHTS}` to `models/loras/{name}.safetensors` and drop `{WORKFLOW}` on the window. Its latents are
+DDIM's. In a workflow of your own: sampler `euler`, scheduler `simple`, {config.steps} steps, cfg 1.
+
+**A1111, Forge**: copy it to `models/Lora/{name}.safetensors`, paste this into the prompt box, and press the arrow that
+reads it back. Sampler and schedule are what matters: the sampler `DDIM` of these programs takes other timesteps.
+
+```
+{webui_settings(teacher, config)}
+```
+
+These programs and `simple` remove the last noise too (a standard deviation of {end:.3f}), which DDIM leaves. All this
+is from reading their code: only diffusers was run.
 
 ## Settings
 
@@ -89,14 +107,18 @@ The licence of the base model applies.
     write_atomic(folder / CARD, card.encode())
 
 
-def _snippet(folder: Path, teacher: Teacher, config: Config, prompt: str) -> str:
-    """Python that samples with the LoRA in stock diffusers, as pasted."""
+def _on_the_hub(teacher: Teacher) -> bool:
+    return teacher.source != "embedded" and not Path(teacher.source).expanduser().exists()
+
+
+def _snippet(lora: str, teacher: Teacher, config: Config, prompt: str) -> str:
+    """Python that samples in stock diffusers with the LoRA in `lora`, a folder or a hub id, as pasted."""
     kind = type(teacher.pipe).__name__
     local = Path(teacher.source).expanduser()
     imports, load, base = "", "from_pretrained", _literal(teacher.source)
     if teacher.source == "embedded":
         imports, base = "from pathlib import Path\n\nimport rapm\n", 'Path(rapm.__file__).parent / "zoo" / "embedded"'
-    elif local.exists():
+    elif not _on_the_hub(teacher):
         load, base = "from_single_file" if local.is_file() else load, _literal(local.resolve().as_posix())
     stock = teacher.pipe.scheduler.config
     height, width = config.resolution or teacher.default_resolution
@@ -113,7 +135,7 @@ pipe.scheduler = DDIMScheduler.from_config(
     prediction_type={_literal(stock.prediction_type)},
     rescale_betas_zero_snr={stock.rescale_betas_zero_snr},
 )
-pipe.load_lora_weights({_literal(folder.as_posix())}, weight_name={_literal(WEIGHTS)})
+pipe.load_lora_weights({_literal(lora)}, weight_name={_literal(WEIGHTS)})
 prompt = {_literal(prompt)}
 image = pipe(prompt, num_inference_steps={config.steps}, guidance_scale=1.0, height={height}, width={width}).images[0]
 image.save("sample.png")"""
@@ -136,5 +158,6 @@ def _literal(text: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    """`text` on one line, meaning only itself in Markdown."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", r"\\\1", " ".join(text.split()))
+    """`text` on one line, meaning only itself in Markdown, at the start of a list's item too."""
+    text = re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"^(\d+)\. ", r"\1\\. ", re.sub("^-", r"\\-", text))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rapm.config import Config
+from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.trajectories import write_atomic
 
 STATE = "state.safetensors"
 BEST = "checkpoint-best"
-# Settings that a resumed run may change: they decide where, how far and how often, not what is computed.
+# Settings that a resumed run may change: they decide where, how far and how often, not what is computed. The prompts'
+# words are in the store, which refuses others.
 FREE = {
     "output_dir", "store", "device", "vram", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "log_steps", "report_to", "solve_batch",
+    "log_steps", "report_to", "solve_batch", "prompts",
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor], done: int, config: Config) -> Path:
-    """Write `checkpoint-{done}` and remove the oldest ones beyond the limit."""
+    """Write `checkpoint-{done}`, then remove the oldest ones beyond the limit. OSError: nothing has changed."""
     path = folder / f"checkpoint-{done}"
     _write(path, state, done, config, {})
     for old in checkpoints(folder)[: -config.checkpoints_total_limit]:
@@ -83,14 +85,20 @@ def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extr
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
     header = {"iterations": str(done), "config": json.dumps(asdict(config)), **extra}
-    write_atomic(path / STATE, save(tensors, header))
+    try:
+        write_atomic(path / STATE, save(tensors, header))
+    except OSError:
+        with suppress(OSError):  # not empty where it replaces another
+            path.rmdir()
+        raise
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], int, dict]:
     header = _header(path)
     with safe_open(path / STATE, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return state, int(header["iterations"]), json.loads(header["config"])
+    # settings that are newer than the checkpoint have their defaults
+    return state, int(header["iterations"]), json.loads(json.dumps(asdict(Config()))) | json.loads(header["config"])
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -98,7 +106,7 @@ def _header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path / STATE, framework="pt") as file:
             header = file.metadata() or {}
-        int(header["iterations"]), json.loads(header["config"]), float(header.get("fd", 0))
+        int(header["iterations"]), {**json.loads(header["config"])}, float(header.get("fd", 0))
         return header
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rapm import __version__
-from rapm.config import PRESETS, Config, parse_resolution
+from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions
 from rapm.errors import UserError
 
 # Flag, the names people already type for it, the field it sets.
@@ -44,8 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
+    from rapm.errors import RunError
     from rapm.export import ExportError
-    from rapm.train import Interrupted, RunError
+    from rapm.stop import Interrupted
 
     try:
         arguments = build_parser().parse_args(argv)
@@ -78,6 +79,10 @@ def build_parser() -> Parser:
     _add_settings(sub)
     sub.add_argument("--resume_from_checkpoint", metavar="latest|PATH")
     sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    sub = command("plan", run_plan, "What `train` would do within --vram: memory, time, disk; loads no weights.")
+    _add_settings(sub)
+    sub = command("doctor", run_doctor, "What is installed and active, what is missing, and what would fix it.")
+    sub.add_argument("--output_dir", type=Path, default=Path("."), help="the disk that is looked at")
     sub = command("trajectories", run_trajectories, "Stage 1 only: compute or check the teacher's trajectories.")
     _add_settings(sub)
     sub.add_argument("--verify", metavar="DIR", help="read every byte of a store and report what is damaged")
@@ -109,6 +114,15 @@ def build_parser() -> Parser:
     sub.add_argument("--batch", type=int, help="pictures drawn together")
     sub = command("export", run_export, "Write the LoRA files of a run's checkpoint again, and prove them.")
     sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    sub.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of the files (default fp32)")
+    sub.add_argument("--merge", action="store_true", help="also write merged/, a whole pipeline that needs no LoRA")
+    sub.add_argument(
+        "--push_to_hub",
+        nargs="?",
+        const="",
+        metavar="OWNER/NAME",
+        help="upload the LoRA and its card to the Hugging Face Hub, to a new private model or one that is there",
+    )
     sub.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH")
     sub = command("report", run_report, "Write a run as one HTML page: curves, pictures, settings, how to use it.")
     sub.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its output folder")
@@ -133,7 +147,7 @@ def settings(arguments: argparse.Namespace) -> Config:
     given = {field: getattr(arguments, field) for _, field, _ in FLAGS}
     changes |= {field: value for field, value in given.items() if value is not None}
     if isinstance(changes.get("resolution"), str):
-        changes["resolution"] = parse_resolution(changes["resolution"])
+        changes |= parse_resolutions(changes["resolution"])
     teacher = changes.get("teacher", "embedded")
     guess = "embedded" if teacher == "embedded" else "sdxl" if "xl" in str(teacher).lower() else "sd15"
     config = Config.preset(arguments.preset or guess)
@@ -144,6 +158,20 @@ def run_train(arguments: argparse.Namespace) -> None:
     from rapm.train import train
 
     train(settings(arguments), resume=arguments.resume_from_checkpoint, dry_run=arguments.dry_run)
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    from rapm.planner import plan_for
+
+    print(plan_for(settings(arguments)))
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from rapm.doctor import examine
+
+    lines, works = examine(arguments.output_dir)
+    print("\n".join(lines))
+    return 0 if works else 1
 
 
 def run_trajectories(arguments: argparse.Namespace) -> int:
@@ -210,9 +238,14 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
+    import torch
+
     from rapm.train import export_run
 
-    export_run(arguments.folder, arguments.checkpoint)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
+    export_run(
+        arguments.folder, arguments.checkpoint, dtype=dtype, merge=arguments.merge, push_to_hub=arguments.push_to_hub
+    )
 
 
 def run_report(arguments: argparse.Namespace) -> None:

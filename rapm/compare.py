@@ -23,6 +23,7 @@ from rapm import __version__
 from rapm.captions import SEED, Caption, read_captions
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.lora_file import WEIGHTS, read_lora
 from rapm.metrics import (
@@ -40,7 +41,7 @@ from rapm.metrics import (
 )
 from rapm.sample import ENCODE, png, sample
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, noise, trajectory_seed, write_atomic
+from rapm.trajectories import Negatives, Store, noise, trajectory_seed
 from rapm.unet import Lora, Text
 
 SIDE = 256  # pixels, of the COCO protocol
@@ -183,7 +184,7 @@ def _to_teacher(
     }  # fmt: skip
     jobs = _job(folder, "teacher", {"store": protocol["store"]}), _job(folder, "student", protocol)
     theirs, mine = ([job / "pictures" / f"{i:05d}.png" for i in range(count)] for job in jobs)
-    uncond = teacher.encode_negative(config.negative_prompt, config.resolution) if subject.guidance > 1 else None
+    negatives = Negatives(teacher, config.negative_prompt)
     todo = [i for i in range(count) if not (theirs[i].exists() and mine[i].exists())]
     with _progress(count, todo) as bar:
         for part in _of_one_shape(store, todo, batch):
@@ -192,6 +193,7 @@ def _to_teacher(
                 [theirs[i] for i in part], teacher.decode(torch.stack([t.positions[-1] for t in trajectories]).float())
             )
             text = Text.cat([t.text for t in trajectories])
+            uncond = negatives.rows([t.negative for t in trajectories], text) if subject.guidance > 1 else None
             starts = [(tuple(t.positions.shape[1:]), i) for i, t in zip(part, trajectories, strict=True)]
             _save([mine[i] for i in part], teacher.decode(_draw(teacher, subject, text, starts, uncond)))
             bar.update(len(part))

@@ -42,14 +42,17 @@ class Config:
 
     # What is distilled
     teacher: str = "embedded"  # a diffusers folder, a hub id, a .safetensors file, or the bundled teacher
-    prompts: str | None = None  # a text file, one prompt a line; None: the embedded teacher's own captions
+    prompts: str | None = None  # FILE, FILE:COLUMN or "-"; None: the bundled list, the embedded teacher's own captions
     output_dir: str = "runs/demo"
     store: str | None = None  # the folder of the trajectories, to share between runs; None: output_dir/trajectories
     resolution: tuple[int, int] | None = None  # height, width in pixels; None: the teacher's own
+    # Further sizes, which the trajectories take in turn with the first; one named twice counts twice. `resolution` may
+    # be given as a list of sizes, of which the first stays there.
+    buckets: tuple[tuple[int, int], ...] = ()
     seed: int = 0
     mixed_precision: str = "no"  # dtype of the frozen weights: "no" (fp32), "bf16" or "fp16"; LoRA and heads stay fp32
     device: str = "auto"
-    vram: str = "auto"  # "12G", "16GB" or "auto": the allocator's cap
+    vram: str = "auto"  # "12G", "16GB": the most that the process may take of the card; "auto": what is free
     attention: str = "auto"  # "sdpa", "xformers", or on a GPU whatever a one-off timing of each shape finds fastest
 
     # Stage 1: trajectories
@@ -127,15 +130,24 @@ class Config:
                 raise UserError(f"{name} = {getattr(self, name)}: must be above 0")
         if self.guidance < 1:
             raise UserError(f"guidance = {self.guidance}: at least 1, which is none")
-        if self.resolution is not None and not (
-            len(self.resolution) == 2
-            and all(isinstance(side, int) and side >= 8 and side % 8 == 0 for side in self.resolution)
-        ):
-            raise UserError(f"resolution = {self.resolution}: height and width must be multiples of 8")
+        for size in self.resolutions:
+            if not (
+                isinstance(size, tuple)
+                and len(size) == 2
+                and all(isinstance(side, int) and side >= 8 and side % 8 == 0 for side in size)
+            ):
+                raise UserError(f"resolution = {size}: height and width must be multiples of 8")
+        if self.buckets and self.resolution is None:
+            raise UserError("buckets: further sizes need a first one, `resolution`")
         if self.renoise > 1:
             raise UserError(f"renoise = {self.renoise}: a share of a slot, at most 1")
         parse_vram(self.vram)
         return self
+
+    @property
+    def resolutions(self) -> tuple[tuple[int, int], ...]:
+        """`resolution` and then `buckets`; empty before a teacher has given its own."""
+        return (*(() if self.resolution is None else (self.resolution,)), *self.buckets)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> dict[str, object]:
@@ -144,8 +156,11 @@ class Config:
             settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"config {path}: cannot be read ({str(error).splitlines()[0]})") from error
-        if isinstance(settings.get("resolution"), list):
-            settings["resolution"] = tuple(settings["resolution"])
+        for name in ("resolution", "buckets"):
+            if isinstance(value := settings.get(name), list):
+                settings[name] = tuple(tuple(x) if isinstance(x, list) else x for x in value)
+        if isinstance(sizes := settings.get("resolution"), tuple) and all(isinstance(size, tuple) for size in sizes):
+            settings |= split_sizes(sizes)
         return settings
 
     def to_toml(self) -> str:
@@ -156,7 +171,7 @@ class Config:
 
 KINDS = {
     "str": (str,), "int": (int,), "float": (float, int), "str | None": (str, type(None)),
-    "tuple[int, int] | None": (tuple, type(None)),
+    "tuple[int, int] | None": (tuple, type(None)), "tuple[tuple[int, int], ...]": (tuple,),
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -187,3 +202,13 @@ def parse_resolution(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"resolution {text!r}: write HxW, for example 1024x768")
     return int(match[1]), int(match[2] or match[1])
+
+
+def parse_resolutions(text: str) -> dict[str, object]:
+    """ "HxW", or several with commas between, as the settings `resolution` and `buckets`. UserError for other texts."""
+    return split_sizes(tuple(parse_resolution(size.strip()) for size in text.split(",")))
+
+
+def split_sizes(sizes: tuple[tuple[int, int], ...]) -> dict[str, object]:
+    """A list of sizes (h, w) as the settings `resolution` and `buckets`."""
+    return {"resolution": sizes[0] if sizes else None, "buckets": sizes[1:]}

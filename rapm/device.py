@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from rapm.cards import CONTEXT, cap
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
 from rapm.kernels import runtime
@@ -29,6 +32,21 @@ def pick_device(config: Config) -> torch.device:
             print("note: Triton is not installed, so plain PyTorch operators are used: slower, the same results")
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
         if budget := parse_vram(config.vram):
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+            cap(device, budget, CONTEXT)
     return device
+
+
+def captured(step: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:
+    """`step` as one CUDA graph; capturing runs nothing. The step must have run before, on the current stream.
+
+    Graphs of one `pool` work in the same memory: they must not replay at once, nor leave results there.
+
+    Where the current stream is one of its own, it is captured there: two graphs that replay at once must not share
+    cuBLAS's workspace, which belongs to the stream of the capture.
+    """
+    current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        step()
+    return graph.replay

@@ -12,11 +12,11 @@ from torch import Tensor
 from rapm import __version__
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.export import base_name
 from rapm.sample import grid, png, sample_batches
 from rapm.teacher import load_teacher
-from rapm.trajectories import write_atomic
 
 GRID_MAX = 100  # pictures beyond which nobody looks at a grid; it is also all that is held in memory
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what an output that is no folder ends with

@@ -1,6 +1,6 @@
 """The student as a file: a LoRA that stock software loads at full strength, and the proof that it does.
 
-    pytorch_lora_weights.safetensors             kohya names, read by ComfyUI, Forge and diffusers
+    pytorch_lora_weights.safetensors             kohya's names, read by ComfyUI, A1111, Forge and diffusers
     diffusers/pytorch_lora_weights.safetensors   diffusers' names, with its `lora_adapter_metadata`
 
 Shapes: R rank, C_in C_out channels, k kernel, B batch, C h w latents.
@@ -9,6 +9,7 @@ Shapes: R rank, C_in C_out channels, k kernel, B batch, C h w latents.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from rapm.clients import client_name
+from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.lora_file import WEIGHTS, Weights, kohya_name, read_lora, read_tensors
+from rapm.lora_file import WEIGHTS, Weights, read_lora, read_tensors
+from rapm.lora_names import kohya_names
 from rapm.sample import sample
-from rapm.trajectories import write_atomic
 from rapm.unet import UNet
 
 if TYPE_CHECKING:
@@ -56,7 +60,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
 class ExportError(RuntimeError):
-    """A written LoRA file does not do in stock software what the student does here."""
+    """An export that could not be written, or does not do in stock software what the student does here."""
 
 
 def export_lora(
@@ -70,26 +74,40 @@ def export_lora(
 ) -> None:
     """Writes both files of `FILES` from `LoRA.export()`, each whole or not at all; alpha is the rank, the scale 1.
 
-    `dtype` is the files': fp32 loses nothing, and at the ranks used here is small.
+    `dtype` is the files': fp32 loses nothing, and at the ranks used here is small. ExportError where nothing can be
+    written.
     """
     folder = Path(folder)
     weights = {name: [x.to("cpu", dtype).contiguous() for x in pair] for name, pair in lora.items()}
     rank = len(next(iter(weights.values()))[0])
     headers = _headers(teacher, config, rank, steps_done)
-    kohya, peft = {}, {}
+    stems, kohya, peft = kohya_names(teacher.unet), {}, {}
     for name, (down, up) in weights.items():
-        stem = kohya_name(name)
         kohya |= {
-            f"{stem}.lora_down.weight": down,
-            f"{stem}.lora_up.weight": up,
-            f"{stem}.alpha": torch.tensor(float(rank)),
+            f"{stems[name]}.lora_down.weight": down,
+            f"{stems[name]}.lora_up.weight": up,
+            f"{stems[name]}.alpha": torch.tensor(float(rank)),
         }
         peft |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     adapter = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "rank_pattern": {}, "alpha_pattern": {}}
     adapter = json.dumps({f"unet.{key}": value for key, value in adapter.items()}, indent=2, sort_keys=True)
-    (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / FILES[0], save(kohya, headers))
-    write_atomic(folder / FILES[1], save(peft, {**headers, "lora_adapter_metadata": adapter}))
+    with writing(folder):
+        (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / FILES[0], save(kohya, headers | _hashes(kohya)))
+        write_atomic(folder / FILES[1], save(peft, headers | _hashes(peft) | {"lora_adapter_metadata": adapter}))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What writes to a run's folder: a full disk or a folder that is not ours becomes an ExportError of one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
+        raise ExportError(
+            f"{where or folder} cannot be written ({why or error}); the checkpoints and what was "
+            f"written before are kept: once there is room, `rapm export --run {folder}`"
+        ) from error
 
 
 def verify_export(
@@ -103,17 +121,43 @@ def verify_export(
     and what differs; the files stay. Needs memory for a second UNet on the device.
     """
     folder, unet = Path(folder), teacher.unet
-    height, width = (side * teacher.pipe.vae_scale_factor for side in noise.shape[2:])
     noise = noise.to(unet.device, unet.dtype)
     student = {folder / name: _read_back(folder / name, unet, lora) for name in FILES}
     pipe = teacher.stock_pipeline()
     differences = {}
+    for path, weights in student.items():
+        _load_in_stock(pipe, path, weights)
+        size = compare(path, pipe, teacher, weights, prompts=prompts, noise=noise, steps=steps, dtype=unet.dtype)
+        differences[path.relative_to(folder).as_posix()] = size
+        pipe.unload_lora_weights()
+    del pipe
+    gc.collect()
+    if unet.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return differences
+
+
+def compare(
+    path: Path,
+    pipe: DiffusionPipeline,
+    teacher: Teacher,
+    lora: Weights,
+    *,
+    prompts: list[str],
+    noise: Tensor,
+    steps: int,
+    dtype: torch.dtype,
+) -> float:
+    """How far the latents of `pipe`, which `path` made the student, are from our sampler's: see TOLERANCE, of `dtype`.
+
+    ExportError where it is too far.
+    """
+    height, width = (side * teacher.pipe.vae_scale_factor for side in noise.shape[2:])
     with _exact_products():
         text = teacher.encode(prompts, (height, width))
-        for path, weights in student.items():
-            ours = sample(unet, teacher.schedule, text, noise, steps, lora=weights)
-            _load_in_stock(pipe, path, weights)
-            theirs = pipe(
+        ours = sample(teacher.unet, teacher.schedule, text, noise, steps, lora=lora)
+        with teacher.waiting(teacher.apart, noise.device):
+            theirs = pipe.to(noise.device)(
                 prompts,
                 height=height,
                 width=width,
@@ -122,36 +166,34 @@ def verify_export(
                 latents=noise,
                 output_type="latent",
             ).images
-            pipe.unload_lora_weights()
-            error = (theirs.float() - ours) / ours.std()
-            size = (error.abs().max() if unet.dtype == torch.float32 else error.square().mean().sqrt()).item()
-            differences[path.relative_to(folder).as_posix()] = size
-            if not size <= TOLERANCE[unet.dtype]:  # a NaN fails too
-                raise ExportError(
-                    f"{path}: the stock pipeline's latents differ from the student's by {size:.2e} of their standard "
-                    f"deviation (at most {TOLERANCE[unet.dtype]:.0e} in {unet.dtype}); the files are kept"
-                )
-    del pipe
-    gc.collect()
-    if unet.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return differences
+            if teacher.apart:
+                pipe.to("cpu")
+    error = (theirs.float() - ours) / ours.std()
+    size = (error.abs().max() if dtype == torch.float32 else error.square().mean().sqrt()).item()
+    if not size <= TOLERANCE[dtype]:  # a NaN fails too
+        raise ExportError(
+            f"{path}: the stock pipeline's latents differ from the student's by {size:.2e} of their standard "
+            f"deviation (at most {TOLERANCE[dtype]:.0e} in {dtype}); the files are kept"
+        )
+    return size
 
 
 def _headers(teacher: Teacher, config: Config, rank: int, steps_done: int) -> dict[str, str]:
     """What clients read of a LoRA without loading it: Stability's model spec and kohya's `ss_` fields, all strings."""
     version, architecture = BASES[teacher.family, teacher.schedule.prediction]
     height, width = config.resolution or teacher.default_resolution
+    how = f"{recipe(config)}, strength 1.0"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title(teacher, config),
+        "modelspec.description": f"Samples in {config.steps} steps without guidance; distilled by RAPM (2503.20744).",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.prediction_type": "v" if teacher.schedule.prediction == "v_prediction" else "epsilon",
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "modelspec.usage_hint": f"{recipe(config)}, strength 1.0",
+        "modelspec.usage_hint": how,
         "ss_base_model_version": version,
         "ss_v2": str(teacher.family == "sd2"),
         "ss_sd_model_name": base_name(teacher),
@@ -159,9 +201,22 @@ def _headers(teacher: Teacher, config: Config, rank: int, steps_done: int) -> di
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "ss_steps": str(steps_done),
+        "ss_max_train_steps": str(config.max_train_steps),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_lr_scheduler": config.lr_schedule,
+        "ss_mixed_precision": config.mixed_precision,
+        "ss_resolution": f"({width}, {height})",
         "ss_seed": str(config.seed),
-        "ss_output_name": Path(config.output_dir).name,
+        "ss_output_name": client_name(config),  # A1111 and Forge find the LoRA by this name too
+        "ss_training_comment": how,
     }
+
+
+def _hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The hash by which A1111 and CivitAI know a file: sha256 of all that follows the header."""
+    data = save(tensors)
+    digest = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    return {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
 
 
 def base_name(teacher: Teacher) -> str:

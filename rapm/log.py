@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.trajectories import write_atomic
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""LoRA files as the world writes them: kohya's names and diffusers', alpha folded in.
+"""LoRA files as the world writes them, for the UNet and for the text encoders; alpha folded in.
 
 Shapes: R rank, C_in C_out channels, k kernel.
 """
@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from rapm.errors import UserError
+from rapm.lora_names import WIDTHS, foreign_kind, text_encoder_spellings, unet_spellings
 from rapm.unet import UNet
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]  # layer -> down (R C_in or R C_in k k), up (C_out R or C_out R 1 1)
 
@@ -23,53 +30,105 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PARTS = {
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",  # kohya
     ".lora_A.weight": "down", ".lora_B.weight": "up",  # peft
+    ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers before it used peft
+    "_lora.down.weight": "down", "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
 }  # fmt: skip
-
-
-def kohya_name(name: str) -> str:
-    """A layer's name in kohya's files, and ComfyUI's rule: the dotted path with underscores."""
-    return "lora_unet_" + name.replace(".", "_")
+TEXT = re.compile(r"lora_te\d?_|text_encoder(_2)?\.|text_model\.")
+TEXT_KEY = re.compile(r"attn2[._](processor\.)?to_k[\w.]*(down|A)\.weight$")  # its second dimension is the text's width
+FITS = "use the LoRA with the model family it was made for"
+# What a download often is instead, by its first bytes in lower case.
+IMPOSTORS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for: run `git lfs pull`",
+    b"<!doctype": "a web page, not a file: log in where it came from, and download it again",
+    b"<html": "a web page, not a file: log in where it came from, and download it again",
+    b"pk\x03\x04": "a pickle under another name: get a real .safetensors file",
+}
 
 
 def read_lora(path: str | Path, unet: UNet) -> dict[str, tuple[Tensor, Tensor]]:
-    """layer -> (down, up) of a file with kohya's or diffusers' names (or of a run's folder), fp32 on the CPU.
+    """layer -> (down, up) for the UNet, of a LoRA file of any common spelling (or of a run's folder), fp32 on the CPU.
 
-    The file's strength, alpha / rank, is folded into up. UserError for a file that is missing, damaged, a pickle, no
-    LoRA, or made for another UNet.
+    The file's strength, alpha / rank, is folded into up. What it holds for text encoders is `read_text_lora`'s.
+    UserError for a file that is missing, damaged, a pickle, no LoRA, another kind of one, or made for another UNet.
     """
-    path = Path(path)
-    path = path / WEIGHTS if path.is_dir() else path
-    tensors, header = read_tensors(path)
-    layers = unet.lora_targets()
-    spelling = {prefix: name for name in layers for prefix in (kohya_name(name), f"unet.{name}")}
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, x in tensors.items():
-        prefix, part = next(
-            ((key.removesuffix(end), part) for end, part in PARTS.items() if key.endswith(end)), ("", None)
+    path, tensors, header = _open(path)
+    width = next((x.shape[1] for key, x in tensors.items() if TEXT_KEY.search(key)), None)
+    if width not in (None, ours := unet.config["cross_attention_dim"]):
+        raise UserError(
+            f"LoRA: {path} reads text of width {width} ({WIDTHS.get(width, 'another family')}), this UNet of width "
+            f"{ours} ({WIDTHS.get(ours, 'its own')}): {FITS}"
         )
-        if part is None:
-            raise UserError(
-                f"LoRA: {path} holds {key}, which is no LoRA weight: give a LoRA with kohya or diffusers names"
-            )
-        if prefix not in spelling:
-            raise UserError(
-                f"LoRA: {path} has {key}, a layer this UNet lacks: use the LoRA with the model family it was made for"
-            )
-        found.setdefault(spelling[prefix], {})[part] = x
-    adapter_alpha = _adapter_alpha(path, header)
-    weights = {}
-    for name in layers:
-        if name in found:
-            parts = found[name]
-            if not {"down", "up"} <= parts.keys():
-                raise UserError(f"LoRA: {path} has only a part of {name}: it is damaged, get or export it again")
-            down, up = parts["down"].float(), parts["up"].float()
-            _check_shapes(path, name, layers[name].weight, down, up)
-            alpha = parts["alpha"].item() if "alpha" in parts else adapter_alpha(name)
-            weights[name] = down, up if alpha is None else up * (alpha / len(down))
-    if not weights:
-        raise UserError(f"LoRA: {path} is empty: get or export it again")
-    return weights
+    found = {}
+    spellings = unet_spellings(unet)
+    for key, stem, part, x in _parts(path, tensors):
+        if stem in spellings:
+            found.setdefault(spellings[stem], {})[part] = x
+        elif not TEXT.match(key):
+            raise UserError(f"LoRA: {path} has {key}, a layer this UNet lacks: {FITS}")
+    if not found:
+        what = "holds nothing for the UNet, which is what is used here" if tensors else "is empty"
+        raise UserError(f"LoRA: {path} {what}: get or export it again")
+    layers, alphas = unet.lora_targets(), _adapter_alpha(path, header, "unet")
+    return {name: _pair(path, name, layer, found[name], alphas) for name, layer in layers.items() if name in found}
+
+
+def read_text_lora(path: str | Path, encoders: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """encoder -> layer -> (down, up): what a LoRA file holds for the text encoders, as `read_lora` gives the UNet's.
+
+    `encoders` by diffusers' names, text_encoder and text_encoder_2; all of them are in the result. UserError likewise.
+    """
+    path, tensors, header = _open(path)
+    found: dict[str, dict[str, dict[str, Tensor]]] = {encoder: {} for encoder in encoders}
+    spellings = text_encoder_spellings(encoders)
+    for key, stem, part, x in _parts(path, tensors):
+        if TEXT.match(key):
+            if stem not in spellings:
+                raise UserError(f"LoRA: {path} has {key}, which this model's text encoders lack: {FITS}")
+            encoder, layer = spellings[stem]
+            found[encoder].setdefault(layer, {})[part] = x
+    return {
+        encoder: {
+            name: _pair(path, name, module.get_submodule(name), parts, _adapter_alpha(path, header, encoder))
+            for name, parts in found[encoder].items()
+        }
+        for encoder, module in encoders.items()
+    }
+
+
+@contextmanager
+def text_lora(pipe: DiffusionPipeline, path: str | Path | None, scale: float = 1.0) -> Iterator[None]:
+    """The pipeline's text encoders with what the LoRA file `path` holds for them, as every client applies it."""
+    names = ("text_encoder", "text_encoder_2") if path else ()
+    encoders = {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
+    weights = read_text_lora(path, encoders) if path else {}
+    before = {
+        layer.weight: layer.weight.detach().clone()
+        for encoder, parts in weights.items()
+        for layer in map(encoders[encoder].get_submodule, parts)
+    }
+    for encoder, parts in weights.items():
+        fold(encoders[encoder], parts, scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in before.items():
+                weight.copy_(old)
+
+
+@torch.no_grad()
+def fold(module: nn.Module, weights: Weights, scale: float = 1.0) -> None:
+    """Adds scale times a LoRA to the layers of `module` that it names, for good."""
+    for name, pair in weights.items():
+        weight = module.get_submodule(name).weight
+        weight.copy_(folded(weight, pair, scale))
+
+
+def folded(weight: Tensor, pair: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
+    """weight + scale up down, in fp32, on its device; `weight` C_out C_in or C_out C_in k k."""
+    down, up = (x.to(weight.device, torch.float32) for x in pair)
+    return weight.float() + scale * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -82,20 +141,61 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise UserError(f"LoRA: cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
+        start = path.read_bytes()[:64].lstrip().lower()
+        for magic, what in IMPOSTORS.items():
+            if start.startswith(magic):
+                raise UserError(f"LoRA: {path} is {what}") from error
         raise UserError(f"LoRA: {path} is not a whole safetensors file ({error}): get or export it again") from error
 
 
-def _adapter_alpha(path: Path, header: Mapping[str, str]) -> Callable[[str], float | None]:
+def _open(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The file that `path` stands for, its tensors and its header, once it is sure to be a plain LoRA."""
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    tensors, header = read_tensors(path)
+    for key in tensors:
+        if kind := foreign_kind(key):
+            raise UserError(
+                f"LoRA: {path} is {kind} ({key}): only plain LoRAs of SD1.x, SD2.x and SDXL are read here "
+                "(lora_down and lora_up)"
+            )
+    return path, tensors, header
+
+
+def _parts(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, str, Tensor]]:
+    """(key, the layer in the file's spelling, "down" | "up" | "alpha", tensor) of every tensor."""
+    for key, x in tensors.items():
+        end = next((end for end in PARTS if key.endswith(end)), None)
+        if end is None:
+            raise UserError(
+                f"LoRA: {path} holds {key}, which is no LoRA weight: give a LoRA with kohya or diffusers names"
+            )
+        yield key, key.removesuffix(end), PARTS[end], x
+
+
+def _pair(
+    path: Path, name: str, layer: nn.Module, parts: Mapping[str, Tensor], alphas: Callable[[str], float | None]
+) -> tuple[Tensor, Tensor]:
+    """(down, up) of a layer, with its strength in up."""
+    if not {"down", "up"} <= parts.keys():
+        raise UserError(f"LoRA: {path} has only a part of {name}: it is damaged, get or export it again")
+    down, up = parts["down"].float(), parts["up"].float()
+    _check_shapes(path, name, layer.weight, down, up)
+    alpha = parts["alpha"].item() if "alpha" in parts else alphas(name)
+    return down, up if alpha is None else up * (alpha / len(down))
+
+
+def _adapter_alpha(path: Path, header: Mapping[str, str], part: str) -> Callable[[str], float | None]:
     """layer -> the alpha that peft's settings in a diffusers header give it; None for the rank, as without a header."""
     try:
         adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
-        patterns = adapter.get("unet.alpha_pattern") or {}
+        patterns = adapter.get(f"{part}.alpha_pattern") or {}
     except (ValueError, AttributeError) as error:
         raise UserError(f"LoRA: {path} has a damaged lora_adapter_metadata header: get or export it again") from error
 
     def alpha(name: str) -> float | None:
         matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(matches, adapter.get("unet.lora_alpha"))
+        return next(matches, adapter.get(f"{part}.lora_alpha"))
 
     return alpha
 
@@ -105,7 +205,4 @@ def _check_shapes(path: Path, name: str, weight: Tensor, down: Tensor, up: Tenso
     wanted = [*rank, *weight.shape[1:]], [len(weight), *rank, *ones]
     for x, shape in zip((down, up), wanted, strict=True):
         if list(x.shape) != shape:
-            raise UserError(
-                f"LoRA: {path} has {name} of shape {list(x.shape)}, this UNet needs {shape}: "
-                "use the LoRA with the model family it was made for"
-            )
+            raise UserError(f"LoRA: {path} has {name} of shape {list(x.shape)}, this model needs {shape}: {FITS}")

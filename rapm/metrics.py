@@ -23,8 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.trajectories import write_atomic
 
 CHUNK = 256  # pictures whose features lie in one file: what a kill may cost
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

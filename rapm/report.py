@@ -20,11 +20,11 @@ from safetensors import safe_open
 
 from rapm.chart import Chart, svg
 from rapm.config import PRESETS, Config
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.lora_file import WEIGHTS
-from rapm.trajectories import write_atomic
 
-REPORT = "report.html"
+REPORT, PLAN = "report.html", "plan.json"
 WIDE, NARROW, SHOWN = 1600, 800, 5  # pixels across: the last grid, an earlier one; how many of these
 
 CLOSENESS = (
@@ -97,7 +97,7 @@ def page(folder: Path, config: Config, lines: list[dict]) -> str:
         _section("Measured", _evaluation(folder / "evaluation.json")),
         _section("Training", _charts(TRAINING + slots, series)),
         _section("Machine", _charts((*MACHINE, *rest), series)),
-        _section("Plan", _plan(config, last, done)),
+        _section("Plan", _plan(folder, config, last, done)),
         _section("Settings", _settings(config)),
         _section("Last figures", _table(sorted(last.items()), ("figure", "value"), folded="all figures")),
     ]
@@ -247,7 +247,8 @@ def _evaluation(path: Path) -> str:
     return "".join(parts)
 
 
-def _plan(config: Config, last: dict, done: int) -> str:
+def _plan(folder: Path, config: Config, last: dict, done: int) -> str:
+    """What was to be done, in which memory, and how long it takes."""
     slots, fine = config.steps, config.steps * config.fine_steps
     rows = [
         ("trajectories", f"{config.trajectories:,} to train on, {config.validation_prompts} held out"),
@@ -256,6 +257,13 @@ def _plan(config: Config, last: dict, done: int) -> str:
         ("training", f"{config.max_train_steps:,} iterations of {slots} slots, batch 1"),
         ("memory", f"budget {config.vram}"),
     ]
+    if (folder / PLAN).is_file():
+        plan = json.loads((folder / PLAN).read_text("utf-8"))
+        phases = ", ".join(f"{name} {size / 1024:.1f} GiB" for name, size in plan["phases"].items())
+        rows[-1:] = [
+            ("memory", f"budget {plan['budget'] / 1024:.1f} GiB; planned: {phases}"),
+            ("kept and recomputed", f"{plan['summary']}; {plan['slowdown']:.2f} times as long as without a limit"),
+        ]
     if last.get("iterations_per_second"):
         left = (config.max_train_steps - done) / last["iterations_per_second"]
         rows.append(("time", f"{_time(last.get('seconds'))[2:]} so far, {_time(left)[2:] or 'nothing'} to go"))

@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.errors import UserError
-from rapm.lora_file import read_lora
+from rapm.lora_file import read_lora, text_lora
 from rapm.schedule import Schedule
-from rapm.trajectories import noise, walk
+from rapm.solver import walk
+from rapm.trajectories import noise
 from rapm.unet import Lora, Text, UNet
 
 if TYPE_CHECKING:
@@ -76,10 +77,12 @@ def sample_batches(
         raise UserError(f"steps {steps}: the teacher's schedule has 1 to {len(teacher.schedule)}")
     shape = teacher.latent_shape(resolution)
     lora = read_lora(lora_path, teacher.unet) if lora_path else None
-    uncond = teacher.encode_negative(negative_prompt, resolution) if guidance > 1 else None
+    with text_lora(teacher.pipe, lora_path):
+        uncond = teacher.encode_negative(negative_prompt, resolution) if guidance > 1 else None
     with tqdm(total=len(prompts) * len(seeds), desc="sample", disable=None) as bar:
         for first in range(0, len(prompts), ENCODE):  # the text encoders visit the device once for each so many
-            text = teacher.encode(prompts[first : first + ENCODE], resolution)
+            with text_lora(teacher.pipe, lora_path):
+                text = teacher.encode(prompts[first : first + ENCODE], resolution)
             pairs = [(first + i, seed) for i in range(len(text.hidden)) for seed in seeds]
             for start in range(0, len(pairs), batch):
                 some = pairs[start : start + batch]

@@ -8,7 +8,8 @@ Shapes: N slots, C h w latents, K replayed slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from rapm.kernels.position_loss import position_gradient, position_loss
 from rapm.kernels.renoise import renoise
 from rapm.lora import LoRA
 from rapm.losses import hinge_discriminator
+from rapm.saved import KEEP_ALL, Memory
 from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
@@ -57,6 +59,14 @@ class Slots(nn.Module):
             self.register_buffer(name, torch.tensor(values))
 
 
+class SlotMemory(NamedTuple):
+    """What a slot's passes keep for backward, and whether both real features are made together."""
+
+    student: Memory = KEEP_ALL
+    encoder: Memory = KEEP_ALL
+    together: bool = True
+
+
 class Step:
     """The student's training, slot by slot. `load` a trajectory, then call once for each slot.
 
@@ -68,32 +78,21 @@ class Step:
     def __init__(self, unet: UNet, lora: LoRA, schedule: Schedule, config: Config, example: Trajectory, uncond: Text):
         """`example` is any trajectory: its shapes are everyone's. `uncond` serves `relative_start = "student"`."""
         self.unet, self.lora, self.config = unet, lora, config
+        self.memory = SlotMemory()  # may be another at every slot
         device = unet.device
         self.slots = Slots(schedule, config.steps, config.fine_steps).to(device)
-        self.positions = example.positions.to(device, torch.float32, copy=True)  # N+1 C h w
-        self.fine = example.fine.to(device, torch.float32, copy=True)  # N C h w
-        self.text = Text(*(None if x is None else x.clone() for x in example.text.to(device, unet.dtype)))
-        self.uncond = uncond.to(device, unet.dtype)
-        self.z = self.positions[:1].clone()  # 1 C h w: the student's own position
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.key = torch.tensor([config.seed, 0], device=device)  # of the random numbers: seed, slots walked so far
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)  # position_loss's own
         self.adversarial = torch.ones((), device=device)  # 0 while the heads warm up
-        # fp16 loses gradients below 6e-8, and a mean over the latents makes them small: through the network they are
-        # taken larger, by the root of that divisor, which leaves as much room above as below.
-        self.scale = 2.0 ** (self.z.numel().bit_length() // 2) if unet.dtype == torch.float16 else 1.0
         self.sums = torch.zeros(len(LOSSES), device=device)  # over slots, of LOSSES
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
 
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
-        self.replay = None
-        if config.replay_size and self.used:
-            with torch.no_grad():
-                features = unet.features(self.z, self.slots.high[:1], self.text)
-            self.replay = Replay(config.replay_size * config.steps, [x.expand(3, -1, -1, -1) for x in features])
-            self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
-            self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
+        self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
+        self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
+        self._allocate(example, uncond)
 
         def adam(parameters: list[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
             # The rate as a tensor, so that a captured slot follows the schedule.
@@ -106,15 +105,43 @@ class Step:
         heads = [self.discriminators.flat]
         self.head_optimizer = adam(heads, config.head_learning_rate, (0.0, 0.99)) if self.used else None
 
+    def _allocate(self, example: Trajectory, uncond: Text) -> None:
+        """What depends on the latents' shape: the trajectory's buffers, the replayed features."""
+        unet, config, device = self.unet, self.config, self.unet.device
+        self.positions = example.positions.to(device, torch.float32, copy=True)  # N+1 C h w
+        self.fine = example.fine.to(device, torch.float32, copy=True)  # N C h w
+        self.text, self.uncond = (
+            Text(*(None if x is None else x.clone() for x in text.to(device, unet.dtype)))
+            for text in (example.text, uncond)
+        )
+        self.z = self.positions[:1].clone()  # 1 C h w: the student's own position
+        # fp16 loses gradients below 6e-8, and a mean over the latents makes them small: through the network they are
+        # taken larger, by the root of that divisor, which leaves as much room above as below.
+        self.scale = 2.0 ** (self.z.numel().bit_length() // 2) if unet.dtype == torch.float16 else 1.0
+        self.replay = None
+        if config.replay_size and self.used:
+            with torch.no_grad():
+                features = unet.features(self.z, self.slots.high[:1], self.text)
+            self.replay = Replay(config.replay_size * config.steps, [x.expand(3, -1, -1, -1) for x in features])
+
+    def sibling(self, example: Trajectory, uncond: Text) -> Step:
+        """A step for latents of another shape. Weights, optimizers, counters and the slot's number are these."""
+        step = copy.copy(self)
+        step._allocate(example, uncond)
+        return step
+
     @property
     def _adversarial_weights(self) -> tuple[float, float]:
         return self.config.adversarial_relative, self.config.adversarial_absolute
 
-    def load(self, trajectory: Trajectory, iteration: int) -> None:
-        """Set the buffers for a new iteration: positions, text, and the random numbers that belong to it."""
+    def load(self, trajectory: Trajectory, iteration: int, uncond: Text | None = None) -> None:
+        """Set the buffers for a new iteration: positions, text, and the random numbers that belong to it.
+
+        `uncond` where trajectories have their own.
+        """
         self.positions.copy_(trajectory.positions, non_blocking=True)
         self.fine.copy_(trajectory.fine, non_blocking=True)
-        for mine, theirs in zip(self.text, trajectory.text, strict=True):
+        for mine, theirs in zip((*self.text, *self.uncond), (*trajectory.text, *(uncond or ())), strict=False):
             if mine is not None:
                 mine.copy_(theirs, non_blocking=True)
         self.key[1] = iteration * self.config.steps
@@ -122,7 +149,7 @@ class Step:
         self.slot.zero_()
 
     def draw(self, generator: torch.Generator, iteration: int) -> None:
-        """Draw the replayed slots of an iteration; call after `load`."""
+        """Draw the replayed slots of an iteration, the `iteration`-th of this shape; call after `load`."""
         if self.replay is None:
             return
         place = (iteration * self.config.steps + torch.arange(self.config.steps)) % self.replay.size
@@ -131,23 +158,24 @@ class Step:
         self.place.copy_(place[:, None], non_blocking=True)
         self.picks.copy_(picks, non_blocking=True)
 
-    def walk(self, z: Tensor, fine: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+    def walk(self, z: Tensor, fine: Tensor, text: Text, uncond: Text | None = None) -> tuple[Tensor, Tensor]:
         """The network's output at z, where the student stands, with gradient, and the relative target zhat_n; B C h w.
 
-        `fine` is the stored position after the teacher's first fine step from z on.
+        `fine` is the stored position after the teacher's first fine step from z on. `uncond` (1 or B rows) is the
+        loaded trajectory's unless given.
         """
         weights = self.lora.views(self.unet.dtype)
         frozen = {name: (down.detach(), up.detach()) for name, (down, up) in weights.items()}
-        out = self.unet(z, self.slots.high[self.slot], text, weights)
+        out = self.unet(z, self.slots.high[self.slot], text, weights, self.memory.student)
         with torch.no_grad():
             if self.config.relative_start == "student":
-                fine = self._teacher_step(z, text)
+                fine = self._teacher_step(z, text, self.uncond if uncond is None else uncond)
             zhat = self.unet(fine, self.slots.fine[self.slot], text, frozen)
             return out, guided_step(fine, zhat, self.slots.step_fine[self.slot][0])
 
-    def _teacher_step(self, z: Tensor, text: Text) -> Tensor:
+    def _teacher_step(self, z: Tensor, text: Text, uncond: Text) -> Tensor:
         """The teacher's guided first fine step of the slot, from the student's position."""
-        both = Text.cat([self.uncond.expand(len(z)), text])
+        both = Text.cat([uncond.expand(len(z)), text])
         out = self.unet(torch.cat([z, z]), self.slots.high[self.slot], both)
         return guided_step(z, out, self.slots.step_teacher[self.slot][0], self.config.guidance)
 
@@ -158,7 +186,9 @@ class Step:
         return renoise(fake, relative, absolute, *tables, self.key, share, self.unet.dtype)
 
     def __call__(self) -> None:
-        config = self.config
+        config, offload = self.config, self.memory.student.offload
+        if offload is not None:
+            offload.begin()
         out, zhat = self.walk(self.z, self.fine[self.slot], self.text)
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
 
@@ -170,6 +200,8 @@ class Step:
         gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
         (flat,) = torch.autograd.grad(out, self.lora.flat, gradient)
+        if offload is not None:
+            offload.finish()
         flat = flat / self.scale
         norm = flat.norm()
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
@@ -191,20 +223,24 @@ class Step:
         self.key[1] += 1
 
     @torch.no_grad()
-    def held_out(self, batch: list[Trajectory], counter: int) -> tuple[Tensor, Tensor, Tensor]:
+    def held_out(
+        self, batch: list[Trajectory], counter: int, uncond: Text | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """B trajectories walked without an update: the hinge of both discriminators, N 2 (2 is chance), the shares of
         their logits with the right sign, N 2 2 (of real, of fake positions; 0.5 is chance), and z_0, B C h w.
 
-        Equal counters give equal random numbers. Uses the slot's number and the key; `load` comes after it.
+        `uncond` where trajectories have their own. Equal counters give equal random numbers. Uses the slot's number and
+        the key; `load` comes after it.
         """
         device, hinge, right = self.z.device, [], []
         text = Text.cat([t.text for t in batch]).to(device, self.unet.dtype)
+        uncond = None if uncond is None else uncond.to(device, self.unet.dtype)
         positions, fine = (torch.stack([t[i] for t in batch], 1).to(device, torch.float32) for i in (0, 1))  # N B C h w
         z = positions[0]
         for n in range(self.config.steps):
             self.slot.fill_(n)
             self.key[1] = counter + n
-            out, zhat = self.walk(z, fine[n], text)
+            out, zhat = self.walk(z, fine[n], text, uncond)
             z = guided_step(z, out, self.slots.step[self.slot][0])
             x_u, u, _ = self.renoised(z, zhat, positions[n + 1])
             features = [self.unet.features(x, u, text) for x in x_u.chunk(3)]
@@ -225,9 +261,13 @@ class Step:
             return zero, zero, None, None
         x_u, u, keep = self.renoised(z_n, zhat, ztilde)
         x = x_u[:1].requires_grad_()
-        fake = self.unet.features(x, u, self.text)
+        fake = self.unet.features(x, u, self.text, None, self.memory.encoder)
         with torch.no_grad():
-            real = self.unet.features(x_u[1:], u, self.text.expand(2))
+            if self.memory.together:
+                real = self.unet.features(x_u[1:], u, self.text.expand(2))
+            else:
+                each = [self.unet.features(x, u, self.text) for x in x_u[1:].split(1)]
+                real = [torch.cat(taps) for taps in zip(*each, strict=True)]
             shown = [torch.cat([f, r])[:, None] for f, r in zip(fake, real, strict=True)]  # 3 1 C h w
             if self.replay is not None:
                 past = self.replay.swap([x[:, 0] for x in shown], self.place[self.slot][0], self.picks[self.slot][0])
@@ -239,17 +279,3 @@ class Step:
         if len(self.used) == 1:  # the other one's terms are 0
             terms = [F.pad(term, (self.used[0], 1 - self.used[0])) for term in terms]
         return *terms, keep, gradient
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as one CUDA graph; capturing runs nothing. The step must have run before, on the current stream.
-
-    Where the current stream is one of its own, it is captured there: two graphs that replay at once must not share
-    cuBLAS's workspace, which belongs to the stream of the capture.
-    """
-    current = torch.cuda.current_stream()
-    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return graph.replay

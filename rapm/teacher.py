@@ -51,6 +51,8 @@ class Teacher:
     unet: UNet
     schedule: Schedule
     pipe: DiffusionPipeline  # pipe.unet is None
+    aside: bool = False  # the UNet waits on the CPU while another part visits its device: both would not fit
+    apart: bool = False  # as much for a second UNet, the stock pipeline's
 
     @property
     def default_resolution(self) -> tuple[int, int]:
@@ -109,7 +111,7 @@ class Teacher:
 
         On the UNet's device and in its dtype, in which SDXL's VAE may overflow: use it for latents.
         """
-        pipe = _load_pipeline(self.location, self.unet.dtype).to(self.unet.device)
+        pipe = _load_pipeline(self.location, self.unet.dtype).to("cpu" if self.apart else self.unet.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -133,7 +135,9 @@ class Teacher:
 
     def _encode_prompt(self, prompt: str | list[str], **options: object) -> tuple[Tensor, ...]:
         """SD: (positive, negative) embeddings; SDXL: these, then the pooled (positive, negative)."""
-        return self.pipe.encode_prompt(prompt=prompt, device=self.unet.device, num_images_per_prompt=1, **options)
+        return self.pipe.encode_prompt(
+            prompt=prompt, device=self._text_encoders[0].device, num_images_per_prompt=1, **options
+        )
 
     def _text(self, resolution: tuple[int, int] | None, hidden: Tensor, pooled: Tensor | None = None) -> Text:
         if pooled is None:
@@ -145,11 +149,21 @@ class Teacher:
     @contextmanager
     def _visiting(self, *modules: nn.Module) -> Iterator[None]:
         """`modules` on the UNet's device for a while: between uses they would only take its memory."""
-        for module in modules:
-            module.to(self.unet.device)
+        device = self.unet.device
+        with self.waiting(self.aside, device):
+            for module in modules:
+                module.to(device)
+            yield
+            for module in modules:
+                module.to("cpu")
+
+    @contextmanager
+    def waiting(self, aside: bool, device: torch.device) -> Iterator[None]:
+        """The UNet on the CPU for a while, if `aside`. A captured graph that reads it must be given back before."""
+        if aside:
+            self.unet.to("cpu")
         yield
-        for module in modules:
-            module.to("cpu")
+        self.unet.to(device)
 
 
 def load_teacher(source: str, *, device: torch.device | str, dtype: torch.dtype) -> Teacher:

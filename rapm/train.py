@@ -1,156 +1,52 @@
-"""Training: plan, trajectories, iterations, checkpoints, export. `python -m rapm.train` is `rapm train`.
-
-Every random number of iteration i comes from (seed, i), so a checkpoint needs no generator state and a resumed run goes
-on bit for bit.
-"""
+"""The job: plan, trajectories, iterations, checkpoints, export. `python -m rapm.train` is `rapm train`."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm.budget import Budget, record, words
 from rapm.card import write_model_card
 from rapm.checkpoint import BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, save_best, save_checkpoint
+from rapm.clients import WORKFLOW, client_name, write_workflow
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
+from rapm.disk import sweep, write_atomic
 from rapm.errors import UserError
-from rapm.export import export_lora, verify_export
+from rapm.export import export_lora, verify_export, writing
+from rapm.families import Model, model_of
+from rapm.hub import claim_repo, upload
 from rapm.kernels.attention import xformers_problem
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.lora_file import WEIGHTS
+from rapm.merge import export_merged, verify_merged
 from rapm.panel import Watch, best_line, card_figures, panel
-from rapm.prompts import read_prompts
-from rapm.report import write_report
+from rapm.prompts import BUNDLED, Prompts, Row, load_prompts
+from rapm.report import PLAN, write_report
 from rapm.sample import labelled_grid, png
-from rapm.step import LOSSES, Step, captured
+from rapm.solver import check_grid
+from rapm.step import LOSSES
+from rapm.stop import Interrupted, advice, cores, stop_signals
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, check_grid, prepare, trajectory_seed, write_atomic
-from rapm.validate import Measured, Validation
+from rapm.training import Training
+from rapm.trajectories import Store, prepare
 from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
     WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
-    "evaluation.json", "evaluation", "report.html", BEST,
+    "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST, PLAN,
 )  # fmt: skip
-PATIENCE = 20  # non-finite updates in a row before a run gives up
-SMALL = (
-    8192  # numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine
-)
-EAGER = 1  # iterations before the slot is captured: every kernel and workspace must have been used once
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on: one line that says why. Exit code 1; what was computed is kept."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; nothing is lost. `code` is the exit code, 128 plus the signal's number."""
-
-    def __init__(self, number: int, advice: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; {advice}")
-        self.code = 128 + number
-
-
-class Training:
-    """What changes during a run: the LoRA, the heads, both optimizers, the replay, the number of iterations done."""
-
-    def __init__(self, teacher: Teacher, store: Store, config: Config) -> None:
-        self.teacher, self.store, self.config = teacher, store, config
-        self.lora = LoRA(teacher.unet, config.lora_rank, config.seed)
-        self.uncond = teacher.encode_negative(config.negative_prompt, config.resolution)
-        self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self.uncond)
-        self._slot: Callable[[], None] = self.step
-        self._eager = EAGER
-        self._reported = 0.0  # skipped updates of earlier reports
-        self.done = 0
-        self.validation = Validation(teacher, store, config, self.uncond)
-        self._measured: tuple[int, Measured] | None = None
-
-    def iterate(self) -> None:
-        """One iteration: one trajectory, N slots, both updates in each."""
-        if self._eager == 0 and self.step.z.is_cuda:
-            self._slot = captured(self.step)
-        self._eager -= 1
-        trained = self.validation.trained
-        epoch, place = divmod(self.done, trained)
-        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        self.step.load(self.store[int(order[place])], self.done)
-        self.step.draw(self._generator(f"iteration {self.done}"), self.done)
-        self._set_rates()
-        for _ in range(self.config.steps):
-            self._slot()
-        self.done += 1
-
-    def measure(self) -> Measured:
-        """What `validation` says of the student as it is now; once for each iteration."""
-        if self._measured is None or self._measured[0] != self.done:
-            self._measured = self.done, self.validation(self.step)
-        return self._measured[1]
-
-    def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
-        skipped = float(self.step.skipped)
-        counted = max(1.0, slots - (skipped - self._reported))
-        means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
-        self.step.sums.zero_()
-        self._reported = skipped
-        return {**means, "skipped": skipped}
-
-    def check(self) -> None:
-        """RunError after too many updates in a row that were not finite."""
-        if float(self.step.worst) >= PATIENCE:
-            raise RunError(
-                f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
-                "lower learning_rate, or use mixed_precision bf16 or no"
-            )
-
-    def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name."""
-        step = self.step
-        tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
-        tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
-        if step.replay is not None:
-            tensors |= {f"replay.{name}": x for name, x in step.replay.state_dict().items()}
-        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
-                tensors |= {f"adam.{label}.{i}.{name}": x for name, x in optimizer.state[parameter].items()}
-        return tensors
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Tensor], done: int) -> None:
-        """The inverse of `state`."""
-        step, device = self.step, self.step.z.device
-        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
-                moments = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
-        for name, mine in self.state().items():
-            mine.copy_(state[name])
-        self._reported = float(step.skipped)
-        self.done = done
-
-    def _set_rates(self) -> None:
-        config, i = self.config, self.done
-        rise = min(1.0, (i + 1) / (config.lr_warmup_steps + 1))
-        fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
-        self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
-        self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))
 
 
 def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -> Path:
@@ -159,20 +55,24 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
     _claim(folder)
     check_tracker(config.report_to)
     checkpoint = find_checkpoint(folder, resume) if resume else None
-    teacher, config, prompts = prepare_teacher(config)
+    teacher, config, prompts, budget = prepare_run(config)
     state, done = load_checkpoint(checkpoint, config) if checkpoint else ({}, 0)
     if dry_run:
         print(describe(config, teacher, prompts))
         return folder
     with advice("the same command goes on with the trajectories"):
+        config = _keep_prompts(folder, config, prompts)
         store = solve_all(config, teacher, prompts)
-    _set_aside(folder, done)
-    (folder / "config.toml").write_text(config.to_toml())
-    training = Training(teacher, store, config)
-    if checkpoint:
-        training.restore(state, done)
-        print(f"resumed from {checkpoint} at iteration {done}")
-    run(training, folder)
+    with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
+        _set_aside(folder, done)
+        write_atomic(folder / "config.toml", config.to_toml().encode())
+        if budget:
+            write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
+        training = Training(teacher, store, config, budget)
+        if checkpoint:
+            training.restore(state, done)
+            print(f"resumed from {checkpoint} at iteration {done}")
+        run(training, folder)
     with advice(f"`rapm export --run {folder}` finishes it"):
         finish(training, folder)
     return folder
@@ -183,41 +83,69 @@ def solve_only(config: Config) -> Store:
     _claim(Path(config.output_dir))
     teacher, config, prompts = prepare_teacher(config)
     with advice("the same command goes on"):
+        config = _keep_prompts(Path(config.output_dir), config, prompts)
         return solve_all(config, teacher, prompts)
 
 
-def export_run(folder: Path, which: str = "latest") -> None:
-    """Export a run's checkpoint again: its newest, its best, or that of a path."""
+def export_run(
+    folder: Path, which: str = "latest", *, dtype: torch.dtype = torch.float32, merge: bool = False,
+    push_to_hub: str | None = None,
+) -> None:  # fmt: skip
+    """Export a run's checkpoint (its newest, its best, or that of a path) again, in `dtype`.
+
+    `merge` writes a whole pipeline too; `push_to_hub` uploads, to owner/name, or with "" to a model of the run's name.
+    """
+    if not checkpoints(folder):
+        raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
+    _claim(folder)
     checkpoint = find_checkpoint(folder, which)
     config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
+    repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
     teacher, config, prompts = prepare_teacher(config)
     state = load_checkpoint(checkpoint, config)
     training = Training(teacher, solve_all(config, teacher, prompts), config)
     training.restore(*state)
-    finish(training, folder)
+    finish(training, folder, dtype=dtype, merge=merge, repo=repo)
 
 
-def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[str]]:
-    """The teacher, the settings with its resolution, and the prompts; everything a user can get wrong is checked."""
+def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[Row]]:
+    """As `prepare_run`, without the budget."""
+    return prepare_run(config)[:3]
+
+
+def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | None]:
+    """The teacher, the settings with its resolution, the prompts, and the plan for the budget.
+
+    Everything a user can get wrong is checked; a budget that cannot work before the weights are read, where it can be.
+    """
     prompts = training_prompts(config)
     if config.attention == "xformers" and (problem := xformers_problem()):
         raise UserError(f"attention xformers: {problem}, or use sdpa")
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    device, budget = pick_device(config), None
+    planned = Budget.wanted(config, device)
+    if planned and (config.teacher == "embedded" or (Path(config.teacher).expanduser() / "unet").is_dir()):
+        budget = Budget(model_of(config.teacher), config, device)
+    teacher = load_teacher(config.teacher, device=device, dtype=DTYPES[config.mixed_precision])
     teacher.unet.use_attention(config.attention)
     config = config.replace(resolution=config.resolution or teacher.default_resolution)
+    if planned:
+        budget = budget or Budget(Model.of(teacher), config, device)
+        config = budget.apply(teacher, config)
+        print(words(budget))
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
-    teacher.latent_shape(config.resolution)
+    for resolution in config.resolutions:
+        teacher.latent_shape(resolution)
+    print(f"prompts: {prompts}")
     count = config.trajectories + config.validation_prompts
-    if len(prompts) > count:
-        print(
-            f"warning: {count} trajectories use only the first of {len(prompts)} prompts; `trajectories` asks for more"
-        )
-    if long := teacher.count_truncated(prompts[:count]):
-        print(f"warning: {long} of {len(prompts)} prompts are longer than the text encoder reads and are cut there")
-    return teacher, config, prompts
+    if (different := prompts.different) > count:
+        print(f"warning: {count} trajectories use only the first of {different} prompts; `trajectories` asks for more")
+    if long := teacher.count_truncated(prompts.texts):
+        used = len(prompts.rows)
+        print(f"warning: {long} of {used} prompts are longer than the text encoder reads and are cut there")
+    return teacher, config, prompts.rows, budget
 
 
-def solve_all(config: Config, teacher: Teacher, prompts: list[str]) -> Store:
+def solve_all(config: Config, teacher: Teacher, prompts: list[Row]) -> Store:
     """Stage 1: the trajectories to train on and, after them, the held-out ones."""
     total = config.replace(trajectories=config.trajectories + config.validation_prompts)
     return prepare(config.store or Path(config.output_dir) / "trajectories", teacher, prompts, total)
@@ -228,7 +156,8 @@ def run(training: Training, folder: Path) -> None:
     config, step, watch = training.config, training.step, Watch()
     start, first, pending, values = time.perf_counter(), training.done, 0, {}
     bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
-    with stop_signals() as stopped, cores(step), bar, Log(folder, config.report_to, training.done) as log:
+    log = Log(folder, config.report_to, training.done)
+    with stop_signals() as stopped, cores(training.steps.values()), bar, log:
         while training.done < config.max_train_steps:
             training.iterate()
             bar.update()
@@ -248,6 +177,7 @@ def run(training: Training, folder: Path) -> None:
                 training.check()
                 pending = 0
             if done % config.validation_steps == 0 or last:
+                training.release()
                 validate(training, folder, log, watch, values)
             if done % config.checkpointing_steps == 0 or last or stop:
                 save_checkpoint(folder, training.state(), done, config)
@@ -271,22 +201,35 @@ def validate(training: Training, folder: Path, log: Log, watch: Watch, losses: d
     picture(training, measured.pictures, folder / "samples" / f"{done:06d}.png")
 
 
-def finish(training: Training, folder: Path) -> None:
-    """Export, prove the files in stock software, draw the samples, write the card and the report."""
+def finish(
+    training: Training, folder: Path, *, dtype: torch.dtype = torch.float32, merge: bool = False,
+    repo: str | None = None,
+) -> None:  # fmt: skip
+    """Export, prove the files in stock software, draw the samples, write card and report; upload to `repo`."""
     teacher, config, lora = training.teacher, training.config, training.lora.export()
     shown = [training.store[i] for i in training.validation.held_out]
-    export_lora(folder, lora, teacher, config=config, steps_done=training.done)
-    noise = torch.stack([t.positions[0] for t in shown[:2]])
-    verify_export(folder, teacher, lora, prompts=[t.prompt for t in shown[:2]], noise=noise, steps=config.steps)
+    prompts, same = [t.prompt for t in shown], [t for t in shown if t.positions.shape == shown[0].positions.shape][:2]
+    noise = torch.stack([t.positions[0] for t in same])
+    proof = dict(prompts=[t.prompt for t in same], noise=noise, steps=config.steps)
+    export_lora(folder, lora, teacher, config=config, steps_done=training.done, dtype=dtype)
+    verify_export(folder, teacher, lora, **proof)
     measured = training.measure()
-    picture(training, measured.pictures, folder / "samples.png")
-    write_model_card(
-        folder, teacher, config=config, prompts=[t.prompt for t in shown], steps_done=training.done,
-        metrics={"held-out trajectories": card_figures(measured.figures)},
-    )  # fmt: skip
+    with writing(folder):
+        picture(training, measured.pictures, folder / "samples.png")
+        write_workflow(folder, teacher, config=config, prompt=prompts[0])
+        write_model_card(
+            folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
+            metrics={"held-out trajectories": card_figures(measured.figures)},
+        )  # fmt: skip
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
     print(best_line(folder, training.done, measured.figures.get("val_fd"), find_best(folder)))
     print(f"report: {write_report(folder)}")
+    if merge:
+        path = export_merged(folder, lora, teacher, dtype=dtype)
+        verify_merged(path, teacher, lora, **proof, dtype=dtype)
+        print(f"merged: {path} is a whole pipeline that samples as the student does, without a LoRA")
+    if repo:
+        print(f"pushed: {upload(folder, repo)}, private until you publish it in its settings, unless it was public")
 
 
 def picture(training: Training, student: list[Tensor], path: Path) -> None:
@@ -297,27 +240,36 @@ def picture(training: Training, student: list[Tensor], path: Path) -> None:
     write_atomic(path, png(labelled_grid(rows, prompts), prompts=json.dumps(prompts)))
 
 
-def training_prompts(config: Config) -> list[str]:
-    """The prompts of the trajectories, the held-out ones last."""
-    if config.prompts is not None:
-        return read_prompts(config.prompts)
-    if config.teacher != "embedded":
-        raise UserError("prompts: give --prompts FILE, one prompt a line (only the embedded teacher brings its own)")
+def training_prompts(config: Config) -> Prompts:
+    """The prompts of the trajectories, the held-out ones last; of a longer list the first ones."""
+    if config.prompts is not None or config.teacher != "embedded":
+        prompts = load_prompts(config.prompts or BUNDLED, config.trajectories + config.validation_prompts)
+        return prompts if config.prompts else replace(prompts, name="the bundled list")
     captions = scenes.draw_captions(config.trajectories, seed=config.seed)
     captions += scenes.draw_captions(config.validation_prompts, seed=config.seed, unseen=True)
-    return [scenes.caption(i) for i in captions]
+    rows = [Row(scenes.caption(i)) for i in captions]
+    return Prompts("the embedded teacher's captions", rows, len(rows), len(rows))
 
 
-def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
+def _keep_prompts(folder: Path, config: Config, prompts: list[Row]) -> Config:
+    """What came by the standard input, which cannot be read again, goes into a file of the run."""
+    if config.prompts != "-":
+        return config
+    write_atomic(folder / "prompts.txt", "".join(f"{row.text}\n" for row in prompts).encode())
+    return config.replace(prompts=str(folder / "prompts.txt"))
+
+
+def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:
     """What a run would do, for `--dry-run`."""
     lora = LoRA(teacher.unet, config.lora_rank)
-    c, h, w = teacher.latent_shape(config.resolution)
-    size = getattr(torch, config.trajectory_dtype).itemsize
+    sizes = [math.prod(teacher.latent_shape(resolution)) for resolution in config.resolutions]
     count = config.trajectories + config.validation_prompts
-    disk = count * (2 * config.steps + 1) * c * h * w * size / 2**20
+    numbers = sum(sizes[i % len(sizes)] for i in range(count)) * (2 * config.steps + 1)
+    disk = numbers * getattr(torch, config.trajectory_dtype).itemsize / 2**20
+    resolutions = ", ".join(f"{height}x{width}" for height, width in config.resolutions)
     grid, parameters = f"{config.steps} x {config.fine_steps} steps", lora.flat.numel() / 1e6
     return "\n".join([
-        f"teacher       {teacher.source} ({teacher.family}), {config.resolution[0]}x{config.resolution[1]}",
+        f"teacher       {teacher.source} ({teacher.family}), {resolutions}",
         f"prompts       {len(prompts)}",
         f"trajectories  {count} of {grid}, guidance {config.guidance}: {disk:.0f} MiB of positions",
         f"student       LoRA rank {config.lora_rank}, {parameters:.2f} M parameters on {len(lora.names)} layers",
@@ -326,52 +278,13 @@ def describe(config: Config, teacher: Teacher, prompts: list[str]) -> str:
     ])  # fmt: skip
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM append their number to the list, so that the loop saves first; a second one stops at once."""
-    stopped: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if stopped:
-            raise KeyboardInterrupt
-        stopped.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield stopped
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-@contextmanager
-def advice(words: str) -> Iterator[None]:
-    """What to do after Ctrl-C in a phase that keeps its own results."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, words) from None
-
-
-@contextmanager
-def cores(step: Step) -> Iterator[None]:
-    """One core for a slot too small to share among several."""
-    before = torch.get_num_threads()
-    if not step.z.is_cuda and step.z.numel() < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _claim(folder: Path) -> None:
     """Make the output folder. UserError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
+        sweep(folder)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
 
@@ -380,7 +293,7 @@ def _set_aside(folder: Path, done: int) -> None:
     """Move what an earlier run left to `previous-K/`: all of it, or on resuming the checkpoints after `done`."""
     old = [path for path in checkpoints(folder) if int(path.name.partition("-")[2]) > done]
     best = find_best(folder)
-    if done and best and best[0] > done:
+    if done and best and best[0] > done:  # a run that goes on from before it will find its own
         old.append(folder / BEST)
     if not done and (folder / "metrics.jsonl").exists():
         old += [path for name in OUTPUTS if (path := folder / name).exists()]

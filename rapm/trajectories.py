@@ -5,6 +5,9 @@
 
 A file appears whole under its name, or not at all; an interrupted store goes on at its first missing shard.
 
+Sizes: trajectory i has the resolution i mod B of B (they are `buckets`), and a shard holds one of them: shard s has
+the trajectories of bucket s mod B. With one resolution a shard is a run of neighbours.
+
 Shapes: B batch, N coarse slots, M fine steps per slot, C h w latents.
 """
 
@@ -13,9 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,18 +27,21 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm.disk import sweep, write_atomic
 from rapm.errors import UserError
-from rapm.schedule import Schedule, step_coefficients, trailing_steps
-from rapm.unet import Lora, Text, UNet
+from rapm.prompts import Row
+from rapm.solver import Solver, check_grid
+from rapm.unet import Text
 
 if TYPE_CHECKING:
     from rapm.config import Config
     from rapm.teacher import Teacher
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES, SHARD_MAX = 64 * 2**20, 64  # what a kill may cost, and what a write may hold in memory
 METADATA = "metadata.json"
 SEAL, BLANK = b'"sha256":"', b"0" * 64  # where a shard's own hash goes: no string in a JSON header has bare quotes
+LISTS = ("prompts", "seeds", "negatives")  # of a shard's header, an entry for each trajectory
 TENSORS = ("positions", "fine", "hidden", "pooled", "time_ids")
 
 
@@ -48,16 +53,7 @@ class Trajectory(NamedTuple):
     text: Text  # B = 1
     prompt: str
     seed: int
-
-
-def check_grid(T: int, steps: int, fine_steps: int) -> None:
-    """UserError unless the fine grid of N M steps contains the coarse grid of N steps."""
-    if steps < 1 or fine_steps < 1:
-        raise UserError(f"steps {steps}, fine_steps {fine_steps}: both must be at least 1")
-    if T % (steps * fine_steps):
-        raise UserError(
-            f"steps {steps} x fine_steps {fine_steps} = {steps * fine_steps} must divide the teacher's {T} timesteps"
-        )
+    negative: str = ""  # what its guidance moved away from
 
 
 def trajectory_seed(seed: int, index: int | str) -> int:
@@ -70,75 +66,13 @@ def noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
-def walk(
-    unet: UNet,
-    schedule: Schedule,
-    text: Text,
-    noise: Tensor,  # B C h w
-    steps: int,
-    *,
-    lora: Lora = None,
-    guidance: float = 1.0,
-    uncond: Text | None = None,
-) -> Iterator[Tensor]:
-    """The positions B C h w after each of `steps` DDIM steps: fp32 on the UNet's device, the network in its own dtype.
-
-    As in the stock pipeline, guidance above 1 asks for `uncond` (B or 1 rows) and doubles the network's batch.
-    """
-    guided = guidance > 1
-    text = text.to(unet.device, unet.dtype)
-    if guided:
-        text = Text.cat([uncond.to(unet.device, unet.dtype).expand(len(noise)), text])
-    if lora is not None:
-        lora = {
-            name: (down.to(unet.device, unet.dtype), up.to(unet.device, unet.dtype))
-            for name, (down, up) in lora.items()
-        }
-    z = noise.to(unet.device, torch.float32)
-    for t, s in trailing_steps(len(schedule), steps):
-        x = torch.cat([z, z]) if guided else z
-        out = unet(x.to(unet.dtype), torch.tensor(t, device=unet.device), text, lora).float()
-        if guided:
-            without, with_text = out.chunk(2)
-            out = without + guidance * (with_text - without)
-        a, b = step_coefficients(schedule, t, s)
-        z = a * z + b * out
-        yield z
-
-
-def solve(
-    unet: UNet,
-    schedule: Schedule,
-    text: Text,
-    uncond: Text | None,
-    noise: Tensor,  # B C h w
-    *,
-    steps: int,
-    fine_steps: int,
-    guidance: float,
-) -> tuple[Tensor, Tensor]:
-    """N slots of M guided DDIM steps from `noise`: (positions B N+1 C h w, fine B N C h w), fp32 on the UNet's device.
-
-    positions[:, 0] is the noise (METHOD.md's index N), the last one the image's latents.
-    """
-    check_grid(len(schedule), steps, fine_steps)
-    positions, fine = [noise.to(unet.device, torch.float32)], []
-    whole = walk(unet, schedule, text, noise, steps * fine_steps, guidance=guidance, uncond=uncond)
-    for i, z in enumerate(whole):
-        if i % fine_steps == 0:
-            fine.append(z)
-        if (i + 1) % fine_steps == 0:
-            positions.append(z)
-    return torch.stack(positions, dim=1), torch.stack(fine, dim=1)
-
-
 class Store:
     """A finished folder of trajectories, read from the mapped files one at a time."""
 
     def __init__(self, folder: Path, metadata: dict) -> None:
         self.folder, self.metadata = folder, metadata
-        self._open: dict[int, tuple] = {}  # shard -> (file handle, prompts, seeds)
+        self.resolutions = _resolutions(metadata)
+        self._open: dict[int, tuple] = {}  # shard -> (file handle, the lists of its header)
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
@@ -154,64 +88,109 @@ class Store:
         return self.metadata["count"]
 
     def __getitem__(self, index: int) -> Trajectory:
+        (file, lists), row = self._place(index)
+        rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
+        text = Text(rows["hidden"], rows.get("pooled"), rows.get("time_ids"))
+        words = (lists[name][row] for name in LISTS)
+        return Trajectory(rows["positions"][0], rows["fine"][0], text, *words)
+
+    def negative(self, index: int) -> str:
+        """The negative prompt of trajectory `index`; no tensor is read."""
+        (_, lists), row = self._place(index)
+        return lists["negatives"][row]
+
+    def _place(self, index: int) -> tuple[tuple, int]:
+        """The opened shard of a trajectory, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(f"trajectory {index} of {len(self)}")
-        shard, row = divmod(index, self.metadata["shard_size"])
+        turn, bucket = divmod(index, len(self.resolutions))
+        group, row = divmod(turn, self.metadata["shard_size"])
+        shard = group * len(self.resolutions) + bucket
         if shard not in self._open:
             file = safe_open(self.folder / _shard_name(shard), framework="pt")
             header = file.metadata()
-            self._open[shard] = file, json.loads(header["prompts"]), json.loads(header["seeds"])
-        file, prompts, seeds = self._open[shard]
-        rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
-        text = Text(rows["hidden"], rows.get("pooled"), rows.get("time_ids"))
-        return Trajectory(rows["positions"][0], rows["fine"][0], text, prompts[row], seeds[row])
+            self._open[shard] = file, {name: json.loads(header[name]) for name in LISTS}
+        return self._open[shard], row
+
+    def resolution(self, index: int) -> tuple[int, int]:
+        """Height, width in pixels of trajectory `index`."""
+        return self.resolutions[index % len(self.resolutions)]
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[index] for index in range(len(self)))
 
 
 def prepare(
-    folder: str | Path, teacher: Teacher, prompts: list[str], config: Config, *, progress: bool = True
+    folder: str | Path, teacher: Teacher, prompts: Sequence[str | Row], config: Config, *, progress: bool = True
 ) -> Store:
     """The store of `config.trajectories` trajectories in `folder`: computes the shards that are not there yet.
 
-    Trajectory i has prompt i, taken in turn, and the noise of `trajectory_seed(config.seed, i)`. A larger count extends
-    a store. UserError, before any work, if the folder holds other trajectories, cannot be written, or the disk is full.
+    Trajectory i has prompt i and resolution i, each taken in turn, and the noise of `trajectory_seed(config.seed, i)`.
+    A larger count extends a store, and so do more prompts, if the trajectories that are there would be the same.
+    UserError, before any work, if the folder holds others, cannot be written, or the disk is full.
     """
     folder = Path(folder)
+    grid = dict(steps=config.steps, fine_steps=config.fine_steps, guidance=config.guidance)
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
-    resolution = config.resolution or teacher.default_resolution
-    shape = teacher.latent_shape(resolution)
-    uncond = teacher.encode_negative(config.negative_prompt, resolution)
-    trajectory_bytes = _trajectory_bytes(shape, uncond, config)
-    metadata = _metadata(teacher, prompts, config, resolution, trajectory_bytes)
-    missing = _claim(folder, metadata, trajectory_bytes)
+    resolutions = config.resolutions or (teacher.default_resolution,)
+    shapes = [teacher.latent_shape(resolution) for resolution in resolutions]
+    rows = [Row(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    negatives = Negatives(teacher, config.negative_prompt)
+    sizes = [_trajectory_bytes(shape, negatives(""), config) for shape in shapes]
+    metadata = _metadata(teacher, rows, config, resolutions, max(sizes))
+    missing = _claim(folder, metadata, rows, sizes)
     count, todo = config.trajectories, sum(map(len, missing.values()))
     with tqdm(total=count, initial=count - todo, desc="trajectories", disable=not progress) as bar:
-        for name, indices in missing.items():
-            shard_prompts = [prompts[i % len(prompts)] for i in indices]
-            seeds = [trajectory_seed(config.seed, i) for i in indices]
-            text = teacher.encode(shard_prompts, resolution)
-            solved = []
-            for start in range(0, len(indices), config.solve_batch):
-                batch = seeds[start : start + config.solve_batch]
-                positions, fine = solve(
-                    teacher.unet,
-                    teacher.schedule,
-                    text.rows(start, start + len(batch)),
-                    uncond,
-                    torch.stack([noise(seed, shape) for seed in batch]),
-                    steps=config.steps,
-                    fine_steps=config.fine_steps,
-                    guidance=config.guidance,
-                )
-                dtype = getattr(torch, config.trajectory_dtype)
-                solved.append((positions.to("cpu", dtype), fine.to("cpu", dtype)))
-                bar.update(len(batch))
-            tensors = zip(TENSORS, (*map(torch.cat, zip(*solved, strict=True)), *text), strict=True)
-            header = {"store": _store_id(metadata), "prompts": json.dumps(shard_prompts), "seeds": json.dumps(seeds)}
-            write_atomic(folder / name, _shard_bytes({key: x for key, x in tensors if x is not None}, header))
+        for bucket, (resolution, shape) in enumerate(zip(resolutions, shapes, strict=True)):
+            solver = Solver(teacher.unet, teacher.schedule, **grid)  # one a size: it holds the memory of its graphs
+            for name, indices in missing.items():
+                if indices[0] % len(resolutions) != bucket:
+                    continue
+                shard = [rows[i % len(rows)] for i in indices]
+                seeds = [trajectory_seed(config.seed, i) for i in indices]
+                text = teacher.encode([row.text for row in shard], resolution)
+                for row in shard:
+                    negatives(row.negative)
+                if teacher.aside:  # the UNet has moved: what was captured reads where it was
+                    solver = Solver(teacher.unet, teacher.schedule, **grid)
+                solved = []
+                for start in range(0, len(indices), config.solve_batch):
+                    batch = slice(start, start + config.solve_batch)
+                    start_noise = torch.stack([noise(seed, shape) for seed in seeds[batch]])
+                    shown = text.rows(batch.start, batch.stop)
+                    uncond = negatives.rows([row.negative for row in shard[batch]], shown)
+                    positions, fine = solver(shown, start_noise, uncond)
+                    dtype = getattr(torch, config.trajectory_dtype)
+                    solved.append((positions.to("cpu", dtype), fine.to("cpu", dtype)))
+                    bar.update(len(start_noise))
+                tensors = zip(TENSORS, (*map(torch.cat, zip(*solved, strict=True)), *text), strict=True)
+                unwanted = [row.negative or config.negative_prompt for row in shard]
+                lists = zip(LISTS, ([row.text for row in shard], seeds, unwanted), strict=True)
+                header = {"store": _store_id(metadata), **{key: json.dumps(values) for key, values in lists}}
+                write_atomic(folder / name, _shard_bytes({key: x for key, x in tensors if x is not None}, header))
     return Store.open(folder)
+
+
+class Negatives:
+    """What guidance moves away from, by its words; "" stands for `default`. The text encoders run once for each."""
+
+    def __init__(self, teacher: Teacher, default: str) -> None:
+        self._teacher, self._default = teacher, default
+        self._encoded: dict[str, Text] = {}
+
+    def __call__(self, words: str, like: Text | None = None) -> Text:
+        """B = 1, fp32 on the CPU, with the sizes of `like`, the text that it stands against."""
+        words = words or self._default
+        if words not in self._encoded:
+            self._encoded[words] = self._teacher.encode_negative(words)
+        text = self._encoded[words]
+        return text if like is None or like.time_ids is None else text._replace(time_ids=like.time_ids[:1])
+
+    def rows(self, words: Sequence[str], like: Text) -> Text:
+        """One row where all are the same, else one for each."""
+        if len(set(words)) == 1:
+            return self(words[0], like)
+        return Text.cat([self(one, like) for one in words])
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -225,41 +204,28 @@ def verify(folder: str | Path) -> list[str]:
     return [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """`data` under `path`, on the disk when this returns; a reader, or a kill, never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself is in the folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 def _trajectory_bytes(shape: tuple[int, int, int], text: Text, config: Config) -> int:
     latents = (2 * config.steps + 1) * math.prod(shape) * getattr(torch, config.trajectory_dtype).itemsize
     return latents + sum(x.nbytes for x in text if x is not None)
 
 
 def _metadata(
-    teacher: Teacher, prompts: list[str], config: Config, resolution: tuple[int, int], trajectory_bytes: int
+    teacher: Teacher, rows: list[Row], config: Config, resolutions: tuple[tuple[int, int], ...], trajectory_bytes: int
 ) -> dict:
     """What the trajectories depend on (plain settings first: the first difference is what a user is told)."""
     shard_size = max(1, min(SHARD_MAX, SHARD_BYTES // trajectory_bytes))
+    sizes = [list(resolution) for resolution in resolutions]
     return {
         "format": FORMAT,
         "steps": config.steps,
         "fine_steps": config.fine_steps,
         "guidance": float(config.guidance),
         "negative_prompt": config.negative_prompt,
-        "resolution": list(resolution),
+        "resolution": sizes if len(sizes) > 1 else sizes[0],
         "dtype": str(teacher.unet.dtype).removeprefix("torch."),
         "trajectory_dtype": config.trajectory_dtype,
         "seed": config.seed,
-        "prompts": _sha256(json.dumps(prompts).encode()),
+        "prompts": _prompts_id(rows, config.trajectories),
         "schedule": f"{teacher.schedule.prediction} {_sha256(teacher.schedule.abar.numpy().tobytes())}",
         "teacher": teacher.fingerprint,
         "shard_size": 1 << (shard_size.bit_length() - 1),
@@ -267,19 +233,28 @@ def _metadata(
     }
 
 
-def _claim(folder: Path, metadata: dict, trajectory_bytes: int) -> dict[str, range]:
-    """Makes `folder` the store of `metadata` and returns its missing shards, or says why it cannot be."""
+def _prompts_id(rows: list[Row], count: int) -> str:
+    """Of the prompts that `count` trajectories use: a list may go on behind them, and grow."""
+    return _sha256(json.dumps([row if row.negative else row.text for row in rows[:count]]).encode())
+
+
+def _claim(folder: Path, metadata: dict, rows: list[Row], sizes: list[int]) -> dict[str, range]:
+    """Makes `folder` the store of `metadata` and returns its missing shards, or says why it cannot be.
+
+    `sizes`: bytes of a trajectory, by bucket.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.tmp"):
-            stale.unlink()
+        sweep(folder)
         if (folder / METADATA).exists() and any(folder.glob("shard-*")):
-            _refuse_difference(folder, _read_metadata(folder), metadata)
+            found = _read_metadata(folder)
+            _refuse_difference(folder, found, {**metadata, "prompts": _prompts_id(rows, found["count"])})
         shards = _shards(metadata).items()
-        missing = {name: rows for name, rows in shards if _rows(folder / name, metadata) != len(rows)}
+        missing = {name: indices for name, indices in shards if _rows(folder / name, metadata) != len(indices)}
         if not missing:
             return missing
-        needed, free = sum(map(len, missing.values())) * trajectory_bytes, shutil.disk_usage(folder).free
+        needed = sum(len(indices) * sizes[indices[0] % len(sizes)] for indices in missing.values())
+        free = shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(
                 f"store {folder} needs {needed / 2**20:.1f} MiB, the disk has {free / 2**20:.1f} MiB free: "
@@ -301,10 +276,18 @@ def _refuse_difference(folder: Path, found: dict, wanted: dict) -> None:
             )
 
 
+def _resolutions(metadata: dict) -> list[tuple[int, int]]:
+    """One for each bucket."""
+    sizes = metadata["resolution"]
+    return [tuple(size) for size in sizes] if isinstance(sizes[0], list) else [tuple(sizes)]
+
+
 def _shards(metadata: dict) -> dict[str, range]:
-    """File name -> the trajectories it holds."""
-    count, size = metadata["count"], metadata["shard_size"]
-    return {_shard_name(i // size): range(i, min(i + size, count)) for i in range(0, count, size)}
+    """File name -> the trajectories it holds: every B-th one, of one bucket."""
+    count, size, buckets = metadata["count"], metadata["shard_size"], len(_resolutions(metadata))
+    starts = [group + bucket for group in range(0, count, size * buckets) for bucket in range(buckets)]
+    shards = [range(start, min(start - start % buckets + size * buckets, count), buckets) for start in starts]
+    return {_shard_name(i): indices for i, indices in enumerate(shards) if indices}
 
 
 def _shard_name(shard: int) -> str:
@@ -341,7 +324,7 @@ def _shard_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
 
 
 def _store_id(metadata: dict) -> str:
-    return _sha256(json.dumps({**metadata, "count": None}).encode())
+    return _sha256(json.dumps({**metadata, "count": None, "prompts": None}).encode())
 
 
 def _render(metadata: dict) -> bytes:
@@ -359,6 +342,8 @@ def _read_metadata(folder: Path) -> dict:
         metadata = {}
     if _render(metadata) != data:
         raise UserError(f"{path} is damaged: delete the store, it will be computed again")
+    if metadata["format"] != FORMAT:
+        raise UserError(f"store {folder} has format {metadata['format']}, not {FORMAT}: take another output_dir")
     return metadata
 
 

@@ -1,7 +1,8 @@
 """The UNet of SD1.x, SD2.x and SDXL: teacher, student (with a LoRA) and discriminator backbone in one set of weights.
 
 Parameter names are those of diffusers' UNet2DConditionModel, so a checkpoint loads strictly. The LoRA is an argument of
-the forward, `lora[name] = (down, up)`: the layer `name` adds up(down(x)); `lora=None` is the teacher.
+the forward, `lora[name] = (down, up)`: the layer `name` adds up(down(x)); `lora=None` is the teacher. So is `memory`,
+what each layer keeps for backward (rapm/saved.py); by default everything.
 
 Shapes: B batch, C channels, H W height and width, N = H W positions, L text tokens, E time embedding, R rank.
 """
@@ -28,6 +29,7 @@ from rapm.kernels.group_norm_silu import group_norm_silu
 from rapm.kernels.layer_norm import layer_norm
 from rapm.kernels.lora_conv import lora_conv
 from rapm.kernels.lora_linear import lora_linear
+from rapm.saved import KEEP, KEEP_ALL, Memory, Saved
 
 Lora = Mapping[str, tuple[Tensor, Tensor]] | None
 
@@ -133,19 +135,34 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm of x + shift + residual, and its SiLU where `silu`; with a residual also that sum: (y, sum)."""
 
     def forward(
-        self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:  # x, residual: B C H W, shift: B C
-        options = dict(silu=silu, shift=shift, residual=residual)
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, **options)
+        self, x: Tensor, saved: Saved = KEEP, *, silu: bool = False, shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip  # x, residual: B C H W, shift: B C
+        def norm(x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+            options = dict(silu=silu, shift=shift, residual=residual)
+            return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, **options)
+
+        out = norm(x, shift, residual)
+        if residual is None:
+            saved.again("lean", out, norm, x, shift)
+        else:
+            saved.again("lean", out[0], norm, out[1])
+        return out
 
 
 class LayerNorm(nn.LayerNorm):
     """(x + residual, its LayerNorm); without a residual x itself is the sum."""
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:  # B N C
+    def forward(self, x: Tensor, residual: Tensor | None, saved: Saved = KEEP) -> tuple[Tensor, Tensor]:  # B N C
+        def norm(x: Tensor) -> Tensor:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+
         if residual is None:
-            return x, layer_norm(x, self.weight, self.bias, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps, residual)
+            y = norm(x)
+        else:
+            x, y = layer_norm(x, self.weight, self.bias, self.eps, residual)
+        saved.again("lean", y, norm, x)
+        return x, y
 
 
 def sinusoid(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -176,10 +193,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = Conv2d(inputs, channels, 1) if inputs != channels else None
 
-    def forward(self, x: Tensor, emb: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:  # x: B C H W, emb: B E, its SiLU
-        h = self.conv1(self.norm1(x, silu=True), lora)
-        h = self.conv2(self.norm2(h, silu=True, shift=self.time_emb_proj(emb, lora)), lora)
-        return h, x if self.conv_shortcut is None else self.conv_shortcut(x, lora)
+    def forward(
+        self, x: Tensor, emb: Tensor, lora: Lora, saved: Saved
+    ) -> tuple[Tensor, Tensor]:  # x: B C H W, emb: B E, its SiLU
+        shift = self.time_emb_proj(emb, lora)
+        h = self.conv1(self.norm1(x, saved, silu=True), lora)
+        y = self.conv2(self.norm2(h, saved, silu=True, shift=shift), lora)
+        return y, x if self.conv_shortcut is None else self.conv_shortcut(x, lora)
 
 
 class Attention(nn.Module):
@@ -209,8 +229,12 @@ class FeedForward(nn.Module):
         up, down = Linear(channels, 8 * channels), Linear(4 * channels, channels)
         self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
 
-    def forward(self, x: Tensor, lora: Lora) -> Tensor:  # B N C
-        return self.net[2](geglu(self.net[0]["proj"](x, lora)), lora)
+    def forward(self, x: Tensor, lora: Lora, saved: Saved) -> Tensor:  # B N C
+        h = self.net[0]["proj"](x, lora)
+        saved.again("recompute", h, lambda x: self.net[0]["proj"](x, lora), x)
+        y = geglu(h)
+        saved.again("lean", y, geglu, h)
+        return self.net[2](y, lora)
 
 
 class TransformerBlock(nn.Module):
@@ -226,12 +250,12 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(
-        self, branch: Tensor, x: Tensor | None, hidden: Tensor, lora: Lora
+        self, branch: Tensor, x: Tensor | None, hidden: Tensor, lora: Lora, saved: Saved
     ) -> tuple[Tensor, Tensor]:  # B N C, B L C': what is still to be added to the stream x, and the stream
-        x, h = self.norm1(branch, x)
-        x, h = self.norm2(self.attn1(h, h, lora), x)
-        x, h = self.norm3(self.attn2(h, hidden, lora), x)
-        return self.ff(h, lora), x
+        x, h = self.norm1(branch, x, saved)
+        x, h = self.norm2(self.attn1(h, h, lora), x, saved)
+        x, h = self.norm3(self.attn2(h, hidden, lora), x, saved)
+        return self.ff(h, lora, saved), x
 
 
 class Transformer(nn.Module):
@@ -245,8 +269,10 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
         self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
-    def forward(self, branch: Tensor, x: Tensor, hidden: Tensor, lora: Lora) -> Tensor:  # B C H W twice, B L C'
-        h, x = self.norm(branch, residual=x)
+    def forward(
+        self, branch: Tensor, x: Tensor, hidden: Tensor, lora: Lora, saved: Saved
+    ) -> Tensor:  # B C H W twice, B L C'
+        h, x = self.norm(branch, saved, residual=x)
         if not self.linear:
             h = self.proj_in(h, lora)
         h = h.permute(0, 2, 3, 1).flatten(1, 2)  # B N C
@@ -254,7 +280,9 @@ class Transformer(nn.Module):
             h = self.proj_in(h, lora)
         stream = None
         for block in self.transformer_blocks:
-            h, stream = block(h, stream, hidden, lora)
+            if saved.checkpoints and stream is not None:  # one input to keep, not two: the same sum, only earlier
+                h, stream = h + stream, None
+            h, stream = saved.run(block, h, stream, hidden, lora)
         h = h + stream
         if self.linear:
             h = self.proj_out(h, lora)
@@ -268,6 +296,7 @@ class Block(nn.Module):
     """Layers: a resnet for each of `inputs` (its input channels), a transformer behind the first ones; a resampler."""
 
     resampler, stride = "", 0  # diffusers' name for it, and its convolution's stride
+    name = ""  # its dotted path in the UNet
 
     def __init__(self, width: int, inputs: list, attentions: list, resample: bool, time: int, config: Mapping) -> None:
         super().__init__()
@@ -276,9 +305,10 @@ class Block(nn.Module):
         convs = [Conv2d(width, width, 3, self.stride, padding=1)] if resample else []
         self.add_module(self.resampler, nn.ModuleList(nn.ModuleDict({"conv": conv}) for conv in convs))
 
-    def layer(self, i: int, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora) -> Tensor:
-        h, x = self.resnets[i](x, emb, lora)
-        return self.attentions[i](h, x, hidden, lora) if i < len(self.attentions) else h + x
+    def layer(self, i: int, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, memory: Memory) -> Tensor:
+        with memory.layer(f"{self.name}.{i}") as saved:
+            h, x = saved.run(self.resnets[i], x, emb, lora)
+            return self.attentions[i](h, x, hidden, lora, saved) if i < len(self.attentions) else h + x
 
 
 class DownBlock(Block):
@@ -286,9 +316,11 @@ class DownBlock(Block):
 
     resampler, stride = "downsamplers", 2
 
-    def forward(self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor], memory: Memory
+    ) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, emb, hidden, lora)
+            x = self.layer(i, x, emb, hidden, lora, memory)
             skips.append(x)
         for down in self.downsamplers:
             x = down["conv"](x, lora)
@@ -301,9 +333,11 @@ class UpBlock(Block):
 
     resampler, stride = "upsamplers", 1
 
-    def forward(self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor], memory: Memory
+    ) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), emb, hidden, lora)
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), emb, hidden, lora, memory)
         for up in self.upsamplers:  # to the next skip's size: halving an odd size rounded up
             x = up["conv"](F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"), lora)
         return x
@@ -349,8 +383,9 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(config["norm_num_groups"], widths[0], config["norm_eps"])
         self.conv_out = FrozenConv2d(widths[0], config["out_channels"], 3, padding=1)
-        for name, layer in self.lora_targets().items():
-            layer.name = name
+        for name, module in self.named_modules():
+            if isinstance(module, (Linear, Conv2d, Block)):
+                module.name = name
 
     dtype = property(lambda self: self.conv_in.weight.dtype)
     device = property(lambda self: self.conv_in.weight.device)
@@ -369,26 +404,33 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.backend = backend
 
-    def forward(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None) -> Tensor:
+    def layers(self) -> list[str]:
+        """The names of what `memory` has a policy for, in the order of the forward: a resnet and its transformer."""
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [f"{block.name}.{i}" for block in blocks for i in range(len(block.resnets))]
+
+    def forward(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None, memory: Memory = KEEP_ALL) -> Tensor:
         """Raw output B C H W for latents z (B C H W) at timesteps t (0-dim or B), in the weights' dtype."""
         emb, hidden = self._condition(t.expand(z.shape[0]), text)
         skips: list[Tensor] = []
-        x = self._encode(z, emb, hidden, lora, skips)[-1]
+        x = self._encode(z, emb, hidden, lora, skips, memory)[-1]
         for block in self.up_blocks:
-            x = block(x, emb, hidden, lora, skips)
+            x = block(x, emb, hidden, lora, skips, memory)
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
-    def features(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None) -> list[Tensor]:
+    def features(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None, memory: Memory = KEEP_ALL) -> list[Tensor]:
         """What each down block hands to the next, then the mid block's output; no up block runs."""
-        return self._encode(z, *self._condition(t.expand(z.shape[0]), text), lora, [])
+        return self._encode(z, *self._condition(t.expand(z.shape[0]), text), lora, [], memory)
 
-    def _encode(self, z: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor]) -> list[Tensor]:
+    def _encode(
+        self, z: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor], memory: Memory
+    ) -> list[Tensor]:
         features, x = [], self.conv_in(z.to(self.dtype))
         skips.append(x)
         for block in self.down_blocks:
-            x = block(x, emb, hidden, lora, skips)
+            x = block(x, emb, hidden, lora, skips, memory)
             features.append(x)
-        return [*features, self.mid_block(x, emb, hidden, lora, [])]
+        return [*features, self.mid_block(x, emb, hidden, lora, [], memory)]
 
     def _condition(self, t: Tensor, text: Text) -> tuple[Tensor, Tensor]:
         """silu of the embedding of timesteps (and SDXL's pooled text and sizes), B E, and the text, B L C."""

@@ -12,7 +12,7 @@ Shapes: n pictures, F features, K components, C h w latents, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -24,7 +24,7 @@ from torch import Tensor
 from rapm.evaluate import frechet_distance
 from rapm.sample import sample
 from rapm.step import SIDES, Step
-from rapm.trajectories import Store, Trajectory, noise, trajectory_seed
+from rapm.trajectories import Negatives, Store, Trajectory, noise, trajectory_seed
 from rapm.unet import Lora, Text
 
 if TYPE_CHECKING:
@@ -74,16 +74,17 @@ class Features:
 class Validation:
     """The measurements of one run. The last `validation_prompts` trajectories of the store are held out."""
 
-    def __init__(self, teacher: Teacher, store: Store, config: Config, uncond: Text) -> None:
-        self.teacher, self.store, self.config, self.uncond = teacher, store, config, uncond
+    def __init__(self, teacher: Teacher, store: Store, config: Config, negatives: Negatives) -> None:
+        self.teacher, self.store, self.config, self.negatives = teacher, store, config, negatives
         self.trained = len(store) - config.validation_prompts
         self.held_out = range(self.trained, len(store))
 
     @torch.no_grad()
-    def __call__(self, step: Step) -> Measured:
-        """Uses the step's slot number and key; its `load` comes after it."""
+    def __call__(self, steps: Mapping[tuple[int, int], Step]) -> Measured:
+        """Uses the slot number and key of the steps, one for each resolution; their `load` comes after it."""
+        step = next(iter(steps.values()))
         weights = step.lora.views(step.unet.dtype)
-        figures, ends = self._held_out(step)
+        figures, ends = self._held_out(steps)
         if self.measurable:
             figures |= self._closeness(weights)
         pictures = self._decode(ends)
@@ -110,21 +111,23 @@ class Validation:
         config, few = self.config, []
         for i in self.held_out:
             t = self.store[i]
-            few.append(self._teacher(t.text, t.positions[:1], config.steps)[0])
+            few.append(self._teacher(t, t.positions[:1], config.steps)[0])
         names = f"teacher, {config.steps * config.fine_steps} steps", f"teacher, {config.steps} steps"
         return dict(zip(names, (self.whole, self._decode(few)), strict=True))
 
-    def _held_out(self, step: Step) -> tuple[dict[str, float], list[Tensor]]:
+    def _held_out(self, steps: Mapping[tuple[int, int], Step]) -> tuple[dict[str, float], list[Tensor]]:
         """The heads' hinge (2 is chance) and accuracy, the latents' RMSE, and the student's latents."""
-        config, count, hinges, rights, ends, error, numbers = self.config, len(self.held_out), [], [], [], 0.0, 0
-        for batch in self._batches(self.held_out):
+        config, count, hinges, rights, ends, error, numbers = self.config, len(self.held_out), [], [], {}, 0.0, 0
+        for indices, batch in self._batches(self.held_out):
             # Training counts up from 0; the same numbers at every validation.
-            hinge, right, z = step.held_out(batch, -(len(ends) + 1) * config.steps)
+            counter = -(indices[0] - self.held_out.start + 1) * config.steps
+            uncond = Text.cat([self.negatives(t.negative, t.text) for t in batch])
+            hinge, right, z = steps[self.store.resolution(indices[0])].held_out(batch, counter, uncond)
             hinges.append(hinge * (len(batch) / count))
             rights.append(right * (len(batch) / count))
             target = torch.stack([t.positions[-1] for t in batch]).to(z)
             error, numbers = error + float((z - target).square().sum()), numbers + z.numel()
-            ends += list(z)
+            ends |= dict(zip(indices, z, strict=True))
         hinge, right = torch.stack(hinges).sum(0), torch.stack(rights).sum(0).mean(0)
         figures = {"val_rmse": (error / numbers) ** 0.5}
         for i, side in enumerate(SIDES):
@@ -132,27 +135,28 @@ class Validation:
             figures[f"val_disc_{name}"] = float(hinge[:, i].mean())
             figures |= {f"val_disc_{name}_slot{n}": float(h) for n, h in enumerate(hinge[:, i])}
             figures |= {f"val_acc_{name}_{kind}": float(right[i, k]) for k, kind in enumerate(("real", "fake"))}
-        return figures, ends
+        return figures, [ends[i] for i in self.held_out]
 
     @cached_property
     def _features(self) -> Features:
         chosen = _spread(self.trained, REFERENCE)
-        return Features(self.teacher, ((_stack(b, -1), Text.cat([t.text for t in b])) for b in self._batches(chosen)))
+        return Features(
+            self.teacher, ((_stack(b, -1), Text.cat([t.text for t in b])) for _, b in self._batches(chosen))
+        )
 
     @cached_property
     def _floor(self) -> float:
         chosen = _spread(self.trained, self.config.fd_samples)
-        own = [self._features(_stack(b, -1), Text.cat([t.text for t in b])) for b in self._batches(chosen)]
+        own = [self._features(_stack(b, -1), Text.cat([t.text for t in b])) for _, b in self._batches(chosen)]
         return frechet_distance(torch.cat(own), self._features.reference)
 
     def _closeness(self, weights: Lora) -> dict[str, float]:
-        chosen, found, place = _spread(self.trained, self.config.fd_samples), [], 0
-        for batch in self._batches(chosen):
-            seeds = [trajectory_seed(self.config.seed, f"fd {place + k}") for k in range(len(batch))]
+        chosen, found = _spread(self.trained, self.config.fd_samples), []
+        for indices, batch in self._batches(chosen):
+            seeds = [trajectory_seed(self.config.seed, f"fd {i}") for i in indices]
             start = torch.stack([noise(s, t.positions.shape[1:]) for s, t in zip(seeds, batch, strict=True)])
             text = Text.cat([t.text for t in batch])
             found.append(self._features(self._student(text, start, weights), text))
-            place += len(batch)
         fd = frechet_distance(torch.cat(found), self._features.reference)
         return {"val_fd": fd, "val_fd_floor": self._floor}
 
@@ -174,7 +178,7 @@ class Validation:
         for i in self.held_out[:DIVERSE]:
             t = self.store[i]
             start = noise(trajectory_seed(config.seed, f"second {i}"), t.positions.shape[1:])[None]
-            other = self._teacher(t.text, start, config.steps * config.fine_steps)
+            other = self._teacher(t, start, config.steps * config.fine_steps)
             first, second = self._features(torch.cat([t.positions[-1:].to(other), other]), t.text.expand(2))
             found.append((t.text, start, float((first - second).norm())))
         return found
@@ -182,25 +186,21 @@ class Validation:
     def _student(self, text: Text, start: Tensor, weights: Lora) -> Tensor:
         return sample(self.teacher.unet, self.teacher.schedule, text, start, self.config.steps, lora=weights)
 
-    def _teacher(self, text: Text, start: Tensor, steps: int) -> Tensor:
-        guided = dict(guidance=self.config.guidance, uncond=self.uncond)
-        return sample(self.teacher.unet, self.teacher.schedule, text, start, steps, **guided)
+    def _teacher(self, like: Trajectory, start: Tensor, steps: int) -> Tensor:
+        guided = dict(guidance=self.config.guidance, uncond=self.negatives(like.negative, like.text))
+        return sample(self.teacher.unet, self.teacher.schedule, like.text, start, steps, **guided)
 
     def _decode(self, latents: list[Tensor]) -> list[Tensor]:
         stacks = (torch.stack(list(same)).float() for _, same in groupby(latents, key=lambda z: z.shape))
         return [picture for stack in stacks for picture in self.teacher.decode(stack)]
 
-    def _batches(self, indices: Iterable[int]) -> Iterator[list[Trajectory]]:
-        """At most `solve_batch` trajectories of one shape at a time, in order."""
-        batch: list[Trajectory] = []
-        for trajectory in (self.store[i] for i in indices):
-            same = batch and batch[0].positions.shape == trajectory.positions.shape
-            if batch and not (same and len(batch) < self.config.solve_batch):
-                yield batch
-                batch = []
-            batch.append(trajectory)
-        if batch:
-            yield batch
+    def _batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], list[Trajectory]]]:
+        """At most `solve_batch` trajectories of one size at a time, and which they are."""
+        most = self.config.solve_batch
+        for size in dict.fromkeys(map(self.store.resolution, indices)):
+            same = [i for i in indices if self.store.resolution(i) == size]
+            for some in (same[k : k + most] for k in range(0, len(same), most)):
+                yield some, [self.store[i] for i in some]
 
 
 def saturation(picture: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable
@@ -48,3 +49,22 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """family, dtype, device -> the tiny teacher of a family, written and loaded once: no test changes it."""
+    root = tmp_path_factory.mktemp("teachers")
+
+    @functools.cache
+    def load(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):  # -> rapm.teacher.Teacher
+        import tiny
+
+        from rapm.teacher import load_teacher
+
+        folder = root / f"base-{family}"
+        if not folder.exists():
+            tiny.tiny_pipeline(family, folder)
+        return load_teacher(str(folder), device=device, dtype=dtype)
+
+    return load

@@ -21,6 +21,7 @@ from rapm import bench, bench_ops
 from rapm.bench import MODELS, RAPM, REFERENCE, Provider, check, errors, fresh, results, unet_shapes, wanted
 from rapm.bench_ops import DEVICE, operators
 from rapm.cli import main
+from rapm.config import Config
 from rapm.unet import DEFAULTS, UNet, complete
 
 ROOT = Path(__file__).parents[1]
@@ -248,12 +249,13 @@ def test_families() -> None:
     assert found["ours"] == {"_geglu_fwd_kernel": 2.5} and found["unclassified"] == [["something_new", 2.0]]
 
 
-def test_a_slot_on_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_on_random_weights() -> None:
     slot_time = script("slot_time")
-    monkeypatch.setattr(slot_time, "MODELS", {"sdxl": bench.Model(tiny.SDXL, 16)})
-    step, reset = slot_time.make_step(slot_time.random_unet("sdxl", DEVICE), "sdxl")
+    config, unet = Config.preset("sdxl").replace(lora_rank=1), slot_time.random_unet(tiny.SDXL, DEVICE)
+    trajectory = slot_time.random_trajectory(unet, config, 16)
+    step = slot_time.make_step(unet, config, trajectory)
     for _ in range(2):
-        reset()
+        step.load(trajectory, 0)
         for _ in range(step.config.steps):
             step()
     assert float(step.skipped) == 0 and step.sums.isfinite().all() and step.sums[0] > 0

@@ -26,7 +26,8 @@ def run(*command: object, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, so that building leaves nothing behind and nothing old gets in."""
-    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs")
+    names = ".git", ".venv", ".*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs", "_offload*"
+    ignore = shutil.ignore_patterns(*names)
     return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "rapm-fast", ignore=ignore))
 
 

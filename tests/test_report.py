@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from rapm.chart import Chart, svg
 from rapm.cli import main
 from rapm.config import Config
+from rapm.disk import write_atomic
 from rapm.report import CLOSENESS, MACHINE, TRAINING, write_report
 from rapm.sample import png
-from rapm.trajectories import write_atomic
 
 EVIL = '<script src="https://example.org/x.js">"&\'</script>'
 FIGURES = [figure for chart in CLOSENESS + TRAINING + MACHINE for figure in chart.figures]
@@ -65,6 +65,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 301, "lo'
     )
+    plan = {"budget": 8192, "phases": {"load": 3072, "train": 7168}, "slowdown": 1.25, "summary": "all kept <b>"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "samples").mkdir()
     for i in range(1, 10):
         write_atomic(tmp_path / "samples" / f"{i:06d}.png", png(Image.new("RGB", (1000, 50), (i, 0, 0))))
@@ -103,7 +105,7 @@ def test_every_figure_and_every_word_is_there(folder):
     assert page.text.count(EVIL) == 5  # prompt, warning, snippet, evaluation, settings: as text
     for words in ("300 of 500 iterations, not finished, 10.0 min", "best checkpoint", "19.25", "30.5", "Ü",
                   "a/teacher & co", "CFG 1", "1,000 to train on", "max_train_steps", "(of iteration 200)",
-                  "Iteration 9"):  # fmt: skip
+                  "Iteration 9", "budget 8.0 GiB; planned: load 3.0 GiB, train 7.0 GiB", "all kept <b>"):  # fmt: skip
         assert words in page.text, words
     assert "best" in page.source[page.source.index("Distance to the teacher") :][:6000]
     assert ">200<" in page.source  # the best checkpoint's iteration

@@ -18,7 +18,8 @@ from rapm.draw import draw
 from rapm.errors import UserError
 from rapm.export import export_lora
 from rapm.lora import LoRA
-from rapm.sample import GAP, LINE, MIN_SIDE, grid, labelled_grid, sample, sample_prompts, walk
+from rapm.sample import GAP, LINE, MIN_SIDE, grid, labelled_grid, sample, sample_prompts
+from rapm.solver import walk
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise
 

@@ -13,9 +13,10 @@ from rapm.kernels.disc_head import views
 from rapm.lora import LoRA
 from rapm.losses import hinge_generator, pseudo_huber
 from rapm.schedule import renoise_coefficients, step_coefficients, trailing_steps
+from rapm.solver import solve
 from rapm.step import LOSSES, SIDES, Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Trajectory, noise, solve
+from rapm.trajectories import Trajectory, noise
 
 CONFIG = Config(steps=4, fine_steps=2, guidance=3.0, lora_rank=2, learning_rate=1e-2, head_learning_rate=1e-2)
 

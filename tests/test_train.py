@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,13 +17,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from rapm.checkpoint import checkpoints, find_best, save_best
+from rapm.checkpoint import checkpoints, find_best, load_checkpoint, save_best
 from rapm.cli import main
-from rapm.config import PRESETS, Config, parse_resolution, parse_vram
+from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions, parse_vram
+from rapm.disk import TEMPORARY
+from rapm.errors import UserError
 from rapm.log import Log
+from rapm.sample import GAP, LINE
 from rapm.step import Step
 from rapm.train import _set_aside, train
 from rapm.validate import Validation
@@ -104,6 +111,33 @@ def test_resumed_equals_uninterrupted(place, finished, tmp_path):
         assert bytes(x.flatten().view(torch.uint8).tolist()) == bytes(theirs[name].flatten().view(torch.uint8).tolist())
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "run", finished))
     assert all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def test_two_resolutions_resume_bit_for_bit(place, tmp_path):
+    """Three iterations, a second start from there, three more, in two shapes of latents, each with its own replay."""
+    (place / "student.toml").write_text(SETTINGS + 'relative_start = "student"\n')
+    (place / "own.csv").write_text("caption,negative\na cat,blurred\na dog,\na house on a hill,gray\n")
+    sizes = [
+        "--resolution",
+        "64x64,64x96",
+        "--config",
+        str(place / "student.toml"),
+        "--prompts",
+        str(place / "own.csv"),
+    ]
+    assert main(arguments(place, tmp_path / "run", *sizes)) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoint-6")
+    assert main(arguments(place, tmp_path / "again", *sizes, "--resume_from_checkpoint", "latest")) == 0
+    mine, theirs = (load_checkpoint_of(tmp_path / name / "checkpoint-6") for name in ("again", "run"))
+    assert mine.keys() == theirs.keys() and {"replay.tap0", "replay1.tap0"} <= mine.keys()
+    assert mine["replay.tap0"].shape[-1] == 8 and mine["replay1.tap0"].shape[-1] == 12
+    assert all(torch.equal(x, theirs[name]) for name, x in mine.items())
+    assert all(x.abs().sum() > 0 for name, x in mine.items() if name.startswith("replay"))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    with Image.open(tmp_path / "run/samples.png") as sheet:  # two pictures side by side, 64x64 on the ground of 64x96
+        assert sheet.size == (2 * 2 * 96 + 4, 3 * (2 * 64 + LINE) + LINE + 2 * GAP)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -287,6 +321,52 @@ def test_a_disk_too_small_is_known_before_work(place, tmp_path, capsys, monkeypa
     assert "free some" in capsys.readouterr().err
 
 
+# How many files and renames the disk still takes, and what it then refuses.
+ROOM = [
+    (0, "cannot be written"), (2, "shard-00000"), (3, "shard-00000"), (4, "checkpoint-3/state"),
+    (9, "checkpoint-6/state"), (6, "diffusers/pytorch_lora"), (99, None),
+]  # fmt: skip
+
+
+def test_a_disk_that_fills_up_loses_nothing(place, finished, tmp_path, monkeypatch, capsys):
+    """Whichever write the full disk refuses, one line says so, nothing half is left, and the next start goes on."""
+    fsync, left = os.fsync, 0
+
+    def full(file):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for left, refused in ROOM:  # noqa: B007
+        before = {path.name for path in checkpoints(tmp_path / "run")}
+        extra = ["--resume_from_checkpoint", "latest"] if before else []
+        code = main(arguments(place, tmp_path / "run", *extra))
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rapm: ")]
+        assert before <= {path.name for path in checkpoints(tmp_path / "run")}
+        assert not list((tmp_path / "run").rglob("*.tmp"))
+        assert all((path / "state.safetensors").exists() for path in (tmp_path / "run").glob("checkpoint-*"))
+        if refused is None:
+            assert code == 0
+        else:
+            assert code == (2 if refused == "cannot be written" else 1) and len(errors) == 1, errors
+            assert refused in errors[0] and "No space left on device" in errors[0]
+    mine, theirs = (load_checkpoint_of(folder / "checkpoint-6") for folder in (tmp_path / "run", finished))
+    assert all(torch.equal(x, theirs[name]) for name, x in mine.items())
+
+
+def test_what_a_kill_leaves_is_swept_up(place, finished, tmp_path):
+    shutil.copytree(finished / "trajectories", tmp_path / "run/trajectories")
+    (tmp_path / "run/checkpoint-3").mkdir()
+    for name in ("checkpoint-3/state.safetensors", "README.md", "trajectories/shard-00000.safetensors"):
+        (tmp_path / "run" / (name + TEMPORARY)).write_bytes(b"half")
+    (tmp_path / "run/notes.tmp").write_text("the user's own")
+    assert main(arguments(place, tmp_path / "run", "--dry-run")) == 0
+    assert [path.name for path in (tmp_path / "run").rglob("*.tmp")] == ["notes.tmp"]
+
+
 def test_resume_refuses_another_configuration(place, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     extra = ["--resume_from_checkpoint", "latest", "--lora_rank", "3"]
@@ -329,6 +409,39 @@ def test_prompts_left_over_are_named(place, tmp_path, capsys):
     assert "5 trajectories use only the first of 9 prompts" in capsys.readouterr().out
 
 
+def test_prompts_by_the_standard_input_are_kept(place, tmp_path, capsys, monkeypatch):
+    command = ["trajectories", *arguments(place, tmp_path / "run", "--prompts")[1:]]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a cat\n\na dog\na cat\n")))
+    assert main([*command, "-"]) == 0
+    assert "prompts: 2 in the standard input, 1 repeated ones left out" in capsys.readouterr().out
+    assert (tmp_path / "run/prompts.txt").read_text() == "a cat\na dog\n"
+    stamp = (tmp_path / "run/trajectories/shard-00000.safetensors").stat().st_mtime_ns
+    assert main([*command, str(tmp_path / "run/prompts.txt")]) == 0
+    assert (tmp_path / "run/trajectories/shard-00000.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_the_bundled_list_is_the_default(place, tmp_path, capsys):
+    command = arguments(place, tmp_path / "run", "--dry-run", "--resolution", "64x64,64x128")
+    at = command.index("--prompts")
+    assert main(command[:at] + command[at + 2 :]) == 0
+    said = capsys.readouterr().out
+    assert "in the bundled list" in said and "64x64, 64x128" in said and "longer than" not in said
+
+
+def test_a_checkpoint_from_before_a_setting_resumes(finished, tmp_path):
+    shutil.copytree(finished / "checkpoint-6", tmp_path / "checkpoint-6")
+    config = Config().replace(**Config.from_toml(finished / "config.toml"))
+    path = tmp_path / "checkpoint-6/state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    then = json.loads(header["config"])
+    assert then.pop("buckets") == []
+    save_file(load_file(path), path, {**header, "config": json.dumps(then)})
+    assert load_checkpoint(tmp_path / "checkpoint-6", config)[1] == 6
+    with pytest.raises(UserError, match="was made with buckets = "):
+        load_checkpoint(tmp_path / "checkpoint-6", config.replace(buckets=((64, 64),)))
+
+
 def test_sample_command(place, finished, tmp_path):
     picture = tmp_path / "out.png"
     command = ["sample", "a cat", "--teacher", str(place / "teacher"), "--lora", str(finished), "--seeds", "1", "2"]
@@ -351,7 +464,7 @@ def test_trajectories_command_and_verify(place, tmp_path, capsys):
 
 def test_settings_round_trip(tmp_path):
     for name in PRESETS:
-        config = Config.preset(name).replace(resolution=(512, 768))
+        config = Config.preset(name).replace(resolution=(512, 768), buckets=((512, 512), (768, 512)))
         (tmp_path / "c.toml").write_text(config.to_toml())
         assert Config().replace(**Config.from_toml(tmp_path / "c.toml")) == config
 
@@ -361,10 +474,25 @@ def test_sizes():
     assert parse_vram("12G") == parse_vram("12GB") == parse_vram("12gib") == 12 * 2**30
     assert parse_vram("8192M") == 8 * 2**30
     assert parse_resolution("1024x768") == (1024, 768) and parse_resolution("512") == (512, 512)
+    assert parse_resolutions("1024") == {"resolution": (1024, 1024), "buckets": ()}
+    assert parse_resolutions("512x768, 512") == {"resolution": (512, 768), "buckets": ((512, 512),)}
+
+
+def test_a_list_of_resolutions(tmp_path):
+    (tmp_path / "c.toml").write_text("resolution = [[512, 768], [512, 512]]\n")
+    config = Config().replace(**Config.from_toml(tmp_path / "c.toml"))
+    assert config.resolutions == ((512, 768), (512, 512)) and config.resolution == (512, 768)
+    for wrong in ("[[512, 768], [512]]", "[[512, 768], 512]", "[[512, 100]]"):
+        (tmp_path / "c.toml").write_text(f"resolution = {wrong}\n")
+        with pytest.raises(UserError, match="multiples of 8"):
+            Config().replace(**Config.from_toml(tmp_path / "c.toml"))
+    with pytest.raises(UserError, match="need a first one"):
+        Config().replace(buckets=((512, 512),))
 
 
 @pytest.mark.gpu
-def test_captured_and_eager_agree(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sizes", [{}, {"resolution": (64, 64), "buckets": ((64, 96),)}])
+def test_captured_and_eager_agree(place, tmp_path, monkeypatch, sizes):
     """The slot as a CUDA graph against the same slot launched one kernel at a time: equal losses, step by step.
 
     Within 1e-3 in the first four iterations (one eager, three captured); rounding then grows as in any training, so
@@ -372,11 +500,11 @@ def test_captured_and_eager_agree(place, tmp_path, monkeypatch):
     """
     losses = []
     for name, eager in (("captured", 1), ("eager", 10**9)):
-        monkeypatch.setattr("rapm.train.EAGER", eager)
+        monkeypatch.setattr("rapm.training.EAGER", eager)
         config = Config().replace(
             **{**Config.from_toml(place / "settings.toml"), "log_steps": 1}, teacher=str(place / "teacher"),
             prompts=str(place / "prompts.txt"), output_dir=str(tmp_path / name), lora_rank=2, max_train_steps=8,
-            report_to="none",
+            report_to="none", **sizes,
         )  # fmt: skip
         train(config)
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import torch
 from rapm import trajectories
 from rapm.config import Config
 from rapm.errors import UserError
+from rapm.prompts import Row
+from rapm.solver import check_grid, solve
 from rapm.teacher import load_teacher
-from rapm.trajectories import Store, Trajectory, check_grid, noise, prepare, solve, trajectory_seed, verify
+from rapm.trajectories import Store, Trajectory, noise, prepare, trajectory_seed, verify
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 PROMPTS = ["a red circle", "two small dogs on a hill", "night"]
@@ -224,7 +227,7 @@ def test_a_failure_in_the_middle_resumes_where_it_stopped(teacher, tmp_path, cal
         patch.setattr(os, "replace", fail)
         make(tmp_path / "cut", teacher)
     names = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert names == {"metadata.json", "shard-00000.safetensors", "shard-00001.safetensors.tmp"}
+    assert names == {"metadata.json", "shard-00000.safetensors", "shard-00001.safetensors.rapm.tmp"}
     assert [p.partition(": ")[0] for p in verify(tmp_path / "cut")] == [f"shard-0000{i}.safetensors" for i in (1, 2)]
     with pytest.raises(UserError, match=r"is not complete \(shard-00001.safetensors\)"):
         Store.open(tmp_path / "cut")
@@ -394,3 +397,99 @@ def test_a_folder_that_cannot_be_written(teacher, tmp_path, calls):
         with pytest.raises(UserError, match=r"cannot be written .*take another output_dir"):
             make(folder, teacher)
     assert not calls
+
+
+SIZES = dict(resolution=(64, 64), buckets=((64, 96), (96, 64)))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_resolutions_take_turns_and_a_shard_holds_one(teachers, tmp_path, family):
+    teacher, shapes = teachers[family], [(4, 8, 8), (4, 8, 12), (4, 12, 8)]
+    store = make(tmp_path, teacher, trajectories=8, **SIZES)
+    assert len(list(tmp_path.glob("shard-*"))) == 5 and verify(tmp_path) == [] and len(list(store)) == 8
+    for i, trajectory in enumerate(store):
+        bucket, (height, width) = i % 3, store.resolution(i)
+        assert (height, width) == [(64, 64), (64, 96), (96, 64)][bucket]
+        assert (trajectory.prompt, trajectory.seed) == (PROMPTS[i % 3], trajectory_seed(7, i))
+        assert torch.equal(trajectory.positions[0], noise(trajectory.seed, shapes[bucket]))
+        if family == "sdxl":
+            assert trajectory.text.time_ids.tolist() == [[height, width, 0, 0, height, width]]
+    alone = make(tmp_path / "alone", teacher, trajectories=2, resolution=(64, 96))
+    text = teacher.encode([store[1].prompt], (64, 96))
+    uncond = teacher.encode_negative("", (64, 96))
+    start = noise(store[1].seed, shapes[1])[None]
+    positions, fine = solve(teacher.unet, teacher.schedule, text, uncond, start, steps=2, fine_steps=2, guidance=3.0)
+    torch.testing.assert_close([store[1].positions, store[1].fine], [positions[0], fine[0]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(store[1].positions, alone[1].positions, rtol=0, atol=1e-4)  # the same index and seed
+
+
+def test_a_store_of_several_resolutions_resumes_extends_and_refuses(teacher, tmp_path, calls):
+    whole = make(tmp_path / "whole", teacher, trajectories=13, **SIZES)
+    make(tmp_path / "cut", teacher, trajectories=8, **SIZES)
+    (tmp_path / "cut/shard-00001.safetensors").unlink()
+    calls.clear()
+    assert_equal(make(tmp_path / "cut", teacher, trajectories=13, **SIZES), whole)
+    # trajectories 1 and 4 again; 6 and 7, which had a shard of their own, with 9 and 10; 8 and 11; 12
+    assert len(calls) == 5 * 4
+    for sizes in (dict(resolution=(64, 64)), dict(SIZES, buckets=((96, 64), (64, 96)))):
+        with pytest.raises(UserError, match=r"resolution \[\[64, 64\], \[64, 96\], \[96, 64\]\], not"):
+            make(tmp_path / "cut", teacher, trajectories=13, **sizes)
+    twice = make(tmp_path / "twice", teacher, trajectories=4, resolution=(64, 64), buckets=((64, 64), (64, 96)))
+    assert [twice.resolution(i) for i in range(4)] == [(64, 64), (64, 64), (64, 96), (64, 64)]
+
+
+def test_each_prompt_may_have_its_own_negative(teachers, tmp_path, monkeypatch):
+    teacher, encoded = teachers["sdxl"], []
+    encode = teacher.encode_negative
+    monkeypatch.setattr(
+        teacher, "encode_negative", lambda words="", *size: encoded.append(words) or encode(words, *size)
+    )
+    rows = [Row("a red circle", "blurred"), Row("night"), Row("a red circle", "gray")]
+    store = make(tmp_path / "own", teacher, prompts=rows, negative_prompt="dull", trajectories=6)
+    assert sorted(encoded) == ["blurred", "dull", "gray"]  # the text encoders run once for each
+    assert [trajectory.negative for trajectory in store] == ["blurred", "dull", "gray"] * 2
+    for i, words in enumerate(("blurred", "dull", "gray")):
+        text, start = teacher.encode([rows[i].text], (64, 64)), noise(store[i].seed, (1, 4, 8, 8))
+        uncond = encode(words, (64, 64))
+        positions, _ = solve(teacher.unet, teacher.schedule, text, uncond, start, steps=2, fine_steps=2, guidance=3.0)
+        torch.testing.assert_close(store[i].positions, positions[0], rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="was made with prompts"):
+        make(tmp_path / "own", teacher, prompts=rows[:2], negative_prompt="dull", trajectories=6)
+
+
+def test_a_list_may_go_on_behind_the_prompts_in_use(teacher, tmp_path, calls):
+    prompts = [f"prompt {i}" for i in range(8)]
+    make(tmp_path, teacher, prompts=prompts[:5])
+    calls.clear()
+    make(tmp_path, teacher, prompts=prompts)
+    assert not calls
+    longer = make(tmp_path, teacher, prompts=prompts, trajectories=8)
+    assert [trajectory.prompt for trajectory in longer] == prompts
+    with pytest.raises(UserError, match="was made with prompts"):
+        make(tmp_path, teacher, prompts=prompts[1:], trajectories=8)
+
+
+def test_a_disk_that_fills_up_while_solving(teacher, tmp_path, calls, monkeypatch):
+    """The real thing in small: files may not grow beyond a limit. The shards before are whole, and nothing else is."""
+    make(tmp_path / "whole", teacher)
+    first = (tmp_path / "whole/shard-00000.safetensors").stat().st_size
+    write = trajectories.write_atomic
+
+    def limited(path, data):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if path.name == "shard-00001.safetensors":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (first // 2, limits[1]))
+        try:
+            write(path, data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="shard-00001"):
+        patch.setattr(trajectories, "write_atomic", limited)
+        make(tmp_path / "cut", teacher)
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["metadata.json", "shard-00000.safetensors"]
+    calls.clear()
+    assert_equal(make(tmp_path / "cut", teacher), Store.open(tmp_path / "whole"))
+    assert len(calls) == 2 * 4

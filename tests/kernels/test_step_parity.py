@@ -12,9 +12,10 @@ from ops import DEVICE
 from rapm.config import Config
 from rapm.kernels import runtime
 from rapm.lora import LoRA
+from rapm.solver import solve
 from rapm.step import LOSSES, Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Trajectory, noise, solve
+from rapm.trajectories import Trajectory, noise
 
 SETTINGS = dict(fine_steps=2, learning_rate=3e-4, lr_warmup_steps=0)
 

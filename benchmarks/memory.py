@@ -1,0 +1,347 @@
+"""What each budget costs: python benchmarks/memory.py (needs a GPU) -> results/memory.json.
+
+SDXL at 1024x1024 and SD1.5 at 512x512, random weights, bf16, batch 1: for each rank and budget 50 iterations of 4 slots
+under `rapm`'s plan, with the allocator capped as `rapm train --vram` does it, each in a process of its own. Told are
+the plan's prediction, what the driver says the process holds, what the allocator reserved, and the time over that of
+the same code without a budget. Beside it `stock` (peers.Stock: diffusers, peft, autocast) with gradient checkpointing
+of the student under the same caps. Who runs out of memory keeps a row that says so.
+
+Then the offload on its own: SDXL's slot, eager, with what the 8G plan moves to the host, moved by rapm.offload, by
+torch.autograd.graph.save_on_cpu(pin_memory=True) and by torchtune where it is installed, and not moved at all.
+
+`--check` runs every case for 2 iterations on small models on whatever device there is, so that a GPU's time is not
+spent on a mistake here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from peers import Stock, stock_unet
+from slot_time import SCHEDULE, make_step, random_trajectory, random_unet
+from step import SMALL
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from rapm import cards
+from rapm.bench import MODELS, Model, card, need_gpu
+from rapm.budget import Budget, summary
+from rapm.cards import GIB, MIB
+from rapm.config import Config
+from rapm.device import captured
+from rapm.errors import UserError
+from rapm.families import Model as Planned
+from rapm.planner import Planner
+from rapm.saved import Memory, Saved
+from rapm.schedule import Schedule
+from rapm.step import SlotMemory
+from rapm.unet import complete
+
+ROOT = Path(__file__).parents[1]
+BUDGETS = {"sdxl": ("none", "24G", "16G", "12G", "8G", "6G"), "sd15": ("none", "24G", "16G", "12G", "8G", "6G", "4G")}
+RANKS = {"sdxl": (1, 64), "sd15": (64,)}
+OFFLOADED, MOVERS = "8G", ("none", "rapm", "save_on_cpu", "torchtune")  # whose plan is moved, by whom
+ITERATIONS, WARM = 50, 2
+TIMEOUT = 300  # seconds a case
+
+
+def model_of(name: str, check: bool) -> tuple[Model, Planned]:
+    """A UNet's config and side, small for a check, and what the planner is told of it: text encoders do not train."""
+    unet, side = MODELS[name]
+    if check:
+        unet, side = dict(unet) | SMALL[name], 16
+    return Model(unet, side), Planned(name, complete({**unet, "sample_size": side}), 0, 0)
+
+
+def device_of(check: bool) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() or not check else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device: torch.device, iteration, count: int) -> list[float]:
+    """Seconds of each of `count` iterations, after those to warm up."""
+    times = []
+    for _ in range(WARM + count):
+        synchronize(device)
+        start = time.perf_counter()
+        iteration()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times[WARM:]
+
+
+def held(device: torch.device) -> dict[str, float | None]:
+    """MiB: of the process by the driver, of the whole card in use, reserved and allocated at the most."""
+    if device.type != "cuda":
+        return {}
+    process, (free, total) = cards.process_memory(), torch.cuda.mem_get_info()
+    return {
+        "process_mib": None if process is None else process / MIB, "card_mib": (total - free) / MIB,
+        "reserved_mib": torch.cuda.max_memory_reserved() / MIB,
+        "allocated_mib": torch.cuda.max_memory_allocated() / MIB,
+    }  # fmt: skip
+
+
+def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
+    """`count` captured iterations under the plan for `vram`, corrected by its own first one, as Training does it."""
+    device, (model, planned) = device_of(check), model_of(name, check)
+    config = Config.preset(name).replace(lora_rank=rank, vram="auto" if vram == "none" else vram)
+    budget = None if vram == "none" else Budget(planned, config, device)
+    if budget is not None and device.type == "cuda":
+        cards.cap(device, budget.bytes)
+    unet = random_unet(model.unet, device.type)
+    trajectory = random_trajectory(unet, config, model.side)
+    step, notes = make_step(unet, config, trajectory), []
+    row: dict = {}
+    if budget is None:
+        row["predicted_mib"] = Planner(planned, config, cards.CARDS[-1]).plan(None).phases["train"] / MIB
+    else:
+        row["predicted_mib"] = budget.plan.phases["train"] / MIB
+        step.memory = budget.memory(unet)
+
+    def iteration(slot=step) -> None:
+        step.load(trajectory, 0)
+        for _ in range(config.steps):
+            slot()
+
+    slot = None
+    while slot is None:
+        try:
+            iteration()
+            if device.type == "cuda":
+                if budget is not None and (line := budget.correct()):
+                    notes.append(line)
+                    step.memory = SlotMemory()
+                    step.memory = budget.memory(unet)
+                    iteration()
+                slot = captured(step)
+            else:
+                slot = step
+        except torch.OutOfMemoryError:
+            if budget is None or (line := budget.step_down()) is None:
+                raise
+            notes.append(line or "and again")
+            step.memory = SlotMemory()
+            step.memory = budget.memory(unet)
+    times = timed(device, functools.partial(iteration, slot), count)
+    if not torch.isfinite(step.sums).all():
+        raise SystemExit(f"memory: {name} {rank} {vram}: not finite: what was timed is not a training")
+    row |= {"seconds": statistics.median(times), "slowest": max(times), "notes": notes, **held(device)}
+    if budget is not None:
+        row |= {"plan": summary(budget.plan), "moved_mib": budget.plan.moved / MIB, "promised": budget.plan.slowdown}
+        row["final_predicted_mib"] = budget.plan.phases["train"] / MIB
+    offload = step.memory.student.offload
+    row["moved"] = 0 if offload is None else offload.moved_out
+    return row
+
+
+class Checkpointed(Stock):
+    """Stock with the student's blocks checkpointed; the features are not: their recompute would have the LoRA on."""
+
+    def features(self, x: torch.Tensor, u: torch.Tensor) -> list[torch.Tensor]:
+        self.unet.disable_gradient_checkpointing()
+        try:
+            return super().features(x, u)
+        finally:
+            checkpointed(self.unet)
+
+
+def checkpointed(unet: torch.nn.Module) -> None:
+    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    unet.enable_gradient_checkpointing(run)
+
+
+def stock(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
+    """The peer, captured too, under the same cap."""
+    device, (model, _) = device_of(check), model_of(name, check)
+    config = Config.preset(name).replace(lora_rank=rank)
+    if vram != "none" and device.type == "cuda":
+        from rapm.config import parse_vram
+
+        cards.cap(device, parse_vram(vram))
+    unet = random_unet(model.unet, device.type)
+    trajectory = random_trajectory(unet, config, model.side)
+    theirs = stock_unet(unet.config, unet.state_dict())
+    step = Checkpointed(theirs, config, Schedule.from_config(SCHEDULE), trajectory)
+    checkpointed(step.unet)
+
+    def iteration(slot=step) -> None:
+        step.load(trajectory)
+        for _ in range(config.steps):
+            slot()
+
+    iteration()
+    slot = captured(step) if device.type == "cuda" else step
+    times = timed(device, functools.partial(iteration, slot), count)
+    return {"seconds": statistics.median(times), "slowest": max(times), **held(device)}
+
+
+class Moved(Memory):
+    """The layers that a plan moves, moved by another's hooks; all others keep what they keep."""
+
+    def __init__(self, policies: dict, hooks) -> None:
+        super().__init__(policies)
+        self.hooks = hooks
+
+    def layer(self, name: str) -> Saved:
+        policy = self.policies.get(name)
+        return super().layer(name) if policy is None or not policy.offload else Foreign(policy, self.hooks)
+
+
+class Foreign(Saved):
+    """A layer under another's hooks, which know nothing of what may be computed again."""
+
+    def __init__(self, policy, hooks) -> None:
+        super().__init__(policy._replace(level="keep", offload=False))
+        self.hooks = hooks
+
+    def __enter__(self) -> Foreign:
+        self._stack.enter_context(self.hooks())
+        return self
+
+
+@contextmanager
+def torchtune_hooks() -> Iterator[None]:
+    from torchtune.training import OffloadActivations
+
+    with OffloadActivations(use_pin_memory=True, use_streams=True):
+        yield
+
+
+def move(name: str, mover: str, count: int, check: bool) -> dict:
+    """An eager slot that moves what the 8G plan moves, all of it kept otherwise."""
+    if mover == "torchtune" and find_spec("torchtune") is None:
+        return {"failed": "torchtune is not installed"}
+    device, (model, planned) = device_of(check), model_of(name, check)
+    config = Config.preset(name).replace(lora_rank=1)
+    plan = Planner(planned, config, cards.this_card(device) if device.type == "cuda" else cards.CARDS[0])
+    budget = 8 * GIB if not check else plan.smallest() * 11 // 10
+    plan = plan.plan(budget)
+    moved = {layer: policy._replace(level="keep") for layer, policy in plan.student.items() if policy.offload}
+    unet = random_unet(model.unet, device.type)
+    trajectory = random_trajectory(unet, config, model.side)
+    step = make_step(unet, config, trajectory)
+    if mover == "rapm":
+        from rapm.offload import Offload
+
+        step.memory = SlotMemory(Memory(moved, Offload(6 * GIB if not check else GIB, device, unet.parameters())))
+    elif mover != "none":
+        hooks = functools.partial(save_on_cpu, pin_memory=device.type == "cuda")
+        step.memory = SlotMemory(Moved(moved, hooks if mover == "save_on_cpu" else torchtune_hooks))
+
+    def iteration() -> None:
+        step.load(trajectory, 0)
+        for _ in range(config.steps):
+            step()
+
+    times = timed(device, iteration, count)
+    return {"seconds": statistics.median(times), "layers": len(moved), **held(device)}
+
+
+def one(arguments: list[str], check: bool) -> dict:
+    """A case in a process of its own; what went wrong in its place."""
+    command = [sys.executable, __file__, "--one", *map(str, arguments), *(["--check"] if check else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done within {TIMEOUT} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": lines[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_one(kind: str, name: str, rank: str, what: str, check: bool) -> dict:
+    count = 2 if check else ITERATIONS
+    try:
+        if kind == "move":
+            return move(name, what, count if check else 10, check)
+        return (ours if kind == "rapm" else stock)(name, int(rank), what, count, check)
+    except torch.OutOfMemoryError as error:
+        return {"failed": f"out of memory: {str(error).splitlines()[0]}"[:300]}
+    except UserError as error:
+        return {"failed": str(error)}
+
+
+def told(row: dict, fastest: dict | None) -> str:
+    if "failed" in row:
+        return row["failed"]
+    words = f"{row['seconds']:.3f} s"
+    if fastest and "seconds" in fastest:
+        words += f", {row['seconds'] / fastest['seconds']:.2f}x"
+    if row.get("process_mib"):
+        words += f", process {row['process_mib']:.0f} MiB"
+    if row.get("reserved_mib"):
+        words += f", reserved {row['reserved_mib']:.0f}"
+    return words + (f", predicted {row['final_predicted_mib']:.0f}" if "final_predicted_mib" in row else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--ranks", nargs="+", type=int)
+    parser.add_argument("--budgets", nargs="+", help="none, 24G, 16G ...")
+    parser.add_argument("--kinds", nargs="+", choices=["rapm", "stock", "move"], default=["rapm", "stock", "move"])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
+    parser.add_argument("--check", action="store_true", help="small models, 2 iterations, any device, nothing written")
+    parser.add_argument("--one", nargs=4, metavar=("KIND", "MODEL", "RANK", "WHAT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    check = arguments.check
+    if arguments.one:
+        torch.manual_seed(0)
+        if device_of(check).type == "cuda":
+            with torch.cuda.stream(torch.cuda.Stream()):
+                row = run_one(*arguments.one, check)
+        else:
+            row = run_one(*arguments.one, check)
+        print(json.dumps(row))
+        return 0
+    if not check:
+        try:
+            need_gpu()
+        except UserError as error:
+            print(f"memory: {error}", file=sys.stderr)
+            return 2
+    report: dict = {"card": {} if check else card(), "rows": {}}
+    if not check and arguments.output.is_file():  # what an earlier run measured on such a card is kept
+        earlier = json.loads(arguments.output.read_text())
+        report = earlier if earlier["card"] == report["card"] else report
+    cases = []
+    for name in arguments.models:
+        for rank in arguments.ranks or RANKS[name]:
+            for kind in ("rapm", "stock"):
+                budgets = arguments.budgets or (("none", "0.3G") if check else BUDGETS[name])
+                cases += [(kind, name, rank, vram) for vram in budgets if kind in arguments.kinds]
+    if "move" in arguments.kinds and "sdxl" in arguments.models:
+        cases += [("move", "sdxl", 1, mover) for mover in MOVERS]
+    failures = 0
+    for case in cases:
+        kind, name, rank, what = case
+        row = one(case, check)
+        report["rows"][" ".join(map(str, case))] = row
+        fastest = report["rows"].get(f"{kind} {name} {rank} none")
+        print(f"{kind} {name} rank {rank} {what}: {told(row, fastest)}", flush=True)
+        failures += "failed" in row and "torchtune" not in row["failed"]
+        if not check:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    return int(check and failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""A run's plan, the cap that enforces it, and what happens when it does not hold: the next rung, and on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from rapm import cards
+from rapm.cards import GIB, MIB
+from rapm.config import Config, parse_vram
+from rapm.errors import UserError
+from rapm.families import Model
+from rapm.offload import Offload
+from rapm.planner import Plan, Planner, grouped
+from rapm.saved import Memory
+from rapm.step import SlotMemory
+from rapm.teacher import Teacher
+
+RUNG = 0.85  # of the bytes kept, after an out-of-memory
+CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
+
+
+class Budget:
+    """The plan for `config` on `device`. UserError for a budget that cannot work, with the smallest that would."""
+
+    def __init__(self, model: Model, config: Config, device: torch.device) -> None:
+        self.device, self.stepped, self.corrected = device, False, False
+        cuda = device.type == "cuda"
+        self.bytes = parse_vram(config.vram)
+        if self.bytes is None:  # auto: what is free now; the context is there already
+            self.bytes = cards.automatic(device)
+        if config.buckets:  # what the largest needs is enough for all
+            config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
+        self.planner = Planner(model, config, cards.this_card(device) if cuda else None)
+        self.plan = self.planner.plan(self.bytes)
+
+    @staticmethod
+    def wanted(config: Config, device: torch.device) -> bool:
+        """A CPU run without --vram has no budget to keep."""
+        return device.type == "cuda" or config.vram != "auto"
+
+    def apply(self, teacher: Teacher, config: Config) -> Config:
+        """`config` with the plan's batch; the teacher's parts take turns where the plan says so."""
+        teacher.aside, teacher.apart = self.plan.aside, self.plan.apart
+        if self.plan.tiled:
+            vae = teacher.pipe.vae
+            vae.enable_tiling()
+            vae.tile_sample_min_size = cards.TILE  # by default the size that the VAE was trained on: no tile at all
+            vae.tile_latent_min_size = cards.TILE // teacher.pipe.vae_scale_factor
+        return config.replace(solve_batch=self.plan.solve_batch)
+
+    def memory(self, unet: torch.nn.Module) -> SlotMemory:
+        """What a slot's passes keep, with a slab for what is moved."""
+        plan = self.plan
+        moved = plan.moved and Offload(plan.moved + plan.moved // 32, self.device, unet.parameters(), plan.window)
+        return SlotMemory(Memory(plan.student, moved or None), Memory(plan.encoder), plan.together)
+
+    def step_down(self) -> str | None:
+        """The next plan after an out-of-memory, and one line that says so, at the first; None where there is none."""
+        try:
+            self.plan = self.planner.plan(self.bytes, most=int(RUNG * self.plan.kept))
+        except UserError:
+            return None
+        first, self.stepped = not self.stepped, True
+        words = "out of memory: the same iteration again, keeping less of each pass; the numbers stay the same"
+        return words if first else ""
+
+    def correct(self) -> str | None:
+        """After the first iteration on the card: what it really took decides. One line where that changes the plan."""
+        if self.corrected or self.stepped:
+            return None
+        self.corrected, planner, before = True, self.planner, self.plan
+        measured = torch.cuda.max_memory_reserved(self.device)
+        if (process := cards.process_memory()) is not None:
+            planner.context = process - torch.cuda.memory_reserved(self.device)
+            cards.cap(self.device, self.bytes, planner.context)
+        error = planner.context + measured - before.phases["train"]
+        if abs(error) < CHANGE:
+            return None
+        planner.correction += error
+        try:
+            plan = planner.plan(self.bytes)
+        except UserError:  # it ran: the prediction was too high only for what it might have been
+            return None
+        if (plan.student, plan.encoder) == (before.student, before.encoder):
+            return None
+        self.plan = replace(
+            plan, solve_batch=before.solve_batch, aside=before.aside, apart=before.apart, tiled=before.tiled
+        )  # fmt: skip
+        return f"the first iteration took {measured / GIB:.2f} GiB: {summary(self.plan)}"
+
+
+def summary(plan: Plan) -> str:
+    """What a plan does, in a line."""
+    parts = [f"{kind} {policy}: {names}" for kind, policies in (("student", plan.student), ("encoder", plan.encoder))
+             for policy, names in grouped(policies) if policy != "keep"]  # fmt: skip
+    return "; ".join(parts) if parts else "everything is kept for backward"
+
+
+def record(budget: Budget) -> dict[str, object]:
+    """The plan as the report shows it; memory in MiB."""
+    plan = budget.plan
+    phases = {name: round(size / 2**20) for name, size in plan.phases.items()}
+    return {
+        "budget": round(budget.bytes / 2**20),
+        "phases": phases,
+        "slowdown": plan.slowdown,
+        "summary": summary(plan),
+    }
+
+
+def words(budget: Budget) -> str:
+    """What a run says of its plan: three lines at most."""
+    plan = budget.plan
+    peak = max(plan.phases, key=plan.phases.get)
+    lines = [
+        f"memory: {budget.bytes / GIB:.1f} GiB; training is to take {plan.phases['train'] / GIB:.1f}, "
+        f"the most is {plan.phases[peak] / GIB:.1f} ({peak}); {plan.slowdown:.2f} times as long as without a limit",
+        f"        {summary(plan)}",
+    ]
+    if risk := cards.fallback_risk():
+        lines.append(f"note: {risk}")
+    return "\n".join(lines)

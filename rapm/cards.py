@@ -1,0 +1,127 @@
+"""What a plan assumes of a card, and what it measures where there is one.
+
+The constants are in one table, each with where it comes from. "Estimate until measured": no run has confirmed it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+GIB, MIB = 2**30, 2**20
+
+
+class Card(NamedTuple):
+    """Dense bf16 TFLOP/s with fp32 accumulation, GB/s of its memory, GB/s of pinned copies from or to the host."""
+
+    name: str
+    gib: float
+    tflops: float
+    bandwidth: float
+    link: float
+    measured: bool = False
+
+
+CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 measured
+    Card("RTX 3060", 12, 25.5, 360, 24),
+    Card("RTX 4070 Ti SUPER", 16, 88, 672, 24),
+    Card("RTX 4090", 24, 165, 1008, 24),
+    Card("RTX A6000", 48, 155, 768, 24),
+    Card("H200", 141, 785, 4300, 55),
+)
+
+# What counting on meta tensors cannot see. Calibrated on: one H200, torch 2.11, captured slots of SDXL 1024x1024 and
+# SD1.5 512x512 at rank 1 with everything kept (benchmarks/results/slot_time.json): 16,652 and 3,440 MiB reserved.
+KEPT_OVERHEAD = 0.32  # bytes that operators hold beside each byte kept: workspaces, copies in another layout
+RESERVED = 1.16  # bytes reserved for each allocated, weights apart: what the allocator cannot hand out again
+TRANSIENT = 12  # largest convolution inputs, and sets of features, that are alive at once
+WORKSPACE = 16 * MIB  # cuBLAS
+# Estimates until measured.
+CONTEXT = int(0.6 * GIB)  # CUDA context, cuBLAS and cuDNN, compiled kernels: outside the allocator
+DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` would fill
+FORWARD = 8  # largest convolution inputs alive in a forward without gradients
+DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
+TILE = 512  # pixels a side of what is decoded at a time when tiled
+ENCODE = 0.3 * GIB  # activations of the text encoders
+# Speed. Calibrated on: the same two slots, 117.6 and 29.0 ms of GPU time.
+PRODUCTS = 0.70  # of `tflops`, in products and convolutions
+LAUNCH = 5.07e-6 * 4300  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
+COPIES = 0.03  # of the time of a copy to the host and back, that shows even where it is hidden (estimate)
+LAUNCHES = 15.5  # a slot's, for each layer that a LoRA may extend
+ELEMENTWISE = 0.6  # of `bandwidth`, where norms are computed again
+
+
+def card_for(budget: int) -> Card:
+    """The smallest of CARDS that has the budget."""
+    return next((card for card in CARDS if card.gib * GIB >= budget), CARDS[-1])
+
+
+def this_card(device: torch.device) -> Card:
+    """The rates of `device`, measured in about a second: a bf16 product, a copy, both ways to the host."""
+    properties = torch.cuda.get_device_properties(device)
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    product = _seconds(lambda: a @ a, 20)
+    source = torch.empty(64 * MIB, dtype=torch.uint8, device=device)
+    copy = _seconds(lambda: source.clone(), 10)
+    link = link_rate(device)
+    tflops, bandwidth = 2 * 4096**3 / product * 1e-12, 2 * 64 * MIB / copy * 1e-9
+    torch.cuda.empty_cache()
+    return Card(properties.name, properties.total_memory / GIB, tflops, bandwidth, link, measured=True)
+
+
+def link_rate(device: torch.device) -> float:
+    """GB/s of pinned copies: the slower direction."""
+    host = torch.empty(64 * MIB, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    out = _seconds(lambda: host.copy_(there, non_blocking=True), 5)
+    back = _seconds(lambda: there.copy_(host, non_blocking=True), 5)
+    return host.nbytes / max(out, back) * 1e-9
+
+
+def _seconds(run, times: int) -> float:
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def automatic(device: torch.device) -> int:
+    """The budget of `--vram auto`: what is free, less what a desktop may come to take."""
+    return torch.cuda.mem_get_info(device)[0] + CONTEXT - DISPLAY  # the context is there already
+
+
+def cap(device: torch.device, budget: int, context: int = CONTEXT) -> None:
+    """The allocator's part of `budget`: the process with its context of `context` bytes stays within it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget - context) / total), device)
+
+
+def process_memory() -> int | None:
+    """Bytes of the card that this process holds, by the driver; None where nvidia-smi cannot say (containers, WSL)."""
+    ask = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+        return next(int(used) * MIB for pid, used in (line.split(", ") for line in lines) if int(pid) == os.getpid())
+    except (OSError, subprocess.SubprocessError, ValueError, StopIteration):
+        return None
+
+
+def fallback_risk() -> str | None:
+    """On Windows and WSL: what to do against NVIDIA's system-memory fallback, which crawls instead of failing."""
+    version = Path("/proc/version")
+    wsl = version.exists() and "microsoft" in version.read_text().lower()
+    if platform.system() != "Windows" and not wsl:
+        return None
+    return (
+        "the NVIDIA driver may move memory to the host instead of failing, which is many times slower: in the NVIDIA "
+        "Control Panel set CUDA - Sysmem Fallback Policy to `Prefer No Sysmem Fallback`"
+    )

@@ -1,0 +1,115 @@
+"""The published models that a plan knows by name, so that nothing is downloaded to make one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from rapm.errors import UserError
+from rapm.unet import complete
+
+if TYPE_CHECKING:
+    from rapm.teacher import Teacher
+
+SD15 = dict(cross_attention_dim=768, sample_size=64)
+SD21 = dict(
+    cross_attention_dim=1024, sample_size=96, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+)  # fmt: skip
+SDXL = dict(
+    sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+
+
+class Model(NamedTuple):
+    """What a plan needs to know of a teacher."""
+
+    name: str
+    unet: dict  # its config, complete
+    text: int  # parameters of the text encoders
+    vae: int  # parameters of the VAE
+    factor: int = 8  # pixels of an image to one of its latents
+
+    @classmethod
+    def of(cls, teacher: Teacher) -> Model:
+        """That of a loaded teacher."""
+        pipe = teacher.pipe
+        encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+        text = sum(p.numel() for encoder in encoders if encoder is not None for p in encoder.parameters())
+        vae = sum(p.numel() for p in pipe.vae.parameters())
+        return cls(teacher.source, teacher.unet.config, text, vae, pipe.vae_scale_factor)
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """H W in pixels of what it was trained on."""
+        size = self.unet["sample_size"]
+        h, w = size if isinstance(size, (list, tuple)) else (size, size)
+        return h * self.factor, w * self.factor
+
+
+FAMILIES = {
+    "sd15": (SD15, 123_060_480, 83_653_863),
+    "sd21": (SD21, 340_387_840, 83_653_863),
+    "sdxl": (SDXL, 123_060_480 + 694_659_840, 83_653_863),
+}
+
+
+def model_of(teacher: str) -> Model:
+    """The model behind `teacher`: a family's name, a diffusers folder, or by its name a hub id or file.
+
+    UserError for a folder that is no pipeline.
+    """
+    folder = Path(__file__).parent / "zoo" / "embedded" if teacher == "embedded" else Path(teacher).expanduser()
+    if folder.is_dir():
+        return _folder(teacher, folder)
+    family = teacher if teacher in FAMILIES else _family_of(teacher)
+    config, text, vae = FAMILIES[family]
+    return Model(family, complete(config), text, vae)
+
+
+def _family_of(name: str) -> str:
+    name = name.lower()
+    if "xl" in name:
+        return "sdxl"
+    return "sd21" if any(part in name for part in ("2-1", "2.1", "sd21", "diffusion-2")) else "sd15"
+
+
+def _folder(teacher: str, folder: Path) -> Model:
+    try:
+        config = complete(json.loads((folder / "unet" / "config.json").read_text("utf-8")))
+        vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher: {folder} is not a diffusers folder ({error}): give one, or a name") from error
+    text = sum(_parameters(part) for part in folder.glob("text_encoder*"))
+    factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+    return Model(teacher, config, text, _parameters(folder / "vae"), factor)
+
+
+def _parameters(folder: Path) -> int:
+    """Numbers in a part's weights, each once though there may be an fp16 variant beside them."""
+    files = sorted(folder.glob("*.safetensors"))
+    whole = [path for path in files if ".fp16" not in path.name] or files
+    total = 0
+    for path in whole:
+        try:
+            with safe_open(path, framework="pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"teacher: {path} is not readable as safetensors ({error}): get it again") from error
+    return total
+
+
+def latents_of(model: Model, resolution: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(C, h, w) at H W pixels. UserError for sides that the latents cannot tile."""
+    height, width = resolution or model.resolution
+    multiple = math.lcm(8, model.factor)
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise UserError(f"resolution {height}x{width}: height and width must be multiples of {multiple}")
+    return model.unet["in_channels"], height // model.factor, width // model.factor

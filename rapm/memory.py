@@ -1,0 +1,223 @@
+"""What a pass of the UNet keeps for backward, by layer and policy: counted on meta tensors, without weights or a GPU.
+
+The real forward runs on the meta device with the layers' own hooks: every storage that autograd would keep is noted
+once, with the layer and the unit (resnet, transformer block) that keeps it first. Parameters do not count. Triton's
+operators are there by their shapes, so where Triton is installed their own, smaller sets are counted.
+
+Shapes: B batch, C channels, h w latents.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from rapm.lora import LoRA
+from rapm.offload import SMALLEST
+from rapm.saved import LEVELS, Memory, Policy, Saved
+from rapm.unet import Attention, Text, UNet
+
+REST = "rest"  # what is kept outside the layers: first and last convolution, resamplers
+TOKENS = 77
+
+
+class Layer(NamedTuple):
+    """One layer in one pass, in bytes by level of LEVELS."""
+
+    kept: dict[str, int]
+    movable: dict[str, int]  # of that, what offload moves
+    extra: dict[str, int]  # computed again and alive beside it, while its backward runs
+    again: dict[str, int]  # computed again in all
+    flops: dict[str, float]  # operations that are done again
+
+
+class Pass(NamedTuple):
+    """A forward and what its backward needs."""
+
+    layers: dict[str, Layer]  # in the order of the forward; REST is the last
+    flops: float  # of the forward: a multiply-add is two
+    widest: int  # bytes of the largest input of a convolution
+
+    def kept(self, policies: dict[str, Policy]) -> int:
+        """Bytes on the device at the end of the forward, under `policies`; without one a layer keeps everything."""
+        total = 0
+        for name, layer in self.layers.items():
+            level, offload = policies.get(name, Policy())
+            total += layer.kept[level] - offload * layer.movable[level]
+        return total
+
+    def extra(self, policies: dict[str, Policy]) -> int:
+        """The most that is alive beside it in the backward."""
+        return max(layer.extra[policies.get(name, Policy()).level] for name, layer in self.layers.items())
+
+
+class Note(NamedTuple):
+    layer: str
+    unit: int  # 0 outside resnets and transformer blocks
+    size: int
+    level: str | None  # from which on it is computed again
+    movable: bool
+
+
+class Ledger(Memory):
+    """Notes all that a pass keeps, at one level throughout."""
+
+    def __init__(self, unet: UNet, level: str) -> None:
+        super().__init__()
+        self.policy = Policy(level)
+        self._refs = [StorageWeakRef(p.untyped_storage()) for p in unet.parameters()]  # keep the addresses taken
+        self._seen = {ref.cdata for ref in self._refs}
+        self.notes: list[Note] = []
+
+    def layer(self, name: str) -> Noted:
+        return Noted(self, name)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the forward: what is kept outside the layers."""
+        with saved_tensors_hooks(lambda x: self.note(REST, 0, x, None), lambda x: x):
+            yield
+
+    def note(self, layer: str, unit: int, x: Tensor, level: str | None) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._refs.append(StorageWeakRef(storage))
+            self._seen.add(storage._cdata)
+            size = storage.nbytes()
+            movable = size >= SMALLEST and x.nbytes == size and layer != REST
+            self.notes.append(Note(layer, unit, size, level, movable))
+        return x.detach()
+
+
+class Noted(Saved):
+    """A layer whose saved tensors are noted."""
+
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        super().__init__(ledger.policy)
+        self.ledger, self.name, self.unit, self.units, self.depth = ledger, name, 0, 0, 0
+
+    def run(self, module: nn.Module, *args: object) -> object:
+        self.units += 1
+        self.unit = self.units
+        try:
+            return super().run(module, *args)
+        finally:
+            self.unit = 0
+
+    def pack(self, x: Tensor) -> object:
+        self.depth += 1
+        kept = super().pack(x)
+        self.depth -= 1
+        level = None if isinstance(kept, Tensor) else kept[0].level
+        if level is None or self.depth == 0:  # what only serves to compute another again is kept at no level
+            self.ledger.note(self.name, self.unit, x, level)
+        return kept
+
+
+def meta_unet(config: dict, dtype: torch.dtype) -> UNet:
+    """The frozen UNet of `config` without memory."""
+    with torch.device("meta"):
+        unet = UNet(config).requires_grad_(False).eval().to(dtype)
+    return unet.to(memory_format=torch.channels_last)
+
+
+def meta_text(config: dict, batch: int = 1) -> Text:
+    with torch.device("meta"):
+        contexts = config["cross_attention_dim"]
+        hidden = torch.empty(batch, TOKENS, contexts[-1] if isinstance(contexts, (list, tuple)) else contexts)
+        if not config["addition_embed_type"]:
+            return Text(hidden)
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return Text(hidden, torch.empty(batch, pooled), torch.empty(batch, 6))
+
+
+def count_student(unet: UNet, latents: tuple[int, int, int], rank: int) -> Pass:
+    """The student's pass at batch 1: LoRA of `rank` with gradients, latents C h w without. `unet` is `meta_unet`'s."""
+    with torch.device("meta"):
+        lora = LoRA(unet, rank).views(unet.dtype)
+    z, t, text = torch.empty(1, *latents, device="meta"), torch.empty(1, device="meta"), meta_text(unet.config)
+    return _count(unet, lambda memory: unet(z, t, text, lora, memory), rank)
+
+
+def count_encoder(unet: UNet, latents: tuple[int, int, int]) -> Pass:
+    """The discriminators' pass at batch 1: the teacher's features, with the gradient of the latents."""
+    z = torch.empty(1, *latents, device="meta", dtype=unet.dtype).requires_grad_()
+    t, text = torch.empty(1, device="meta"), meta_text(unet.config)
+    return _count(unet, lambda memory: unet.features(z, t, text, None, memory), 0)
+
+
+def _count(unet: UNet, forward, rank: int) -> Pass:
+    flops: dict[str, float] = defaultdict(float)
+    up: dict[str, float] = defaultdict(float)
+    widest = 0
+
+    def see(module: nn.Module, args: tuple, out: Tensor) -> None:
+        nonlocal widest
+        x, name = args[0], names[module]
+        if isinstance(module, Attention):
+            flops[_layer(name)] += 4 * x.shape[1] * args[1].shape[1] * x.shape[2] * x.shape[0]
+            return
+        rows = out.numel() // module.weight.shape[0]
+        work = 2 * rows * (module.weight.numel() + rank * (module.weight[0].numel() + module.weight.shape[0]))
+        flops[_layer(name)] += work
+        if name.endswith("ff.net.0.proj"):
+            up[_layer(name)] += work
+        if isinstance(module, nn.Conv2d):
+            widest = max(widest, x.nbytes)
+
+    names = {m: name for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, Attention))}
+    ledgers = {}
+    handles = [module.register_forward_hook(see) for module in names]
+    for level in ("recompute", "checkpoint"):  # the first tells of the levels before it too
+        ledgers[level] = ledger = Ledger(unet, level)
+        with ledger.watching():
+            kept = forward(ledger)
+        del kept
+        for handle in handles:
+            handle.remove()
+    used = [name for name in unet.layers() if any(note.layer == name for note in ledgers["recompute"].notes)]
+    layers = {
+        name: _layer_of(name, ledgers["recompute"].notes, ledgers["checkpoint"].notes, flops[name], up[name])
+        for name in [*used, REST]
+    }
+    return Pass(layers, sum(flops.values()), widest)
+
+
+def _layer(name: str) -> str:
+    """The layer of a module: "down_blocks.1.attentions.0.proj_in" belongs to "down_blocks.1.0"."""
+    block, _, rest = name.partition(".resnets." if ".resnets." in name else ".attentions.")
+    return f"{block}.{rest.split('.')[0]}" if rest else REST
+
+
+def _layer_of(name: str, notes: list[Note], checkpointed: list[Note], flops: float, up: float) -> Layer:
+    mine = [note for note in notes if note.layer == name]
+    inputs = [note for note in checkpointed if note.layer == name and note.level is None]
+
+    def dropped(note: Note, level: str) -> bool:
+        return note.level is not None and LEVELS.index(level) >= LEVELS.index(note.level)
+
+    kept = {level: [note for note in mine if not dropped(note, level)] for level in LEVELS[:-1]}
+    kept["checkpoint"] = inputs
+    again = {level: [note for note in mine if dropped(note, level)] for level in LEVELS[:-1]}
+    again["checkpoint"] = [note for note in mine if note.unit]
+    by_unit: dict[str, dict[int, int]] = {level: defaultdict(int) for level in LEVELS}
+    for level, notes_again in again.items():
+        for note in notes_again:
+            if level != "lean":  # there one at a time is alive
+                by_unit[level][note.unit] += note.size
+    by_unit["lean"] = {i: note.size for i, note in enumerate(again["lean"])}
+    operations = {"keep": 0.0, "lean": 0.0, "recompute": up, "checkpoint": flops}
+    return Layer(
+        {level: sum(note.size for note in kept[level]) for level in LEVELS},
+        {level: sum(note.size for note in kept[level] if note.movable) for level in LEVELS},
+        {level: max(by_unit[level].values(), default=0) for level in LEVELS},
+        {level: sum(note.size for note in again[level]) for level in LEVELS},
+        operations if name != REST else dict.fromkeys(LEVELS, 0.0),
+    )

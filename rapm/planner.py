@@ -1,0 +1,262 @@
+"""Which plan fits a budget and is the fastest that does: memory by phase, a policy for each layer, seconds, disk.
+
+Memory is counted (rapm/memory.py); what cannot be counted, and all rates, are in rapm/cards.py; the policies of the
+layers are the fastest that fit (rapm/choice.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from rapm import cards
+from rapm.cards import GIB, MIB, Card
+from rapm.choice import Choice, Chooser
+from rapm.config import Config, parse_vram
+from rapm.device import DTYPES
+from rapm.errors import UserError
+from rapm.families import Model, model_of
+from rapm.offload import WINDOWS
+from rapm.saved import Policy
+from rapm.sizes import bound_seconds, sizes_of, slot_seconds
+
+PHASES = ("encode", "solve", "train", "validate", "export")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does within `budget` bytes of the card (None: no limit)."""
+
+    budget: int | None
+    card: Card
+    student: dict[str, Policy] = field(default_factory=dict)
+    encoder: dict[str, Policy] = field(default_factory=dict)
+    kept: int = 0  # bytes that a slot keeps for backward on the card
+    moved: int = 0  # bytes that it moves to the host
+    window: int = 0  # bytes under way each way, and so how far the copies run ahead
+    solve_batch: int = 1
+    together: bool = True  # both real features in one pass of two rows, or one after the other
+    aside: bool = False  # the UNet waits on the host while text encoders or VAE work
+    tiled: bool = False  # the VAE decodes tile by tile
+    apart: bool = False  # at the export, ours and the stock UNet take turns on the card
+    phases: dict[str, int] = field(default_factory=dict)  # bytes of the process, by phase
+    seconds: float = 0.0  # an iteration
+    slowdown: float = 1.0  # over the same card without a budget
+    solve_seconds: float = 0.0  # a trajectory
+
+
+class Planner:
+    """Plans for one job on one card, for any budget."""
+
+    def __init__(self, model: Model, config: Config, card: Card | None = None) -> None:
+        self.model, self.config = model, config
+        self.sizes = sizes_of(model, config)
+        self.card = card
+        self.context = cards.CONTEXT  # bytes of the process outside the allocator
+        self.correction = 0  # bytes that a dry slot took beyond what was predicted
+
+    def plan(self, budget: int | None, most: int | None = None) -> Plan:
+        """The fastest plan for `budget` bytes of the card that keeps at most `most` bytes for backward.
+
+        UserError for a budget that cannot work, with the smallest that would.
+        """
+        sizes, card, fitting = self.sizes, self.card or cards.card_for(budget or 0), []
+        adversarial = sizes.heads > 0
+        chooser = Chooser(sizes, card, adversarial)
+        if budget is None:
+            return self._finish(Plan(None, card), chooser.everything())
+        # What costs no time comes first: copies further ahead, both real features in one pass.
+        for together, window in itertools.product((True, False), (0, *WINDOWS)):
+            plan = Plan(budget, card, together=together, window=window)
+            room = min(self._room(plan), 2**62 if most is None else most)
+            choice = chooser.best(room, offload=window > 0)
+            if choice is not None and (window == 0 or choice.moved):
+                if not together:  # about one more pass of the encoder's launches
+                    choice = choice._replace(seconds=choice.seconds + bound_seconds(sizes, card) / 12)
+                fitting.append((choice.seconds, len(fitting), plan, choice))
+        if not fitting:
+            raise UserError(
+                f"vram {budget / GIB:.2f}G is too little for {self.model.name} at rank {self.config.lora_rank}: "
+                f"at least --vram {self.smallest_words()}"
+            )
+        _, _, plan, choice = min(fitting)
+        return self._finish(plan, choice)
+
+    def smallest(self) -> int:
+        """Bytes of the least budget that works."""
+        card = self.card or cards.CARDS[0]
+        plan = Plan(0, card, together=False, window=WINDOWS[-1])
+        chooser = Chooser(self.sizes, card, self.sizes.heads > 0)
+        train = self._train(plan, chooser.least)
+        return max(train, *(self._phase(phase, plan, 1, True, True, True) for phase in PHASES if phase != "train"))
+
+    def smallest_words(self) -> str:
+        return f"{math.ceil(self.smallest() / GIB * 10) / 10:.1f}G"
+
+    def _train(self, plan: Plan, kept: int, extra: int | None = None) -> int:
+        """Bytes of the process at the peak of a slot that keeps `kept`; `extra`: the most that is computed again."""
+        sizes = self.sizes
+        size = DTYPES[self.config.mixed_precision].itemsize
+        if extra is None:
+            extra = max(max(layer.extra.values()) for layer in sizes.student.layers.values())
+        rows = 2 if plan.together else 1
+        transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra
+        replay = self.config.replay_size * self.config.steps * 3 * sizes.features
+        slot = kept * (1 + cards.KEPT_OVERHEAD) + transient + 2 * plan.window + size * sizes.lora
+        end = 3 * size * sizes.lora + 12 * sizes.lora  # the gradient, cast, clipped, when everything else is gone
+        live = sizes.state + replay + cards.WORKSPACE + max(slot, end)
+        return int(self.context + self.correction + sizes.weights + live * cards.RESERVED)
+
+    def _room(self, plan: Plan) -> int:
+        """Bytes that may be kept."""
+        slot = plan.budget - self.context - self.correction - self.sizes.weights
+        end = self._train(plan, 0) - self.context - self.correction - self.sizes.weights
+        return int((slot - end) / (cards.RESERVED * (1 + cards.KEPT_OVERHEAD))) if slot >= end else -1
+
+    def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
+        """Bytes of the process in a phase other than training."""
+        sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
+        forward = cards.FORWARD * sizes.student.widest  # a row
+        guided = 2 * batch * forward if self.config.guidance > 1 else batch * forward
+        state = sizes.state
+        if phase == "encode":
+            live = sizes.text + cards.ENCODE + (0 if aside else sizes.weights)
+        elif phase == "solve":
+            live = sizes.weights + guided
+        elif phase == "validate":
+            pixels = min(sizes.pixels, cards.TILE**2) if tiled else sizes.pixels
+            walk = sizes.weights + state + max(guided, 3 * batch * forward)
+            decode = sizes.vae + cards.DECODE * pixels + state + (0 if aside else sizes.weights)
+            live = max(walk, decode)
+        else:
+            stock = sizes.weights + (sizes.text + sizes.vae) * size // 4
+            live = stock + 2 * forward + (0 if apart else sizes.weights) + state
+        return int(self.context + live * 1.02)
+
+    def _finish(self, plan: Plan, choice: Choice) -> Plan:
+        """The other phases, and the seconds."""
+        budget, config, sizes = plan.budget or 2**62, self.config, self.sizes
+
+        def fits(phase: str, batch: int = 1, aside=False, tiled=False, apart=False) -> bool:
+            return self._phase(phase, plan, batch, aside, tiled, apart) <= budget
+
+        batch = next((n for n in range(config.solve_batch, 1, -1) if fits("solve", n) and fits("validate", n, True)), 1)
+        aside = not (fits("encode") and fits("validate", batch))
+        tiled = not fits("validate", batch, aside)
+        apart = not fits("export")
+        for phase in ("encode", "solve", "validate", "export"):
+            need = self._phase(phase, plan, batch, aside, tiled, apart)
+            if need > budget:
+                raise UserError(
+                    f"vram {budget / GIB:.2f}G is too little to {phase} with {self.model.name}: "
+                    f"at least --vram {self.smallest_words()}"
+                )
+        phases = {phase: self._phase(phase, plan, batch, aside, tiled, apart) for phase in PHASES if phase != "train"}
+        slot = slot_seconds(sizes, plan.card)
+        solve = 2 * config.steps * config.fine_steps * sizes.student.flops * slot / sizes.flops
+        policies: dict[str, dict[str, Policy]] = {"student": {}, "encoder": {}}
+        for name, policy in choice.policies.items():
+            kind, _, layer = name.partition("/")
+            if layer != "rest":
+                policies[kind][layer] = policy
+        extra = max(sizes.student.extra(policies["student"]), sizes.encoder.extra(policies["encoder"]))
+        phases["train"] = self._train(plan, choice.kept, extra)
+        return replace(
+            plan, **policies, kept=choice.kept, moved=choice.moved, window=plan.window if choice.moved else 0,
+            solve_batch=batch, aside=aside, tiled=tiled, apart=apart,
+            phases={phase: phases[phase] for phase in PHASES}, seconds=config.steps * (slot + choice.seconds),
+            slowdown=(slot + choice.seconds) / slot, solve_seconds=solve,
+        )  # fmt: skip
+
+    def disk(self) -> int:
+        """Bytes of the store."""
+        return (self.config.trajectories + self.config.validation_prompts) * self.sizes.trajectory
+
+
+def grouped(policies: dict[str, Policy]) -> list[tuple[str, str]]:
+    """(policy, its layers), runs of layers of a block joined: "up_blocks.0.0-2"."""
+    by_policy: dict[str, list[str]] = {}
+    for name, policy in policies.items():
+        by_policy.setdefault(str(policy), []).append(name)
+    lines = []
+    for policy, names in by_policy.items():
+        blocks: dict[str, list[int]] = {}
+        for name in names:
+            block, _, i = name.rpartition(".")
+            blocks.setdefault(block, []).append(int(i))
+        parts = []
+        for block, found in blocks.items():
+            run = found == list(range(found[0], found[-1] + 1)) and len(found) > 1
+            parts.append(f"{block}.{found[0]}-{found[-1]}" if run else ", ".join(f"{block}.{i}" for i in found))
+        lines.append((policy, ", ".join(parts)))
+    return lines
+
+
+def report(planner: Planner, plan: Plan) -> str:
+    """What `rapm plan` prints."""
+    config, model, card = planner.config, planner.model, plan.card
+    height, width = config.resolution or model.resolution
+    budget = "no limit" if plan.budget is None else f"{plan.budget / GIB:.1f} GiB"
+    rates = f"{card.tflops:.0f} TFLOP/s, {card.bandwidth:.0f} GB/s, {card.link:.0f} GB/s to the host"
+    hours = config.max_train_steps * plan.seconds / 3600
+    count = config.trajectories + config.validation_prompts
+    solve = count * plan.solve_seconds / 3600
+    batch = f"{plan.solve_batch} trajectories at a time"
+    notes = {
+        "encode": "the UNet waits on the host" if plan.aside else "beside the UNet",
+        "solve": batch,
+        "train": "" if plan.together else "real features one by one",
+        "validate": ", ".join([batch, *(["the UNet waits on the host while the VAE decodes"] if plan.aside else []),
+                               *(["decoded in tiles"] if plan.tiled else [])]),
+        "export": "ours and the stock UNet take turns" if plan.apart else "ours beside the stock UNet",
+    }  # fmt: skip
+    lines = [
+        f"{model.name}, {height}x{width}, LoRA rank {config.lora_rank}, {config.mixed_precision}, budget {budget}",
+        f"on a {card.name} ({'measured' if card.measured else 'data sheet'}: {rates})",
+        "",
+        "memory of the process, GiB (predicted)",
+        *(f"  {phase:<9}{plan.phases[phase] / GIB:6.2f}  {notes[phase]}".rstrip() for phase in PHASES),
+        "",
+        "kept for backward, by layer",
+    ]
+    for kind, policies in (("student", plan.student), ("encoder", plan.encoder)):
+        lines += [f"  {kind:<9}{policy:<22}{names}" for policy, names in grouped(policies)]
+    if plan.moved:
+        lines.append(f"  {plan.moved / MIB:.0f} MiB a slot go to pinned host memory and back")
+    lines += [
+        "",
+        f"{plan.seconds:.2f} s an iteration, {plan.slowdown:.2f} times that of this card without a budget",
+        f"{hours:.1f} h for {config.max_train_steps} iterations, {solve:.1f} h for {count} trajectories",
+        f"{planner.disk() / GIB:.2f} GiB of disk for the trajectories",
+    ]
+    return "\n".join(lines)
+
+
+def plan_for(config: Config) -> str:
+    """The report for `config`: on this machine's GPU, else on the smallest card of the table that has the budget.
+
+    UserError for a budget that cannot work, and for `auto` where there is no GPU.
+    """
+    budget, card, model = parse_vram(config.vram), None, model_of(config.teacher)
+    if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())
+        card = cards.this_card(device)
+        budget = budget or cards.automatic(device)
+    elif budget is None:
+        raise UserError("plan: there is no GPU here, so say for which budget: --vram 12G")
+    planner = Planner(model, config, card)
+    plan, free = planner.plan(budget), shutil.disk_usage(_existing(Path(config.output_dir))).free
+    lines = [report(planner, plan)]
+    if planner.disk() > free:
+        lines.append(f"warning: the disk of {config.output_dir} has only {free / GIB:.2f} GiB free")
+    return "\n".join(lines)
+
+
+def _existing(path: Path) -> Path:
+    """The path or its nearest parent that is there."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

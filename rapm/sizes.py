@@ -1,0 +1,79 @@
+"""What a plan has to fit: a job's bytes and operations, and how long a slot takes on a card."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from rapm import cards
+from rapm.cards import Card
+from rapm.config import Config
+from rapm.device import DTYPES
+from rapm.families import Model, latents_of
+from rapm.kernels.disc_head import layout
+from rapm.memory import TOKENS, Pass, count_encoder, count_student, meta_unet
+
+
+class Sizes(NamedTuple):
+    """A job's bytes, and its passes."""
+
+    weights: int  # of the UNet
+    lora: int  # numbers in the LoRA
+    targets: int  # layers that it extends
+    heads: int  # numbers in the heads
+    features: int  # bytes of one set of features
+    text: int  # bytes of the text encoders, in fp32
+    vae: int  # bytes of the VAE, in fp32
+    pixels: int
+    student: Pass
+    encoder: Pass
+    trajectory: int  # bytes of one in the store
+
+    @property
+    def state(self) -> int:
+        """LoRA and heads: fp32 weights, gradient, two moments."""
+        return 16 * (self.lora + self.heads)
+
+    @property
+    def flops(self) -> float:
+        """Of a slot: two passes of the student and a backward, three of the encoder and a backward."""
+        return 3 * self.student.flops + 4 * self.encoder.flops
+
+
+def sizes_of(model: Model, config: Config) -> Sizes:
+    """Everything that a plan for `config` needs to know of `model`. UserError for a resolution it cannot have."""
+    dtype = DTYPES[config.mixed_precision]
+    c, h, w = latents = latents_of(model, config.resolution)
+    unet = meta_unet(model.unet, dtype)
+    channels = unet.feature_channels
+    targets = unet.lora_targets()
+    lora = 0
+    for layer in targets.values():
+        out, inputs, *kernel = layer.weight.shape
+        lora += config.lora_rank * (inputs * math.prod(kernel) + out)
+    sides, features = (h, w), 0
+    for i, width in enumerate(channels):  # after each down block, all but the last of which halve the size; mid
+        if i < len(channels) - 2:
+            sides = tuple(-(-side // 2) for side in sides)
+        features += width * sides[0] * sides[1] * dtype.itemsize
+    heads = 2 * layout(channels)[1] if config.adversarial_relative or config.adversarial_absolute else 0
+    hidden = unet.config["cross_attention_dim"]
+    text = TOKENS * (max(hidden) if isinstance(hidden, (list, tuple)) else hidden) * 4
+    positions = (2 * config.steps + 1) * c * h * w * getattr(torch, config.trajectory_dtype).itemsize
+    return Sizes(
+        sum(p.nbytes for p in unet.parameters()), lora, len(targets), heads, features, 4 * model.text, 4 * model.vae,
+        h * w * model.factor**2, count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
+        positions + text,
+    )  # fmt: skip
+
+
+def bound_seconds(sizes: Sizes, card: Card) -> float:
+    """What a slot takes beside its products: launches bound by memory."""
+    return cards.LAUNCHES * sizes.targets * cards.LAUNCH / card.bandwidth
+
+
+def slot_seconds(sizes: Sizes, card: Card) -> float:
+    """A slot with everything kept."""
+    return sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS) + bound_seconds(sizes, card)

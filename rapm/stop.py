@@ -1,0 +1,71 @@
+"""How a run is stopped, by a person or a disk, and with what exit code."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rapm.disk import TROUBLE
+from rapm.errors import RunError
+from rapm.step import Step
+
+# Numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine.
+SMALL = 8192
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; nothing is lost. `code` is the exit code, 128 plus the signal's number."""
+
+    def __init__(self, number: int, advice: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {advice}")
+        self.code = 128 + number
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM append their number to the list, so that the loop saves first; a second one stops at once."""
+    stopped: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield stopped
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def advice(words: str) -> Iterator[None]:
+    """What to do after Ctrl-C, or a disk that takes no more, in a phase that keeps its own results."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, words) from None
+    except OSError as error:
+        if error.errno not in TROUBLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise RunError(
+            f"{where}{error.strerror}; what was written before is whole; once that is mended, {words}"
+        ) from error
+
+
+@contextmanager
+def cores(steps: Iterable[Step]) -> Iterator[None]:
+    """One core for slots too small to share among several."""
+    before = torch.get_num_threads()
+    if all(not step.z.is_cuda and step.z.numel() < SMALL for step in steps):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

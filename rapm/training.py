@@ -1,0 +1,199 @@
+"""The state of a training: what an iteration changes, saves and restores, and the figures it leaves.
+
+Every random number of iteration i comes from (seed, i), so a checkpoint needs no generator state and a resumed run goes
+on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rapm.budget import Budget
+from rapm.config import Config
+from rapm.device import captured
+from rapm.errors import RunError
+from rapm.lora import LoRA
+from rapm.snapshot import Snapshot
+from rapm.step import LOSSES, SlotMemory, Step
+from rapm.teacher import Teacher
+from rapm.trajectories import Negatives, Store, Trajectory, trajectory_seed
+from rapm.unet import Text
+from rapm.validate import Measured, Validation
+
+PATIENCE = 20  # non-finite updates in a row before a run gives up
+EAGER = 1  # iterations of a size before its slot is captured: every kernel and workspace must have been used once
+
+
+class Training:
+    """What changes during a run: the LoRA, the heads, both optimizers, the replay, the number of iterations done.
+
+    Each resolution of the store has a step of its own, in `steps`, and on a GPU a captured slot; weights, optimizers
+    and counters are those of `step`, the first. With a budget the passes keep what its plan says, and an out-of-memory
+    takes the next plan.
+    """
+
+    def __init__(self, teacher: Teacher, store: Store, config: Config, budget: Budget | None = None) -> None:
+        self.teacher, self.store, self.config, self.budget = teacher, store, config, budget
+        self.lora = LoRA(teacher.unet, config.lora_rank, config.seed)
+        self.negatives = Negatives(teacher, config.negative_prompt)
+        self.validation = Validation(teacher, store, config, self.negatives)
+        for i in range(len(store)) if config.relative_start == "student" else self.validation.held_out:
+            self.negatives(store.negative(i))  # now: between iterations the text encoders would need memory
+        self.step = Step(teacher.unet, self.lora, teacher.schedule, config, store[0], self._uncond(store[0]))
+        self.steps = {store.resolution(0): self.step}
+        for i in range(1, min(len(store), len(store.resolutions))):
+            if store.resolution(i) not in self.steps:
+                self.steps[store.resolution(i)] = self.step.sibling(store[i], self._uncond(store[i]))
+        if budget is not None:
+            self._replan()
+        self._slots: dict[tuple[int, int], Callable[[], None]] = dict(self.steps)
+        self._eager = dict.fromkeys(self.steps, EAGER)
+        self._pool = torch.cuda.graph_pool_handle() if self.step.z.is_cuda else None
+        trained = range(self.validation.trained)
+        self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
+        self._dry = True  # no iteration has shown yet what it takes
+        self._reported = 0.0  # skipped updates of earlier reports
+        self._measured: tuple[int, Measured] | None = None
+        self.done = 0
+
+    def iterate(self) -> None:
+        """One iteration: one trajectory, N slots, both updates in each.
+
+        One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
+        """
+        trained = self.validation.trained
+        epoch, place = divmod(self.done, trained)
+        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
+        trajectory, size = self.store[int(order[place])], self.store.resolution(int(order[place]))
+        mine = self._mine[size]
+        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())  # iterations of this size
+        if self.budget is None or self._slots[size] is not self.steps[size]:  # a graph that is there allocates nothing
+            self._walk(trajectory, size, before)
+        else:
+            self._walk_within(self.budget, trajectory, size, before)
+        self.done += 1
+
+    def _walk(self, trajectory: Trajectory, size: tuple[int, int], before: int) -> None:
+        step = self.steps[size]
+        if self._eager[size] == 0 and step.z.is_cuda and self._slots[size] is step:
+            self._slots[size] = captured(step, self._pool)
+        self._eager[size] = max(0, self._eager[size] - 1)
+        step.load(trajectory, self.done, self._uncond(trajectory) if self.config.relative_start == "student" else None)
+        step.draw(self._generator(f"iteration {self.done}"), before)
+        self._set_rates()
+        for _ in range(self.config.steps):
+            self._slots[size]()
+
+    def _walk_within(self, budget: Budget, trajectory: Trajectory, size: tuple[int, int], before: int) -> None:
+        """`_walk`, until it fits; after the first iteration on a card what that took decides the plan."""
+        if self._dry and self.step.z.is_cuda:  # what earlier phases took does not count
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        as_it_was = Snapshot(self.steps[size])
+        while True:
+            try:
+                self._walk(trajectory, size, before)
+                break
+            except torch.OutOfMemoryError as error:
+                message = str(error).splitlines()[0]
+            as_it_was.restore()
+            self._step_down(budget, message)
+        if self._dry and self.step.z.is_cuda and (line := budget.correct()):
+            tqdm.write(line)
+            self.release()
+            self._eager = dict.fromkeys(self.steps, EAGER)  # what is to be captured must have run
+            self._replan()
+        self._dry = False
+
+    def _step_down(self, budget: Budget, message: str) -> None:
+        line = budget.step_down()
+        if line is None:
+            raise RunError(
+                f"out of memory in iteration {self.done} though everything was given up that could be ({message}): "
+                f"give more --vram, at least {budget.planner.smallest_words()}, or a smaller resolution or rank"
+            )
+        if line:
+            tqdm.write(f"note: {line}")
+        self.release()
+        self._eager = dict.fromkeys(self.steps, EAGER)
+        self._replan()
+
+    def _replan(self) -> None:
+        for memory in (SlotMemory(), self.budget.memory(self.teacher.unet)):  # lets go of the old slab first
+            for step in self.steps.values():
+                step.memory = memory
+
+    def release(self) -> None:
+        """Give back the captured slots and their memory; the next iteration of each size captures it again."""
+        for size, step in self.steps.items():
+            if self._slots[size] is not step:
+                self._slots[size], self._eager[size] = step, 0
+        if self.step.z.is_cuda:
+            torch.cuda.empty_cache()
+
+    def measure(self) -> Measured:
+        """What `validation` says of the student as it is now; once for each iteration."""
+        if self._measured is None or self._measured[0] != self.done:
+            self._measured = self.done, self.validation(self.steps)
+        return self._measured[1]
+
+    def losses(self, slots: int) -> dict[str, float]:
+        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
+        skipped = float(self.step.skipped)
+        counted = max(1.0, slots - (skipped - self._reported))
+        means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
+        self.step.sums.zero_()
+        self._reported = skipped
+        return {**means, "skipped": skipped}
+
+    def check(self) -> None:
+        """RunError after too many updates in a row that were not finite."""
+        if float(self.step.worst) >= PATIENCE:
+            raise RunError(
+                f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
+                "lower learning_rate, or use mixed_precision bf16 or no"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by name."""
+        step = self.step
+        tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
+        tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
+        for i, own in enumerate(self.steps.values()):
+            if own.replay is not None:
+                tensors |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
+        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
+            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
+                tensors |= {f"adam.{label}.{i}.{name}": x for name, x in optimizer.state[parameter].items()}
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor], done: int) -> None:
+        """The inverse of `state`."""
+        step, device = self.step, self.step.z.device
+        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
+            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
+                moments = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
+        for name, mine in self.state().items():
+            mine.copy_(state[name])
+        self._reported = float(step.skipped)
+        self.done = done
+
+    def _uncond(self, trajectory: Trajectory) -> Text:
+        return self.negatives(trajectory.negative, trajectory.text)
+
+    def _set_rates(self) -> None:
+        config, i = self.config, self.done
+        rise = min(1.0, (i + 1) / (config.lr_warmup_steps + 1))
+        fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
+        self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
+        self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))

@@ -1,0 +1,48 @@
+"""Spoilt files of every kind: one clear line, no crash, nothing written, memory bounded."""
+
+from __future__ import annotations
+
+import random
+import resource
+from pathlib import Path
+
+import pytest
+import readers
+
+CASES = 150  # of each kind in `make test`; fuzz.py runs as many as it is given
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("samples")
+
+
+@pytest.fixture(scope="module")
+def samples(folder: Path) -> dict[str, readers.Reader]:
+    return readers.samples(folder)
+
+
+NAMES = ("LoRA", "checkpoint", "UNet weights", "UNet config", "settings", "prompts", "metadata", "shard")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spoilt_files_are_read_or_refused(samples: dict[str, readers.Reader], folder: Path, name: str) -> None:
+    assert set(samples) == set(NAMES)
+    file, read = samples[name]
+    sound = (folder / file).read_bytes()
+    assert readers.outcome(read, folder) == "read"
+    before = sorted(folder.rglob("*"))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = []
+    try:
+        for case in range(CASES):
+            (folder / file).write_bytes(readers.spoil(sound, random.Random(case)))
+            try:
+                outcomes.append(readers.outcome(read, folder))
+            except Exception as error:
+                raise AssertionError(f"{name}, case {case}: {type(error).__name__}: {error}") from error
+    finally:
+        (folder / file).write_bytes(sound)
+    assert outcomes.count("refused") > CASES / 10  # the fuzzer does spoil things
+    assert sorted(folder.rglob("*")) == before
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 256 * 2**10  # KiB

@@ -1,0 +1,156 @@
+"""Every memory policy: the same bits as keeping everything, fewer bytes kept, and the right network computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import UNET
+from torch import Tensor
+
+from rapm.lora import LoRA
+from rapm.offload import Offload
+from rapm.saved import KEEP_ALL, LEVELS, Memory, Policy
+from rapm.unet import Text, UNet
+
+POLICIES = [Policy(level, offload) for level in LEVELS for offload in (False, True)][1:]
+
+
+@pytest.fixture(scope="module")
+def unets() -> dict[str, UNet]:
+    torch.manual_seed(0)
+    out = {}
+    for family, config in UNET.items():
+        out[family] = UNet(config).requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return out
+
+
+def example(unet: UNet) -> tuple[Tensor, Tensor, Text, LoRA]:
+    """Latents, timestep, text, and a student that has moved."""
+    config, lora = unet.config, LoRA(unet, 3)
+    with torch.no_grad():
+        lora.flat += 0.05 * torch.randn(lora.flat.shape)
+    text = Text(torch.randn(1, 7, config["cross_attention_dim"]))
+    if config["addition_embed_type"]:
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        text = Text(text.hidden, torch.randn(1, pooled), torch.full((1, 6), 128.0))
+    return torch.randn(1, 4, 16, 16), torch.tensor([437]), text, lora
+
+
+def uniform(unet: UNet, policy: Policy, offload: Offload | None = None) -> Memory:
+    return Memory(dict.fromkeys(unet.layers(), policy), offload)
+
+
+def small_offload(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> Offload:
+    monkeypatch.setattr("rapm.offload.SMALLEST", 2**10)
+    return Offload(2**26, torch.device("cpu"), unet.parameters())
+
+
+def student(unet: UNet, memory: Memory, between: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+    """Output and the LoRA's gradient; `between` runs before the backward."""
+    torch.manual_seed(1)
+    z, t, text, lora = example(unet)
+    out = unet(z, t, text, lora.views(torch.float32), memory)
+    between()
+    (gradient,) = torch.autograd.grad(out, lora.flat, torch.randn(out.shape))
+    return out.detach(), gradient
+
+
+def encoder(unet: UNet, memory: Memory) -> list[Tensor]:
+    """The features of the teacher, and the gradient of their input."""
+    torch.manual_seed(1)
+    z, t, text, _ = example(unet)
+    z.requires_grad_()
+    features = unet.features(z, t, text, None, memory)
+    (gradient,) = torch.autograd.grad(features, z, [torch.randn(x.shape) for x in features])
+    return [*(x.detach() for x in features), gradient]
+
+
+def kept_bytes(run: Callable[[Memory], object], unet: UNet, policy: Policy, offload: Offload | None = None) -> int:
+    """What the layers keep on the device for backward: every storage once, without the parameters."""
+    parameters = {p.untyped_storage()._cdata for p in unet.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    class Noting(Memory):
+        def layer(self, name: str):
+            saved = super().layer(name)
+            saved = type(saved)(policy, self.offload)
+            before = saved.pack
+
+            def pack(x: Tensor) -> object:
+                kept = before(x)
+                if isinstance(kept, Tensor) and kept.untyped_storage()._cdata not in parameters:
+                    storages[kept.untyped_storage()._cdata] = kept.untyped_storage()
+                return kept
+
+            saved.pack, saved.note = pack, lambda x: None
+            return saved
+
+    run(Noting(dict.fromkeys(unet.layers(), policy), offload))
+    return sum(x.nbytes() for x in storages.values())
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("family", UNET)
+def test_the_same_bits(unets, monkeypatch, family, policy):
+    unet = unets[family]
+    offload = small_offload(unet, monkeypatch) if policy.offload else None
+    memory = uniform(unet, policy, offload)
+    expected = student(unet, KEEP_ALL)
+    assert expected[1].abs().max() > 0
+    for actual, wanted in zip(student(unet, memory), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    if offload is not None:
+        assert 0 < offload.moved_in <= offload.moved_out
+        offload.finish()
+    for actual, wanted in zip(encoder(unet, memory), encoder(unet, KEEP_ALL), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("family", UNET)
+def test_each_level_keeps_less(unets, monkeypatch, family):
+    unet = unets[family]
+    for run in (student, encoder):
+        sizes = [kept_bytes(lambda memory, run=run: run(unet, memory), unet, Policy(level)) for level in LEVELS]
+        # Without a LoRA nothing keeps the outputs of norms: lean is what is kept anyway
+        assert sizes[0] >= sizes[1] > sizes[2] > sizes[3] > 0
+        assert run is encoder or sizes[0] > sizes[1]
+        offload = small_offload(unet, monkeypatch)
+        moved = kept_bytes(lambda memory, run=run: run(unet, memory), unet, Policy("keep", True), offload)
+        assert moved < 0.2 * sizes[0] and offload.moved_out > 0.7 * sizes[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_what_runs_again_has_its_own_lora(unets, monkeypatch, policy):
+    """The trap of one set of weights for three networks: the teacher runs between the student's two passes."""
+    unet = unets["sdxl"]
+    offload = small_offload(unet, monkeypatch) if policy.offload else None
+    wanted = student(unet, KEEP_ALL)[1]
+    between = lambda: encoder(unet, uniform(unet, Policy("checkpoint")))  # noqa: E731
+    assert torch.equal(student(unet, uniform(unet, policy, offload), between)[1], wanted)
+
+
+def test_policies_differ_by_layer(unets):
+    """One layer alone checkpointed: it keeps less, the others what they kept."""
+    unet = unets["sd1"]
+    wanted = student(unet, KEEP_ALL)[1]
+    for name in unet.layers():
+        assert torch.equal(student(unet, Memory({name: Policy("checkpoint")}))[1], wanted)
+
+
+def test_a_backward_may_come_twice(unets):
+    unet = unets["sd2"]
+    torch.manual_seed(1)
+    z, t, text, lora = example(unet)
+    out = unet(z, t, text, lora.views(torch.float32), uniform(unet, Policy("recompute")))
+    first, second = (torch.autograd.grad(out.sum(), lora.flat, retain_graph=keep)[0] for keep in (True, False))
+    assert torch.equal(first, second)
+
+
+def test_without_gradients_nothing_is_kept(unets):
+    unet = unets["sd1"]
+    z, t, text, lora = example(unet)
+    with torch.no_grad():
+        out = unet(z, t, text, lora.views(torch.float32), uniform(unet, Policy("checkpoint")))
+    assert torch.equal(out, unet(z, t, text, lora.views(torch.float32)).detach())
