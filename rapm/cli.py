@@ -212,7 +212,14 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
-    if arguments.captions is None and Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded":
+    embedded = Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded"
+    judged = arguments.captions is None and embedded
+    foreign = ("reference", "clip", "inception", "samples") if judged else ("pairs",)
+    for name in (*foreign, *(() if arguments.captions else ("reference",))):
+        if getattr(arguments, name) is not None:
+            whose = "the embedded teacher's benchmark" if name == "pairs" else "an evaluation with --captions"
+            raise UserError(f"evaluate: --{name} belongs to {whose}")
+    if judged:
         from rapm.evaluate import evaluate_run
 
         pairs, batch = given.get("pairs", 4096), given.get("batch", 512)
@@ -223,7 +230,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from rapm.compare import CLIP, compare
 
     clip = {None: CLIP, "none": None}.get(arguments.clip, arguments.clip)
-    given.pop("pairs", None)
     print(
         compare(
             arguments.folder,

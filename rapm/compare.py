@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def _on_captions(
     uncond = teacher.encode_negative(config.negative_prompt, resolution) if subject.guidance > 1 else None
     paths = [job / "pictures" / f"{i:05d}.png" for i in range(len(drawn))]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
+    _check_room(job, len(todo) * SIDE * SIDE)
     with _progress(len(drawn), todo) as bar:
         for first in range(0, len(todo), ENCODE):
             some = todo[first : first + ENCODE]
@@ -186,6 +188,8 @@ def _to_teacher(
     theirs, mine = ([job / "pictures" / f"{i:05d}.png" for i in range(count)] for job in jobs)
     negatives = Negatives(teacher, config.negative_prompt)
     todo = [i for i in range(count) if not (theirs[i].exists() and mine[i].exists())]
+    height, width = config.resolution or teacher.default_resolution
+    _check_room(folder, 2 * len(todo) * height * width)
     with _progress(count, todo) as bar:
         for part in _of_one_shape(store, todo, batch):
             trajectories = [store[i] for i in part]
@@ -270,6 +274,16 @@ def _job(folder: Path, kind: str, protocol: Mapping[str, object]) -> Path:
             f"evaluate: {job} cannot be written ({error.strerror}): free the disk, or its rights"
         ) from error
     return job
+
+
+def _check_room(folder: Path, pixels: int) -> None:
+    """UserError if the disk has no room for the pictures: a PNG is a little smaller than its three bytes a pixel."""
+    needed, free = 3 * pixels, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"evaluate: {folder} needs up to {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free: "
+            "free some, or give fewer --samples"
+        )
 
 
 def _progress(count: int, todo: Sequence[int]) -> tqdm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -195,7 +196,8 @@ def kid(features: Tensor, reference: Tensor) -> float:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(SUBSET, len(features), len(reference))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that features are kept in memory: they are here already
         torch.manual_seed(0)
         metric = KernelInceptionDistance(_Stored(features.shape[1]), subsets=SUBSETS, subset_size=size)
         metric.update(features, real=False)

@@ -221,9 +221,10 @@ def finish(
             folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
             metrics={"held-out trajectories": card_figures(measured.figures)},
         )  # fmt: skip
+        report = write_report(folder)
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
     print(best_line(folder, training.done, measured.figures.get("val_fd"), find_best(folder)))
-    print(f"report: {write_report(folder)}")
+    print(f"report: {report}")
     if merge:
         path = export_merged(folder, lora, teacher, dtype=dtype)
         verify_merged(path, teacher, lora, **proof, dtype=dtype)

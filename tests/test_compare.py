@@ -205,6 +205,15 @@ def test_a_kill_costs_a_batch_and_the_same_command_goes_on(folder, tmp_path, mon
     assert sorted(len(x) for x in features) == [1, 7]  # FID's for each picture, CLIP's sum of the chunk
 
 
+def test_a_disk_too_small_is_known_before_a_picture_is_drawn(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    statistics = tmp_path / "stats.npz"
+    np.savez(statistics, mu=np.full(6, 0.5), sigma=np.eye(6))
+    for captions in (None, coco(tmp_path / "captions.json", 4)):
+        with pytest.raises(UserError, match="MiB free"):
+            compare(folder, captions=captions, reference=statistics, clip=None, network=Network())
+
+
 def test_a_clip_score_alone_needs_neither_reference_nor_fids_network(folder, tmp_path, clip):
     compare(folder, captions=coco(tmp_path / "captions.json", 4), clip=clip)
     (entry,) = json.loads((folder / "evaluation.json").read_text())["figures"]
@@ -238,6 +247,9 @@ def test_the_command_says_what_is_missing_before_any_work(folder, tmp_path, caps
     (tmp_path / "other.pth").write_bytes(b"a pickle that runs code")
     assert main(["evaluate", "--run", str(folder), "--inception", str(tmp_path / "other.pth")]) == 2
     assert "another pickle is not read" in capsys.readouterr().err
+    for extra in (["--pairs", "8"], ["--reference", str(tmp_path)]):
+        assert main(["evaluate", "--run", str(folder), *extra]) == 2
+        assert f"{extra[0]} belongs to" in capsys.readouterr().err
     assert not (folder / "evaluation").exists()
     with pytest.raises(UserError, match="nothing to measure"):
         compare(folder, captions=tmp_path / "c.json", clip=None)
