@@ -85,8 +85,7 @@ def train_together(runs: list[Run], iterations: int, points: int) -> float:
                 run.training.iterate()
                 if (i + 1) % max(1, iterations // points) == 0:
                     run.training.losses(1)  # raises where a run is lost
-                    figures, _ = run.training.validate()
-                    run.curve.append((i + 1, figures))
+                    run.curve.append((i + 1, run.training.measure().figures))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -115,6 +114,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         base = Config.preset("embedded").replace(
+            fd_samples=0,  # the judge says how far away a student is
             trajectories=arguments.trajectories, max_train_steps=arguments.iterations, solve_batch=256,
             validation_prompts=32, output_dir=folder, report_to="none",
         )  # fmt: skip

@@ -99,6 +99,18 @@ def summary(plan: Plan) -> str:
     return "; ".join(parts) if parts else "everything is kept for backward"
 
 
+def record(budget: Budget) -> dict[str, object]:
+    """The plan as the report shows it; memory in MiB."""
+    plan = budget.plan
+    phases = {name: round(size / 2**20) for name, size in plan.phases.items()}
+    return {
+        "budget": round(budget.bytes / 2**20),
+        "phases": phases,
+        "slowdown": plan.slowdown,
+        "summary": summary(plan),
+    }
+
+
 def words(budget: Budget) -> str:
     """What a run says of its plan: three lines at most."""
     plan = budget.plan

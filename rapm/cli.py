@@ -218,7 +218,14 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
-    if arguments.captions is None and Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded":
+    embedded = Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded"
+    judged = arguments.captions is None and embedded
+    foreign = ("reference", "clip", "inception", "samples") if judged else ("pairs",)
+    for name in (*foreign, *(() if arguments.captions else ("reference",))):
+        if getattr(arguments, name) is not None:
+            whose = "the embedded teacher's benchmark" if name == "pairs" else "an evaluation with --captions"
+            raise UserError(f"evaluate: --{name} belongs to {whose}")
+    if judged:
         from rapm.evaluate import evaluate_run
 
         pairs, batch = given.get("pairs", 4096), given.get("batch", 512)
@@ -226,16 +233,20 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
         print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=pairs, batch=batch))
         return
-    from rapm.compare import CLIP, Measures, compare
+    from rapm.compare import CLIP, compare
 
     clip = {None: CLIP, "none": None}.get(arguments.clip, arguments.clip)
-    given.pop("pairs", None)
     print(
         compare(
-            arguments.folder, lora=arguments.lora, captions=arguments.captions, reference=arguments.reference,
-            measures=lambda: Measures(clip=clip, weights=arguments.inception), **given,
+            arguments.folder,
+            lora=arguments.lora,
+            captions=arguments.captions,
+            reference=arguments.reference,
+            clip=clip,
+            weights=arguments.inception,
+            **given,
         )
-    )  # fmt: skip
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> None:

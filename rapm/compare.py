@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from rapm.metrics import (
 )
 from rapm.sample import ENCODE, png, sample
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, noise, trajectory_seed
+from rapm.trajectories import Negatives, Store, noise, trajectory_seed
 from rapm.unet import Lora, Text
 
 SIDE = 256  # pixels, of the COCO protocol
@@ -66,15 +67,12 @@ class Subject:
 
 
 class Measures:
-    """FID's network and a CLIP, loaded before anything is drawn. `clip` None leaves the CLIP score out."""
+    """FID's network and a CLIP, those that are wanted, loaded before anything is drawn."""
 
-    def __init__(
-        self, *, clip: str | None = CLIP, weights: Path | None = None, network: nn.Module | None = None
-    ) -> None:
-        """`network` replaces FID's: torchmetrics' `feature` argument, pictures n 3 H W (uint8) -> n F."""
+    def __init__(self, fid: bool, clip: str | None, weights: Path | None, network: nn.Module | None) -> None:
         need("torchmetrics")
-        self.network = inception(weights) if network is None else network
-        self.network_name = "inception-v3-compat" if network is None else type(network).__name__
+        self.network = (inception(weights) if network is None else network) if fid else None
+        self.network_name = "none" if not fid else "inception-v3-compat" if network is None else type(network).__name__
         self.clip_name, self.clip = clip, clip_metric(clip) if clip else None
 
     def features(self, paths: Sequence[Path], cache: Path, side: int | None, device: torch.device) -> Tensor:
@@ -94,12 +92,16 @@ def compare(
     reference: Path | None = None,
     samples: int = 30_000,
     batch: int = 8,
-    measures: Callable[[], Measures] = Measures,
+    clip: str | None = CLIP,
+    weights: Path | None = None,
+    network: nn.Module | None = None,
 ) -> str:
     """Evaluate the student of a run's folder (or the file `lora`; the teacher itself for `none`) and return the table.
 
     With `captions` on those, against `reference` (a folder of images, or an .npz with `mu` and `sigma`; without one
     there is no FID); else to the stored trajectories. Kept in evaluation.json. UserError before any picture is drawn.
+    `clip` None leaves the CLIP score out; `weights` is a local copy of those of FID's network; `network` replaces it
+    as torchmetrics' `feature` argument does, pictures n 3 H W (uint8) -> n F.
     """
     if samples < 4 or batch < 1:
         raise UserError(f"samples {samples}, batch {batch}: at least 4, and at least 1")
@@ -107,7 +109,9 @@ def compare(
     drawn = read_captions(captions, samples) if captions else None
     store = None if captions else Store.open(config.store or folder / "trajectories")
     real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
-    measured = measures()
+    if captions and real is None and clip is None:
+        raise UserError("evaluate: nothing to measure: give --reference for FID, or a CLIP")
+    measured = Measures(not captions or real is not None, clip, weights, network)
     teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
     subject = _subject(config, folder, lora, teacher)
     if captions:
@@ -142,6 +146,7 @@ def _on_captions(
     uncond = teacher.encode_negative(config.negative_prompt, resolution) if subject.guidance > 1 else None
     paths = [job / "pictures" / f"{i:05d}.png" for i in range(len(drawn))]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
+    _check_room(job, len(todo) * SIDE * SIDE)
     with _progress(len(drawn), todo) as bar:
         for first in range(0, len(todo), ENCODE):
             some = todo[first : first + ENCODE]
@@ -181,8 +186,10 @@ def _to_teacher(
     }  # fmt: skip
     jobs = _job(folder, "teacher", {"store": protocol["store"]}), _job(folder, "student", protocol)
     theirs, mine = ([job / "pictures" / f"{i:05d}.png" for i in range(count)] for job in jobs)
-    uncond = teacher.encode_negative(config.negative_prompt, config.resolution) if subject.guidance > 1 else None
+    negatives = Negatives(teacher, config.negative_prompt)
     todo = [i for i in range(count) if not (theirs[i].exists() and mine[i].exists())]
+    height, width = config.resolution or teacher.default_resolution
+    _check_room(folder, 2 * len(todo) * height * width)
     with _progress(count, todo) as bar:
         for part in _of_one_shape(store, todo, batch):
             trajectories = [store[i] for i in part]
@@ -190,6 +197,7 @@ def _to_teacher(
                 [theirs[i] for i in part], teacher.decode(torch.stack([t.positions[-1] for t in trajectories]).float())
             )
             text = Text.cat([t.text for t in trajectories])
+            uncond = negatives.rows([t.negative for t in trajectories], text) if subject.guidance > 1 else None
             starts = [(tuple(t.positions.shape[1:]), i) for i, t in zip(part, trajectories, strict=True)]
             _save([mine[i] for i in part], teacher.decode(_draw(teacher, subject, text, starts, uncond)))
             bar.update(len(part))
@@ -266,6 +274,16 @@ def _job(folder: Path, kind: str, protocol: Mapping[str, object]) -> Path:
             f"evaluate: {job} cannot be written ({error.strerror}): free the disk, or its rights"
         ) from error
     return job
+
+
+def _check_room(folder: Path, pixels: int) -> None:
+    """UserError if the disk has no room for the pictures: a PNG is a little smaller than its three bytes a pixel."""
+    needed, free = 3 * pixels, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"evaluate: {folder} needs up to {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free: "
+            "free some, or give fewer --samples"
+        )
 
 
 def _progress(count: int, todo: Sequence[int]) -> tqdm:

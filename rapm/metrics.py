@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -29,6 +30,8 @@ from rapm.errors import UserError
 CHUNK = 256  # pictures whose features lie in one file: what a kill may cost
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SUBSETS, SUBSET = 100, 1000  # KID's usual averaging
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's releases
+INCEPTION_SHA256 = INCEPTION[-12:-4]  # how it begins, in the name as torch.hub's convention has it
 LIBRARIES = ("torch", "torchmetrics", "torch-fidelity", "transformers", "diffusers", "pillow")
 
 
@@ -53,9 +56,12 @@ def versions() -> dict[str, str]:
 def inception(weights: Path | None = None) -> nn.Module:
     """FID's network: pictures n 3 H W (uint8) -> n 2048. TensorFlow's own weights and resizing, as FID is defined.
 
-    `weights`: a local copy of torch-fidelity's file; None has it downloaded once. UserError where that fails.
+    `weights`: a local copy of torch-fidelity's file; None has it downloaded once. The file is a pickle, which
+    torch-fidelity reads, so only the published one is let through. UserError where there is none, or another.
     """
     need("torchmetrics", "torch_fidelity")
+    if weights is not None:
+        _check_published(weights)
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     try:
@@ -64,8 +70,23 @@ def inception(weights: Path | None = None) -> nn.Module:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"evaluate: the weights of FID's network are not to be had ({str(error).splitlines()[0]}): "
-            "give a local copy of weights-inception-2015-12-05-6726825d.pth with --inception FILE"
+            f"give a local copy of {INCEPTION} with --inception FILE"
         ) from error
+
+
+def _check_published(path: Path) -> None:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"inception: cannot read {path}: {error.strerror}") from error
+    if not digest.hexdigest().startswith(INCEPTION_SHA256):
+        raise UserError(
+            f"inception: {path} is not the published {INCEPTION} (its sha256 begins with {digest.hexdigest()[:8]}, "
+            f"not {INCEPTION_SHA256}), and another pickle is not read: get that file"
+        )
 
 
 class Clip(nn.Module):
@@ -175,7 +196,8 @@ def kid(features: Tensor, reference: Tensor) -> float:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(SUBSET, len(features), len(reference))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that features are kept in memory: they are here already
         torch.manual_seed(0)
         metric = KernelInceptionDistance(_Stored(features.shape[1]), subsets=SUBSETS, subset_size=size)
         metric.update(features, real=False)

@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
+from safetensors import safe_open
 
 from rapm.chart import Chart, svg
 from rapm.config import PRESETS, Config
@@ -23,7 +24,7 @@ from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.lora_file import WEIGHTS
 
-REPORT = "report.html"
+REPORT, PLAN = "report.html", "plan.json"
 WIDE, NARROW, SHOWN = 1600, 800, 5  # pixels across: the last grid, an earlier one; how many of these
 
 CLOSENESS = (
@@ -96,7 +97,7 @@ def page(folder: Path, config: Config, lines: list[dict]) -> str:
         _section("Measured", _evaluation(folder / "evaluation.json")),
         _section("Training", _charts(TRAINING + slots, series)),
         _section("Machine", _charts((*MACHINE, *rest), series)),
-        _section("Plan", _plan(config, last, done)),
+        _section("Plan", _plan(folder, config, last, done)),
         _section("Settings", _settings(config)),
         _section("Last figures", _table(sorted(last.items()), ("figure", "value"), folded="all figures")),
     ]
@@ -175,7 +176,7 @@ def _pictures(folder: Path) -> str:
     """The last grid, and evenly spaced earlier ones."""
     parts = []
     if (folder / "samples.png").is_file():
-        parts.append(_figure(folder / "samples.png", "The last one", WIDE))
+        parts.append(_figure(folder / "samples.png", "What the file draws, from the same noise as the teacher", WIDE))
     earlier = sorted((folder / "samples").glob("*.png"))
     if not parts and earlier:
         parts.append(_figure(earlier.pop(), "The newest so far", WIDE))
@@ -217,12 +218,19 @@ def _use(folder: Path, config: Config) -> str:
     card = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
     snippet = card.partition("```python\n")[2].partition("```")[0]
     text = (
-        f"<p><code>{WEIGHTS}</code> goes into the client's folder of LoRAs, strength 1.0. "
+        f"<p><code>{WEIGHTS}</code>{_steps(folder / WEIGHTS)} goes into the client's folder of LoRAs, strength 1.0. "
         f"<b>DDIM</b>, <b>{config.steps} steps</b>, <b>CFG 1</b>; schedule <code>sgm_uniform</code> in ComfyUI, "
         "SGM Uniform in Forge, trailing timesteps in diffusers.</p>"
         f'<p>From here: <code>rapm sample "a prompt" --lora {escape(str(folder))}</code></p>'
     )
     return text + (f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else "")
+
+
+def _steps(path: Path) -> str:
+    """Which iteration the file is of: its header says."""
+    with safe_open(path, framework="pt") as file:
+        steps = (file.metadata() or {}).get("ss_steps")
+    return f" (of iteration {int(steps):,})" if steps else ""
 
 
 def _evaluation(path: Path) -> str:
@@ -239,7 +247,8 @@ def _evaluation(path: Path) -> str:
     return "".join(parts)
 
 
-def _plan(config: Config, last: dict, done: int) -> str:
+def _plan(folder: Path, config: Config, last: dict, done: int) -> str:
+    """What was to be done, in which memory, and how long it takes."""
     slots, fine = config.steps, config.steps * config.fine_steps
     rows = [
         ("trajectories", f"{config.trajectories:,} to train on, {config.validation_prompts} held out"),
@@ -248,6 +257,13 @@ def _plan(config: Config, last: dict, done: int) -> str:
         ("training", f"{config.max_train_steps:,} iterations of {slots} slots, batch 1"),
         ("memory", f"budget {config.vram}"),
     ]
+    if (folder / PLAN).is_file():
+        plan = json.loads((folder / PLAN).read_text("utf-8"))
+        phases = ", ".join(f"{name} {size / 1024:.1f} GiB" for name, size in plan["phases"].items())
+        rows[-1:] = [
+            ("memory", f"budget {plan['budget'] / 1024:.1f} GiB; planned: {phases}"),
+            ("kept and recomputed", f"{plan['summary']}; {plan['slowdown']:.2f} times as long as without a limit"),
+        ]
     if last.get("iterations_per_second"):
         left = (config.max_train_steps - done) / last["iterations_per_second"]
         rows.append(("time", f"{_time(last.get('seconds'))[2:]} so far, {_time(left)[2:] or 'nothing'} to go"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rapm.budget import Budget, words
+from rapm.budget import Budget, record, words
 from rapm.card import write_model_card
 from rapm.checkpoint import BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, save_best, save_checkpoint
 from rapm.clients import WORKFLOW, client_name, write_workflow
@@ -32,7 +32,7 @@ from rapm.lora_file import WEIGHTS
 from rapm.merge import export_merged, verify_merged
 from rapm.panel import Watch, best_line, card_figures, panel
 from rapm.prompts import BUNDLED, Prompts, Row, load_prompts
-from rapm.report import write_report
+from rapm.report import PLAN, write_report
 from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
 from rapm.step import LOSSES
@@ -45,7 +45,7 @@ from rapm.zoo import scenes
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
     WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
-    "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST,
+    "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST, PLAN,
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
     with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
         _set_aside(folder, done)
         write_atomic(folder / "config.toml", config.to_toml().encode())
+        if budget:
+            write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
         training = Training(teacher, store, config, budget)
         if checkpoint:
             training.restore(state, done)
@@ -219,9 +221,10 @@ def finish(
             folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
             metrics={"held-out trajectories": card_figures(measured.figures)},
         )  # fmt: skip
+        report = write_report(folder)
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
     print(best_line(folder, training.done, measured.figures.get("val_fd"), find_best(folder)))
-    print(f"report: {write_report(folder)}")
+    print(f"report: {report}")
     if merge:
         path = export_merged(folder, lora, teacher, dtype=dtype)
         verify_merged(path, teacher, lora, **proof, dtype=dtype)
@@ -290,6 +293,9 @@ def _claim(folder: Path) -> None:
 def _set_aside(folder: Path, done: int) -> None:
     """Move what an earlier run left to `previous-K/`: all of it, or on resuming the checkpoints after `done`."""
     old = [path for path in checkpoints(folder) if int(path.name.partition("-")[2]) > done]
+    best = find_best(folder)
+    if done and best and best[0] > done:  # a run that goes on from before it will find its own
+        old.append(folder / BEST)
     if not done and (folder / "metrics.jsonl").exists():
         old += [path for name in OUTPUTS if (path := folder / name).exists()]
     if old:

@@ -5,7 +5,9 @@ distance, FD, between the teacher's stored pictures and the student's for the sa
 and losses never see that noise, and no student scores by following the teacher's. FID's own network has 2048 features,
 which tens of samples cannot fill, and weights to download; here the features are the frozen teacher's own (each tap of
 its encoder at t = 0, averaged over positions), in the COMPONENTS directions in which its pictures vary most, each
-scaled to variance 1. `val_fd_floor` is what the teacher's own pictures of those prompts score.
+scaled to variance 1. On the embedded teacher this puts eight samplers (1, 2 and 4 steps, guided or not, before, during
+and after training) in the order in which its judge's FD does. `val_fd_floor` is what the teacher's own pictures of
+those prompts score.
 
 Shapes: n pictures, F features, K components, C h w latents, H W pixels.
 """

@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from rapm.chart import Chart, svg
 from rapm.cli import main
@@ -63,11 +65,13 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 301, "lo'
     )
+    plan = {"budget": 8192, "phases": {"load": 3072, "train": 7168}, "slowdown": 1.25, "summary": "all kept <b>"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "samples").mkdir()
     for i in range(1, 10):
         write_atomic(tmp_path / "samples" / f"{i:06d}.png", png(Image.new("RGB", (1000, 50), (i, 0, 0))))
     write_atomic(tmp_path / "samples.png", png(Image.new("RGB", (2000, 100)), prompts=json.dumps([EVIL, "Ü"])))
-    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors", {"ss_steps": "200"})
     (tmp_path / "README.md").write_text(f"# Card\n```python\nprint('a < b')  # {EVIL}\n```\nmore")
     figures = [
         {"protocol": {"samples": 30000}, "rows": [{"name": EVIL, "FID": 19.25}, {"name": "teacher", "CLIP": 30.5}]}
@@ -100,7 +104,8 @@ def test_every_figure_and_every_word_is_there(folder):
     assert page.source.count("<svg") == len(CLOSENESS + TRAINING + MACHINE) + 3
     assert page.text.count(EVIL) == 5  # prompt, warning, snippet, evaluation, settings: as text
     for words in ("300 of 500 iterations, not finished, 10.0 min", "best checkpoint", "19.25", "30.5", "Ü",
-                  "a/teacher & co", "CFG 1", "1,000 to train on", "max_train_steps", "Iteration 9"):  # fmt: skip
+                  "a/teacher & co", "CFG 1", "1,000 to train on", "max_train_steps", "(of iteration 200)",
+                  "Iteration 9", "budget 8.0 GiB; planned: load 3.0 GiB, train 7.0 GiB", "all kept <b>"):  # fmt: skip
         assert words in page.text, words
     assert "best" in page.source[page.source.index("Distance to the teacher") :][:6000]
     assert ">200<" in page.source  # the best checkpoint's iteration

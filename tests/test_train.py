@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rapm.checkpoint import checkpoints, load_checkpoint
+from rapm.checkpoint import checkpoints, find_best, load_checkpoint, save_best
 from rapm.cli import main
 from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions, parse_vram
 from rapm.disk import TEMPORARY
@@ -29,7 +29,8 @@ from rapm.errors import UserError
 from rapm.log import Log
 from rapm.sample import GAP, LINE
 from rapm.step import Step
-from rapm.train import train
+from rapm.train import _set_aside, train
+from rapm.validate import Validation
 
 SETTINGS = """
 trajectories = 3
@@ -76,7 +77,7 @@ def load_checkpoint_of(path: Path) -> dict[str, torch.Tensor]:
 def test_a_run_leaves_everything(finished):
     for name in ("pytorch_lora_weights.safetensors", "diffusers/pytorch_lora_weights.safetensors", "README.md",
                  "samples.png", "metrics.jsonl", "config.toml", "checkpoint-6/state.safetensors", "samples/000004.png",
-                 "trajectories/metadata.json"):  # fmt: skip
+                 "trajectories/metadata.json", "report.html"):  # fmt: skip
         assert (finished / name).is_file(), name
     assert not list(finished.rglob("*.tmp"))
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -84,6 +85,8 @@ def test_a_run_leaves_everything(finished):
     assert [x["iteration"] for x in lines if "val_rmse" in x] == [4, 6]
     for line in lines:
         assert all(value == value for value in line.values())
+    panel = {"val_saturation", "val_contrast", "val_acc_rel_real", "val_acc_abs_fake"}
+    assert panel <= next(line for line in lines if "val_rmse" in line).keys()
     assert {"huber_rel", "huber_abs", "gen_rel", "gen_abs", "disc_rel", "disc_abs", "lr"} <= set(lines[0])
     weights = load_file(finished / "pytorch_lora_weights.safetensors")
     assert any(x.abs().max() > 0 for name, x in weights.items() if "lora_up" in name)
@@ -183,6 +186,59 @@ def test_export_again(finished, tmp_path, capsys):
     assert main(["export", "--run", str(finished)]) == 0
     after = load_file(finished / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+@pytest.fixture
+def distances(monkeypatch) -> list[float]:
+    """What the next validations are to find, instead of measuring it: a run this small has too few pictures."""
+    coming: list[float] = []
+    monkeypatch.setattr(Validation, "measurable", True)
+    monkeypatch.setattr(Validation, "_closeness", lambda *_: {"val_fd": coming.pop(0), "val_fd_floor": 0.5})
+    monkeypatch.setattr(Validation, "_diversity", lambda *_: 1.0)
+    return coming
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_exported(place, tmp_path, capsys, distances):
+    """Beyond the limit, and through a resume that finds nothing better."""
+    run = tmp_path / "run"
+    (place / "often.toml").write_text(SETTINGS + "checkpoints_total_limit = 1\n")
+    often = ["--validation_steps", "2", "--checkpointing_steps", "2", "--config", str(place / "often.toml")]
+    distances += [3.0, 1.0, 2.0]
+    assert main(arguments(place, run, *often)) == 0
+    assert find_best(run) == (4, 1.0) and [p.name for p in checkpoints(run)] == ["checkpoint-6"]
+    output = capsys.readouterr()
+    assert "iteration 4 was closer to the teacher (FD 1.00)" in output.out and "--checkpoint best" in output.out
+    assert "best 1.00 at 4" in output.err and (run / "report.html").is_file()
+    assert "FD is 2.00 times the least so far" in output.err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val_fd"] for line in lines if "val_fd" in line] == [3.0, 1.0, 2.0]
+    assert [line["iteration"] for line in lines if "warning" in line] == [6]
+    assert {"grad_norm", "head_grad_norm"} <= lines[0].keys()
+
+    last = load_file(run / "pytorch_lora_weights.safetensors")
+    distances += [1.0]
+    assert main(["export", "--run", str(run), "--checkpoint", "best"]) == 0
+    best = load_file(run / "pytorch_lora_weights.safetensors")
+    assert any(not torch.equal(x, best[name]) for name, x in last.items())
+
+    kept = load_checkpoint_of(run / "checkpoint-best")
+    shutil.copytree(run / "checkpoint-best", run / "checkpoint-4")
+    distances += [1.5]  # worse: what was kept stays
+    assert main(arguments(place, run, *often, "--resume_from_checkpoint", str(run / "checkpoint-4"))) == 0
+    assert find_best(run) == (4, 1.0)
+    assert all(torch.equal(x, kept[name]) for name, x in load_checkpoint_of(run / "checkpoint-best").items())
+
+    assert main(["export", "--run", str(tmp_path / "run2"), "--checkpoint", "best"]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_a_best_checkpoint_that_is_yet_to_come_is_set_aside(tmp_path):
+    """A run that goes on from before it will find its own; one that goes on from it keeps it."""
+    save_best(tmp_path, {"lora": torch.ones(1)}, 4, Config(), 1.0)
+    _set_aside(tmp_path, 4)
+    assert find_best(tmp_path) == (4, 1.0)
+    _set_aside(tmp_path, 3)
+    assert find_best(tmp_path) is None and find_best(tmp_path / "previous-1") == (4, 1.0)
 
 
 def test_twenty_updates_in_a_row_that_are_not_finite_stop_the_run(place, tmp_path, monkeypatch, capsys):

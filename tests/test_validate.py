@@ -10,7 +10,7 @@ from rapm.config import Config
 from rapm.lora import LoRA
 from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Store, prepare
+from rapm.trajectories import Negatives, Store, prepare
 from rapm.unet import Text
 from rapm.validate import COMPONENTS, FEWEST, Features, Validation, contrast, saturation
 
@@ -32,15 +32,16 @@ def store(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def validation(teacher: Teacher, store: Store) -> Validation:
-    return Validation(teacher, store, CONFIG, teacher.encode_negative("", CONFIG.resolution))
+    return Validation(teacher, store, CONFIG, Negatives(teacher, ""))
 
 
-def step(teacher: Teacher, store: Store, size: float) -> Step:
-    """A student that is `size` away from the teacher."""
+def student(teacher: Teacher, store: Store, size: float) -> dict[tuple[int, int], Step]:
+    """The steps of a student that is `size` away from the teacher."""
     lora = LoRA(teacher.unet, 1)
     with torch.no_grad():
         lora.flat += size * torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(1))
-    return Step(teacher.unet, lora, teacher.schedule, CONFIG, store[0], teacher.encode_negative("", CONFIG.resolution))
+    uncond = teacher.encode_negative("", CONFIG.resolution)
+    return {(64, 64): Step(teacher.unet, lora, teacher.schedule, CONFIG, store[0], uncond)}
 
 
 def test_the_teachers_own_pictures_are_the_unit(teacher, store):
@@ -56,10 +57,11 @@ def test_the_teachers_own_pictures_are_the_unit(teacher, store):
 
 
 def test_a_student_further_away_scores_worse_and_nothing_is_changed(teacher, store, validation):
-    near, far = step(teacher, store, 0.01), step(teacher, store, 0.3)
-    before = near.lora.flat.clone(), near.discriminators.flat.clone()
+    near, far = student(teacher, store, 0.01), student(teacher, store, 0.3)
+    weights = [near[64, 64].lora.flat, near[64, 64].discriminators.flat]
+    before = [x.clone() for x in weights]
     good, bad = validation(near), validation(far)
-    assert torch.equal(before[0], near.lora.flat) and torch.equal(before[1], near.discriminators.flat)
+    assert all(map(torch.equal, before, weights))
     assert bad.figures["val_fd"] > 2 * good.figures["val_fd"]
     assert bad.figures["val_rmse"] > good.figures["val_rmse"]
     assert good.figures["val_fd_floor"] == bad.figures["val_fd_floor"] < good.figures["val_fd"]
@@ -74,22 +76,19 @@ def test_a_student_further_away_scores_worse_and_nothing_is_changed(teacher, sto
 
 def test_too_few_trajectories_have_no_distance(teacher, store):
     config = CONFIG.replace(fd_samples=FEWEST - 1)
-    few = Validation(teacher, store, config, teacher.encode_negative("", CONFIG.resolution))
-    figures = few(step(teacher, store, 0.01)).figures
+    few = Validation(teacher, store, config, Negatives(teacher, ""))
+    figures = few(student(teacher, store, 0.01)).figures
     assert "val_fd" not in figures and "val_diversity" not in figures and "val_saturation" in figures
 
 
-def test_batches_are_of_one_shape(teacher, store):
-    class Mixed:
-        def __len__(self):
-            return 12
+def test_batches_are_of_one_size(teacher):
+    class Mixed(list):
+        def resolution(self, i: int) -> tuple[int, int]:
+            return [(64, 64), (64, 96)][i in (3, 4, 5)]
 
-        def __getitem__(self, i):
-            t = store[i]
-            return t._replace(positions=t.positions[..., :4] if i in (3, 4, 5) else t.positions)
-
-    mixed = Validation(teacher, Mixed(), CONFIG.replace(solve_batch=2), None)
-    assert [len(batch) for batch in mixed._batches(range(12))] == [2, 1, 2, 1, 2, 2, 2]
+    mixed = Validation(teacher, Mixed(range(12)), CONFIG.replace(solve_batch=2), Negatives(teacher, ""))
+    assert [indices for indices, _ in mixed._batches([1, 3, 4, 5, 7, 9])] == [[1, 7], [9], [3, 4], [5]]
+    assert all(indices == batch for indices, batch in mixed._batches(range(12)))
 
 
 def test_saturation_and_contrast():
