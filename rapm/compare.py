@@ -108,7 +108,8 @@ def compare(
     store = None if captions else Store.open(config.store or folder / "trajectories")
     real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
     measured = measures()
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    dtype = DTYPES[config.mixed_precision]
+    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
     subject = _subject(config, folder, lora, teacher)
     if captions:
         rows, protocol = _on_captions(folder, config, teacher, subject, drawn, real, measured, batch)

@@ -22,7 +22,8 @@ from rapm.lora import LoRA
 from rapm.lora_file import kohya_name, read_lora
 from rapm.prompts import read_prompts
 from rapm.trajectories import METADATA, Store, verify
-from rapm.unet import UNet, load_unet
+from rapm.unet import UNet
+from rapm.weights import load_unet
 
 # What has hurt readers before: ends of integer ranges, huge shapes, names that leave a folder or rearrange a terminal.
 NASTY = [
