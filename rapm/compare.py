@@ -112,7 +112,8 @@ def compare(
     if captions and real is None and clip is None:
         raise UserError("evaluate: nothing to measure: give --reference for FID, or a CLIP")
     measured = Measures(not captions or real is not None, clip, weights, network)
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    dtype = DTYPES[config.mixed_precision]
+    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
     subject = _subject(config, folder, lora, teacher)
     if captions:
         rows, protocol = _on_captions(folder, config, teacher, subject, drawn, real, measured, batch)

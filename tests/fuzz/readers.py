@@ -26,7 +26,8 @@ from rapm.lora_file import read_lora
 from rapm.lora_names import kohya_name
 from rapm.prompts import read_prompts
 from rapm.trajectories import METADATA, Store, verify
-from rapm.unet import UNet, load_unet
+from rapm.unet import UNet
+from rapm.weights import load_unet
 
 # What has hurt readers before: ends of integer ranges, huge shapes, names that leave a folder or rearrange a terminal.
 NASTY = [
