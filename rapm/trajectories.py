@@ -301,7 +301,16 @@ def _rows(path: Path, metadata: dict) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
-        return len(json.loads(header["seeds"])) if header["store"] == _store_id(metadata) else 0
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if header["store"] != _store_id(metadata):
+            return 0
+        lists, steps = [json.loads(header[name]) for name in LISTS], metadata["steps"]
+        rows = len(lists[0])
+        counts = {len(x) for x in (*lists, *map(range, (shape[0] for shape in shapes.values())))}
+        latents = [[len(shapes[name]), shapes[name][1]] for name in ("positions", "fine")]
+        if counts != {rows} or latents != [[5, steps + 1], [5, steps]] or not {"hidden"} < shapes.keys() <= {*TENSORS}:
+            raise ValueError("its tensors are not a shard's")
+        return rows
     except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, it will be computed again") from error
 

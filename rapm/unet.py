@@ -80,12 +80,31 @@ SUPPORTED = dict(
         "only_cross_attention", "dual_cross_attention", "cross_attention_norm", "reverse_transformer_layers_per_block",
     ), (None, False)),
 )  # fmt: skip
+# Sizes, one for all levels or one each, and the most that is still a model.
+SIZES = dict(
+    in_channels=2**10, out_channels=2**10, block_out_channels=2**14, layers_per_block=64,
+    transformer_layers_per_block=64, attention_head_dim=2**10, num_attention_heads=2**10, cross_attention_dim=2**14,
+    norm_num_groups=2**10, time_embedding_dim=2**16, addition_time_embed_dim=2**12,
+    projection_class_embeddings_input_dim=2**16,
+)  # fmt: skip
 # `upcast_attention` is read nowhere: SDPA keeps the softmax in fp32, and diffusers ignores the flag with it too.
 
 
 def complete(config: Mapping) -> dict:
     """`config` with diffusers' defaults filled in. UserError for what this UNet does not compute."""
     config = {**DEFAULTS, **config}
+    levels = len(_list(config["block_out_channels"]))
+    for key, most in SIZES.items():
+        sizes = [] if config[key] is None and DEFAULTS[key] is None else _list(config[key])
+        if len(sizes) not in (0, 1, levels) or any(type(n) is not int or not 0 < n <= most for n in sizes):
+            raise UserError(f"UNet config: {key} is {config[key]}, not a size, or one for each of {levels} levels")
+    for key in ("down_block_types", "up_block_types"):
+        if len(_list(config[key])) != levels:
+            raise UserError(f"UNet config: {key} is {config[key]}, not one for each of {levels} levels")
+    if any(n % config["norm_num_groups"] for n in _list(config["block_out_channels"])):
+        raise UserError(f"UNet config: {config['norm_num_groups']} groups do not divide {config['block_out_channels']}")
+    if not all(type(config[key]) in (int, float) for key in ("norm_eps", "freq_shift")):
+        raise UserError("UNet config: norm_eps and freq_shift are numbers")
     checks = [(key, value, values) for key, values in SUPPORTED.items() for value in _list(config.get(key, values[0]))]
     checks.append(("in_channels", config["in_channels"], (config["out_channels"],)))  # inpainting models have more
     for key, value, values in checks:

@@ -11,11 +11,12 @@ import torch
 from rapm.budget import Budget
 from rapm.cli import main
 from rapm.config import Config
+from rapm.errors import RunError
 from rapm.families import Model, model_of
 from rapm.saved import Policy
 from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
-from rapm.train import RunError, Training
+from rapm.training import Training
 from rapm.trajectories import Store, prepare
 
 CONFIG = Config(
