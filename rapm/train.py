@@ -156,8 +156,8 @@ def run(training: Training, folder: Path) -> None:
     """Iterate to the end: log, validate, save."""
     config, step, watch = training.config, training.step, Watch()
     start, first, pending, values = time.perf_counter(), training.done, 0, {}
-    bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
     log = Log(folder, config.report_to, training.done)
+    bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
     with stop_signals() as stopped, cores(training.steps.values()), bar, log:
         while training.done < config.max_train_steps:
             training.iterate()
