@@ -92,6 +92,12 @@ class Budget:
         return f"the first iteration took {measured / GIB:.2f} GiB: {summary(self.plan)}"
 
 
+def out_of_memory(error: RuntimeError) -> str | None:
+    """The first line of an out-of-memory; None for any other error. A capture that it ends may raise one of its own."""
+    found = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
+    return None if found is None else str(found).splitlines()[0]
+
+
 def summary(plan: Plan) -> str:
     """What a plan does, in a line."""
     parts = [f"{kind} {policy}: {names}" for kind, policies in (("student", plan.student), ("encoder", plan.encoder))

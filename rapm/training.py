@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rapm.budget import Budget
+from rapm.budget import Budget, out_of_memory
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import RunError
@@ -99,8 +99,9 @@ class Training:
             try:
                 self._walk(trajectory, size, before)
                 break
-            except torch.OutOfMemoryError as error:
-                message = str(error).splitlines()[0]
+            except RuntimeError as error:
+                if (message := out_of_memory(error)) is None:
+                    raise
             as_it_was.restore()
             self._step_down(budget, message)
         if self._dry and self.step.z.is_cuda and (line := budget.correct()):
