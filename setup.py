@@ -57,8 +57,8 @@ setup(
     description="Distil a Stable Diffusion model into a 4-step LoRA by relative and absolute position matching",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license_expression="Apache-2.0",
-    license_files=["LICENSE"],
+    license_expression="Apache-2.0 AND MIT",
+    license_files=["LICENSE", "rapm/bases/LICENSE"],
     keywords="diffusion distillation lora stable-diffusion sdxl few-step",
     classifiers=[
         "Development Status :: 4 - Beta",
@@ -70,7 +70,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["rapm", "rapm.*"]), "rapm.kernels"],
     package_dir={"rapm.kernels": "kernels"},
-    package_data={"rapm": ["*.css", "zoo/*.json", "zoo/*.txt", "zoo/*.safetensors", "zoo/embedded/**/*"]},
+    package_data={"rapm": ["*.css", "bases/*", "zoo/*.json", "zoo/*.txt", "zoo/*.safetensors", "zoo/embedded/**/*"]},
     entry_points={"console_scripts": ["rapm = rapm.cli:main"]},
     install_requires=[
         "torch>=2.10",

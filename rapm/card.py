@@ -40,12 +40,12 @@ def write_model_card(
     folder = Path(folder)
     name, end = client_name(config), math.sqrt(1 - teacher.schedule.at(0))
     base = f"base_model: {_literal(teacher.source)}\n" if _on_the_hub(teacher) else ""
-    height, width = config.resolution or teacher.default_resolution
+    sizes = config.resolutions or (teacher.default_resolution,)
     settings = {
         "teacher": base_name(teacher),
         "trajectories": config.trajectories,
         "teacher's steps": f"{config.steps} x {config.fine_steps}, guidance {config.guidance}",
-        "resolution": f"{width}x{height}",
+        "resolution": ", ".join(f"{width}x{height}" for height, width in sizes),
         "LoRA rank": config.lora_rank,
         "iterations": config.max_train_steps if steps_done is None else steps_done,
         "learning rate": config.learning_rate,

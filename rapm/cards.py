@@ -39,7 +39,7 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
 # What counting on meta tensors cannot see. Calibrated on: one H200, torch 2.11, captured slots of SDXL 1024x1024 and
 # SD1.5 512x512 at rank 1 with everything kept (benchmarks/results/slot_time.json): 16,652 and 3,440 MiB reserved.
 KEPT_OVERHEAD = 0.32  # bytes that operators hold beside each byte kept: workspaces, copies in another layout
-RESERVED = 1.16  # bytes reserved for each allocated, weights apart: what the allocator cannot hand out again
+RESERVED = 1.16  # bytes reserved for each allocated in a slot: what the allocator cannot hand out again
 TRANSIENT = 12  # largest convolution inputs, and sets of features, that are alive at once
 WORKSPACE = 16 * MIB  # cuBLAS
 # Estimates until measured.
@@ -48,7 +48,7 @@ DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` wo
 FORWARD = 8  # largest convolution inputs alive in a forward without gradients
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled
-ENCODE = 0.3 * GIB  # activations of the text encoders
+ENCODE = 0.1  # activations of the text encoders, of their bytes
 # Speed. Calibrated on: the same two slots, 117.6 and 29.0 ms of GPU time.
 PRODUCTS = 0.70  # of `tflops`, in products and convolutions
 LAUNCH = 5.07e-6 * 4300  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch

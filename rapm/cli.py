@@ -31,6 +31,12 @@ FLAGS = (
     (("--attention",), "attention", str),
 )
 
+HELP = {
+    "prompts": "one a line in a text file, - for the standard input, or FILE or FILE:COLUMN of a table (.csv, .tsv, "
+    ".jsonl, .parquet); without it the bundled list, or the embedded teacher's captions",
+    "resolution": "HxW in pixels, or several with commas between, which the trajectories take in turn",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line."""
@@ -90,6 +96,7 @@ def build_parser() -> Parser:
     sub.add_argument("prompt", nargs="*", help="prompts; or --prompts FILE")
     sub.add_argument("--prompts", metavar="FILE")
     sub.add_argument("--teacher", help="any base of the LoRA's family; without it the run's own, or `embedded`")
+    _add_teacher_lora(sub)
     sub.add_argument("--lora", type=Path, metavar="FILE|RUN", help="a LoRA file, or a run's output folder")
     sub.add_argument("--steps", type=int, help="1 to 8; without it the run's own, or 4")
     sub.add_argument("--guidance", type=float, default=1.0, help="1, as the LoRA needs it, is none")
@@ -136,9 +143,15 @@ def build_parser() -> Parser:
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     for names, field, kind in FLAGS:
-        sub.add_argument(*names, dest=field, type=kind, metavar=field.upper())
+        sub.add_argument(*names, dest=field, type=kind, metavar=field.upper(), help=HELP.get(field))
+    _add_teacher_lora(sub)
     sub.add_argument("--config", metavar="FILE.toml", help="any setting of rapm/config.py; flags override it")
     sub.add_argument("--preset", help=", ".join(PRESETS))
+
+
+def _add_teacher_lora(sub: argparse.ArgumentParser) -> None:
+    words = "a style LoRA fused into the teacher, with its strength (1 if left out); may be given several times"
+    sub.add_argument("--teacher_lora", action="append", metavar="FILE[:SCALE]", help=words)
 
 
 def settings(arguments: argparse.Namespace) -> Config:
@@ -146,12 +159,26 @@ def settings(arguments: argparse.Namespace) -> Config:
     changes = Config.from_toml(arguments.config) if arguments.config else {}
     given = {field: getattr(arguments, field) for _, field, _ in FLAGS}
     changes |= {field: value for field, value in given.items() if value is not None}
+    if arguments.teacher_lora:
+        changes["teacher_lora"] = tuple(arguments.teacher_lora)
     if isinstance(changes.get("resolution"), str):
         changes |= parse_resolutions(changes["resolution"])
     teacher = changes.get("teacher", "embedded")
-    guess = "embedded" if teacher == "embedded" else "sdxl" if "xl" in str(teacher).lower() else "sd15"
-    config = Config.preset(arguments.preset or guess)
+    config = Config.preset(pick_preset(str(teacher), arguments.preset))
     return config.replace(**changes)
+
+
+def pick_preset(teacher: str, wanted: str | None) -> str:
+    """`wanted`, else the preset of the teacher's family. UserError if a teacher at hand is of another family."""
+    from rapm.source import local_family
+
+    if teacher == "embedded":
+        return wanted or "embedded"
+    family = local_family(teacher)  # None for a hub id: its name must do
+    guess = "sdxl" if family == "sdxl" or (family is None and "xl" in teacher.lower()) else "sd15"
+    if family and wanted in ("sd15", "sdxl") and wanted != guess:
+        raise UserError(f"--preset {wanted}, but the teacher {teacher} is {family}: use --preset {guess}, or none")
+    return wanted or guess
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -197,6 +224,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     for path in draw(
         prompts,
         teacher=arguments.teacher,
+        teacher_lora=arguments.teacher_lora,
         lora=arguments.lora,
         precision=arguments.mixed_precision,
         output=arguments.output,

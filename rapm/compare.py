@@ -116,7 +116,8 @@ def compare(
     measured = Measures(not captions or real is not None, clip, weights, network)
     if isinstance(real, tuple):
         _check_width(measured, real[0])
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    dtype = DTYPES[config.mixed_precision]
+    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
     subject = _subject(config, folder, lora, teacher)
     if captions:
         rows, protocol = _on_captions(folder, config, teacher, subject, drawn, real, measured, batch)

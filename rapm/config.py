@@ -42,6 +42,7 @@ class Config:
 
     # What is distilled
     teacher: str = "embedded"  # a diffusers folder, a hub id, a .safetensors file, or the bundled teacher
+    teacher_lora: tuple[str, ...] = ()  # style LoRAs fused into the teacher: FILE or FILE:scale each
     prompts: str | None = None  # FILE, FILE:COLUMN or "-"; None: the bundled list, the embedded teacher's own captions
     output_dir: str = "runs/demo"
     store: str | None = None  # the folder of the trajectories, to share between runs; None: output_dir/trajectories
@@ -141,6 +142,9 @@ class Config:
             raise UserError("buckets: further sizes need a first one, `resolution`")
         if self.renoise > 1:
             raise UserError(f"renoise = {self.renoise}: a share of a slot, at most 1")
+        for spec in self.teacher_lora:
+            if not isinstance(spec, str):
+                raise UserError(f"teacher_lora = {self.teacher_lora}: a list of FILE or FILE:scale")
         parse_vram(self.vram)
         return self
 
@@ -156,7 +160,7 @@ class Config:
             settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"config {path}: cannot be read ({str(error).splitlines()[0]})") from error
-        for name in ("resolution", "buckets"):
+        for name in ("resolution", "buckets", "teacher_lora"):
             if isinstance(value := settings.get(name), list):
                 settings[name] = tuple(tuple(x) if isinstance(x, list) else x for x in value)
         if isinstance(sizes := settings.get("resolution"), tuple) and all(isinstance(size, tuple) for size in sizes):
@@ -172,6 +176,7 @@ class Config:
 KINDS = {
     "str": (str,), "int": (int,), "float": (float, int), "str | None": (str, type(None)),
     "tuple[int, int] | None": (tuple, type(None)), "tuple[tuple[int, int], ...]": (tuple,),
+    "tuple[str, ...]": (tuple,),
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, object]] = {

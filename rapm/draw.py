@@ -27,6 +27,7 @@ def draw(
     *,
     output: Path,
     teacher: str | None = None,
+    teacher_lora: Sequence[str] | None = None,
     lora: Path | None = None,
     precision: str | None = None,
     steps: int | None = None,
@@ -56,7 +57,8 @@ def draw(
     if precision is None:
         precision = run.mixed_precision if lora and run != Config() else "fp16" if device.type == "cuda" else "no"
     dtype = DTYPES[run.replace(mixed_precision=precision).mixed_precision]
-    loaded = load_teacher(teacher or run.teacher, device=device, dtype=dtype)
+    styles = teacher_lora or (run.teacher_lora if teacher is None else ())
+    loaded = load_teacher(teacher or run.teacher, device=device, dtype=dtype, loras=styles)
     resolution = resolution or (run.resolution if teacher is None else None)
     steps = run.steps if steps is None else steps
     height, width = resolution or loaded.default_resolution

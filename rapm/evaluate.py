@@ -172,7 +172,8 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
     """The table of a run's student, in its own steps and in 1, 2 and 8, beside its teacher; kept in evaluation.json."""
     config = Config().replace(**Config.from_toml(folder / "config.toml"))
     path = lora or folder / WEIGHTS
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=DTYPES[config.mixed_precision])
+    dtype = DTYPES[config.mixed_precision]
+    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
     weights = read_lora(path, teacher.unet)
     whole = config.steps * config.fine_steps
     evaluation = Evaluation(

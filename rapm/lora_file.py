@@ -53,7 +53,7 @@ def read_lora(path: str | Path, unet: UNet) -> dict[str, tuple[Tensor, Tensor]]:
     UserError for a file that is missing, damaged, a pickle, no LoRA, another kind of one, or made for another UNet.
     """
     path, tensors, header = _open(path)
-    width = next((x.shape[1] for key, x in tensors.items() if TEXT_KEY.search(key)), None)
+    width = next((x.shape[1] for key, x in tensors.items() if TEXT_KEY.search(key) and x.dim() > 1), None)
     if width not in (None, ours := unet.config["cross_attention_dim"]):
         raise UserError(
             f"LoRA: {path} reads text of width {width} ({WIDTHS.get(width, 'another family')}), this UNet of width "

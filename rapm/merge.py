@@ -62,6 +62,11 @@ def merged_pipeline(teacher: Teacher, lora: Weights, dtype: torch.dtype) -> Diff
     unet.load_state_dict(state, assign=True)
     pipe = copy.copy(teacher.pipe)
     parts = {name: _cast(copy.deepcopy(x), dtype) for name, x in pipe.components.items() if isinstance(x, nn.Module)}
+    for part in parts.values():  # where it was loaded from is nobody else's business
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path="")
+        else:
+            part.config._name_or_path = ""
     # means nothing to "trailing" timesteps, but the stock pipeline warns of another offset
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
     pipe.register_modules(**parts, unet=unet.eval(), scheduler=scheduler)
@@ -77,12 +82,12 @@ def verify_merged(
     pipe = type(teacher.pipe).from_pretrained(path)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
-            _cast(module, unet.device, unet.dtype)
+            _cast(module, unet.dtype)
     pipe.set_progress_bar_config(disable=True)
     noise, coarser = noise.to(unet.device, unet.dtype), dtype if dtype != torch.float32 else unet.dtype
     return compare(path, pipe, teacher, lora, prompts=prompts, noise=noise, steps=steps, dtype=coarser)
 
 
-def _cast(module: nn.Module, *target: object) -> nn.Module:
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`to`, without diffusers' advice to load in the dtype instead."""
-    return nn.Module.to(module, *target)
+    return nn.Module.to(module, dtype)

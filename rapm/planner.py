@@ -98,8 +98,8 @@ class Planner:
     def smallest_words(self) -> str:
         return f"{math.ceil(self.smallest() / GIB * 10) / 10:.1f}G"
 
-    def _train(self, plan: Plan, kept: int, extra: int | None = None) -> int:
-        """Bytes of the process at the peak of a slot that keeps `kept`; `extra`: the most that is computed again."""
+    def _parts(self, plan: Plan, extra: int | None) -> tuple[float, float, float]:
+        """Bytes of training: what is always there, a slot that keeps nothing, and its end, when its graphs are gone."""
         sizes = self.sizes
         size = DTYPES[self.config.mixed_precision].itemsize
         if extra is None:
@@ -107,16 +107,20 @@ class Planner:
         rows = 2 if plan.together else 1
         transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
-        slot = kept * (1 + cards.KEPT_OVERHEAD) + transient + 2 * plan.window + size * sizes.lora
-        end = 3 * size * sizes.lora + 12 * sizes.lora  # the gradient, cast, clipped, when everything else is gone
-        live = sizes.state + replay + cards.WORKSPACE + max(slot, end)
-        return int(self.context + self.correction + sizes.weights + live * cards.RESERVED)
+        fixed = self.context + self.correction + sizes.weights + sizes.state + replay
+        end = (3 * size + 4) * sizes.lora  # the LoRA and its gradient, in both dtypes
+        return fixed, cards.WORKSPACE + transient + 2 * plan.window + size * sizes.lora, cards.WORKSPACE + end
+
+    def _train(self, plan: Plan, kept: int, extra: int | None = None) -> int:
+        """Bytes of the process at the peak of a slot that keeps `kept`; `extra`: the most that is computed again."""
+        fixed, slot, end = self._parts(plan, extra)
+        return int(fixed + max(slot + kept * (1 + cards.KEPT_OVERHEAD), end) * cards.RESERVED)
 
     def _room(self, plan: Plan) -> int:
-        """Bytes that may be kept."""
-        slot = plan.budget - self.context - self.correction - self.sizes.weights
-        end = self._train(plan, 0) - self.context - self.correction - self.sizes.weights
-        return int((slot - end) / (cards.RESERVED * (1 + cards.KEPT_OVERHEAD))) if slot >= end else -1
+        """Bytes that may be kept; below 0 where not even nothing fits."""
+        fixed, slot, end = self._parts(plan, None)
+        free = (plan.budget - fixed) / cards.RESERVED
+        return int((free - slot) / (1 + cards.KEPT_OVERHEAD)) if free >= max(slot, end) else -1
 
     def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
         """Bytes of the process in a phase other than training."""
@@ -125,7 +129,7 @@ class Planner:
         guided = 2 * batch * forward if self.config.guidance > 1 else batch * forward
         state = sizes.state
         if phase == "encode":
-            live = sizes.text + cards.ENCODE + (0 if aside else sizes.weights)
+            live = sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights)
         elif phase == "solve":
             live = sizes.weights + guided
         elif phase == "validate":
@@ -217,7 +221,7 @@ def report(planner: Planner, plan: Plan) -> str:
     }  # fmt: skip
     lines = [
         f"{model.name}, {height}x{width}, LoRA rank {config.lora_rank}, {config.mixed_precision}, budget {budget}",
-        f"on a {card.name} ({'measured' if card.measured else 'data sheet'}: {rates})",
+        f"card: {card.name} ({'measured' if card.measured else 'data sheet'}: {rates})",
         "",
         "memory of the process, GiB (predicted)",
         *(f"  {phase:<9}{plan.phases[phase] / GIB:6.2f}  {notes[phase]}".rstrip() for phase in PHASES),

@@ -143,7 +143,7 @@ def _csv_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row]:
         prompt, negative = _columns(header, column, name, alone=False)  # a lone column may have no header at all
         indices = [header.index(prompt)] + ([header.index(negative)] if negative else [])
         for cells in table:
-            yield Row(*(_one_line(cells[i]) if i < len(cells) else "" for i in indices))
+            yield Row(*(_cell(cells[i], name) if i < len(cells) else "" for i in indices))
     except csv.Error as error:
         raise UserError(f"prompts: line {table.line_num} of {name} is not CSV ({error})") from error
 
@@ -155,7 +155,7 @@ def _jsonl_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"prompts: line {number} of {name} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"prompts: line {number} of {name} is not a JSON object: write one a line")
@@ -164,7 +164,7 @@ def _jsonl_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row]:
         for key, cell in zip(keys, cells, strict=True):
             if not isinstance(cell, str):
                 raise UserError(f"prompts: line {number} of {name}: {key} is not text")
-        yield Row(*map(_one_line, cells))
+        yield Row(*(_cell(cell, name) for cell in cells))
 
 
 def _parquet_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row]:
@@ -180,8 +180,8 @@ def _parquet_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row
         keys = [key for key in _columns(texts, column, name) if key]
         for batch in table.iter_batches(columns=keys):
             for cells in zip(*(batch[key].to_pylist() for key in keys), strict=True):
-                yield Row(*(_one_line(cell or "") for cell in cells))
-    except (pyarrow.ArrowException, OSError) as error:
+                yield Row(*(_cell(cell or "", name) for cell in cells))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0][:160]
         raise UserError(f"prompts: {name} is not a readable parquet file ({reason})") from error
 
@@ -208,6 +208,10 @@ def _columns(names: list[str], asked: str | None, source: str, alone: bool = Tru
     return found[0], negatives[0] if negatives else None
 
 
-def _one_line(cell: str) -> str:
-    """A cell of a table without the line ends in it."""
-    return re.sub(r"\s*[\r\n]+\s*", " ", cell).strip()
+def _cell(text: str, name: str) -> str:
+    """A cell of a table without the line ends in it. UserError for what no prompt holds."""
+    if "\0" in text or re.search("[\ud800-\udfff]", text):
+        raise UserError(f"prompts: {name} has a prompt with a NUL or half a character in it: {text[:40]!r}")
+    if len(text) > LINE_BYTES:
+        raise UserError(f"prompts: {name} has a prompt of more than {LINE_BYTES} characters: {text[:40]!r}...")
+    return re.sub(r"\s*[\r\n]+\s*", " ", text).strip()

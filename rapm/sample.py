@@ -70,8 +70,9 @@ def sample_batches(
     """Every prompt with every seed, prompt by prompt: (number of the prompt, seed) of at most `batch` pictures, and
     the pictures, B H W 3, uint8 on the CPU. Only a batch is held at a time, so a prompt file may be long.
 
-    `lora_path` is a LoRA file or a run's folder; None samples the teacher. One seed is the same noise for every prompt,
-    whatever the batch. UserError for a number of steps, resolution or LoRA that does not fit the teacher.
+    `lora_path` is a LoRA file or a run's folder, for the text encoders too; None samples the teacher. One seed is the
+    same noise for every prompt, whatever the batch. UserError for a number of steps, resolution or LoRA that does not
+    fit the teacher.
     """
     if not 1 <= steps <= len(teacher.schedule):
         raise UserError(f"steps {steps}: the teacher's schedule has 1 to {len(teacher.schedule)}")

@@ -202,12 +202,12 @@ class Step:
         (flat,) = torch.autograd.grad(out, self.lora.flat, gradient)
         if offload is not None:
             offload.finish()
-        flat = flat / self.scale
+        flat /= self.scale  # in place, here and below: at high ranks a copy more is the peak of the whole slot
         norm = flat.norm()
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
         good = torch.isfinite(loss + norm + discriminator.sum())
-        self.lora.flat.grad = flat * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone

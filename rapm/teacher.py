@@ -9,35 +9,31 @@ Shapes: B batch, L text tokens, C latent channels, h w latent size, H W image si
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
-import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rapm.errors import UserError
 from rapm.schedule import Schedule, recipe_scheduler
-from rapm.unet import Text, UNet, load_unet
+from rapm.single_file import config_folder
+from rapm.source import Source, find, first_line, variant
+from rapm.style import Style, read_style, updates_of
+from rapm.unet import DEFAULTS, Text, UNet
+from rapm.weights import Digests, fill, fused
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-SUPPORTED = (
-    "supported are text-to-image models of SD1.x, SD2.x and SDXL (StableDiffusionPipeline, StableDiffusionXLPipeline), "
-    "no inpainting, no refiner"
-)
-EXPECTED = "give a diffusers folder, a hub id (owner/name), a .safetensors file or `embedded`"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 ENCODE_BATCH = 32  # prompts encoded together
+PROBE = 32  # latents a side, to ask a network what it predicts
 DECODE_PIXELS = 2**20  # pixels decoded together: one image of 1024x1024, whose fp32 activations take some 4 GB
 
 
@@ -46,13 +42,24 @@ class Teacher:
     """A frozen UNet, its noise schedule, and the rest of its pipeline (`pipe`, in fp32, waiting on the CPU)."""
 
     source: str  # what the user gave
-    location: Path  # the folder or file that it stands for
-    family: str  # "sd1", "sd2" or "sdxl"
+    found: Source
     unet: UNet
     schedule: Schedule
     pipe: DiffusionPipeline  # pipe.unet is None
+    digests: Digests  # of the UNet and the text encoders, as the files have them
+    loras: tuple[Style, ...] = ()  # fused into both
     aside: bool = False  # the UNet waits on the CPU while another part visits its device: both would not fit
     apart: bool = False  # as much for a second UNet, the stock pipeline's
+
+    @property
+    def location(self) -> Path:
+        """The folder or file that the source stands for."""
+        return self.found.location
+
+    @property
+    def family(self) -> str:
+        """ "sd1", "sd2" or "sdxl"."""
+        return self.found.family
 
     @property
     def default_resolution(self) -> tuple[int, int]:
@@ -73,7 +80,7 @@ class Teacher:
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: tuple[int, int] | None = None) -> Text:
         """The prompts' embeddings as the stock pipeline computes them, B = len(prompts); fp32 on the CPU."""
-        with self._visiting(*self._text_encoders):
+        with self._visiting(*self._text_encoders.values()):
             batches = [prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH)]
             encoded = [self._encode_prompt(batch, do_classifier_free_guidance=False) for batch in batches]
             return Text.cat([self._text(resolution, *out[::2]) for out in encoded])
@@ -84,7 +91,7 @@ class Teacher:
 
         An empty prompt is the stock pipeline's `negative_prompt=None`: zeros where an SDXL teacher asks for them.
         """
-        with self._visiting(*self._text_encoders):
+        with self._visiting(*self._text_encoders.values()):
             out = self._encode_prompt("", do_classifier_free_guidance=True, negative_prompt=prompt or None)
             return self._text(resolution, *out[1::2])
 
@@ -109,35 +116,36 @@ class Teacher:
     def stock_pipeline(self) -> DiffusionPipeline:
         """This teacher afresh as a diffusers pipeline with its own UNet and the recipe's DDIM scheduler.
 
-        On the UNet's device and in its dtype, in which SDXL's VAE may overflow: use it for latents.
+        Read again from the files by diffusers alone; style LoRAs as they are fused here. On the UNet's device, in its
+        dtype, in which SDXL's VAE may overflow: use it for latents.
         """
-        pipe = _load_pipeline(self.location, self.unet.dtype).to("cpu" if self.apart else self.unet.device)
+        pipe = _load_pipeline(self.found, self.unet.dtype)
+        if self.loras:
+            pipe.unet.load_state_dict(self.unet.state_dict())
+            for name, encoder in self._text_encoders.items():
+                getattr(pipe, name).load_state_dict(encoder.state_dict())
         pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return pipe.to("cpu" if self.apart else self.unet.device)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what decides a trajectory: UNet config and weights as loaded, schedule, text encoders.
+        """sha256 of what decides a trajectory: UNet config and weights as loaded, schedule, text encoders, style LoRAs.
 
-        Independent of how the files are named and split; another dtype is another teacher.
+        Independent of how the files are named and split, and of the machine; another dtype is another teacher.
         """
-        config = {key: value for key, value in self.unet.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(json.dumps([config, self.schedule.prediction], sort_keys=True).encode())
-        _hash_tensors(digest, {"abar": self.schedule.abar})
-        for module in (self.unet, *self._text_encoders):
-            _hash_tensors(digest, module.state_dict())
-        return digest.hexdigest()
+        config = {key: self.unet.config[key] for key in DEFAULTS}
+        abar = hashlib.sha256(self.schedule.abar.numpy().tobytes()).hexdigest()
+        styles = [style.digest for style in self.loras]
+        return self.digests.hexdigest(config, self.schedule.prediction, abar, styles)
 
     @property
-    def _text_encoders(self) -> list[nn.Module]:
-        encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
-        return [encoder for encoder in encoders if encoder is not None]
+    def _text_encoders(self) -> dict[str, nn.Module]:
+        return text_encoders(self.pipe)
 
     def _encode_prompt(self, prompt: str | list[str], **options: object) -> tuple[Tensor, ...]:
         """SD: (positive, negative) embeddings; SDXL: these, then the pooled (positive, negative)."""
-        return self.pipe.encode_prompt(
-            prompt=prompt, device=self._text_encoders[0].device, num_images_per_prompt=1, **options
-        )
+        device = self.pipe.text_encoder.device
+        return self.pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, **options)
 
     def _text(self, resolution: tuple[int, int] | None, hidden: Tensor, pooled: Tensor | None = None) -> Text:
         if pooled is None:
@@ -166,72 +174,62 @@ class Teacher:
         self.unet.to(device)
 
 
-def load_teacher(source: str, *, device: torch.device | str, dtype: torch.dtype) -> Teacher:
+def load_teacher(source: str, *, device: torch.device | str, dtype: torch.dtype, loras: Sequence[str] = ()) -> Teacher:
     """The teacher that `source` names: a diffusers folder, a hub id, a .safetensors file, or `embedded`.
 
-    `device` and `dtype` are the UNet's. UserError for a source that is missing, not a pipeline, or not supported.
+    `device` and `dtype` are the UNet's. `loras` are style LoRAs, FILE or FILE:scale, fused in fp32 and rounded once.
+    UserError for a source that is missing, not a pipeline, not supported, or that contradicts itself.
     """
-    location = _locate(source)
-    if location.is_dir():
-        schedule = Schedule.from_config(_check_folder(location))
-        unet = load_unet(location / "unet", dtype=dtype, device=device)
-        pipe = _load_pipeline(location, torch.float32, unet=None)
-    else:
-        pipe = _load_pipeline(location, torch.float32, unet=None)
-        schedule = Schedule.from_config(pipe.scheduler.config)
-        unet = _single_file_unet(location, dtype=dtype, device=device)
-    return Teacher(source, location, _family(unet.config), unet, schedule, pipe)
+    found = find(source, dtype)
+    with torch.device("meta"):
+        unet = UNet(found.parts["unet"])
+    styles = tuple(read_style(spec, unet) for spec in loras)
+    pipe, digests = _load_pipeline(found, torch.float32, unet=None), Digests()
+    encoders = text_encoders(pipe)
+    styles = tuple(style.reading_text(encoders) for style in styles)
+    for name, encoder in encoders.items():
+        digests.add_module(name, encoder)
+        for layer, updates in updates_of(styles, name).items():
+            part = encoder.get_submodule(layer)
+            part.weight = nn.Parameter(fused(part.weight, updates), requires_grad=False)
+    places = found.places(list(unet.state_dict()), dtype)
+    fill(unet, places, dtype=dtype, device=device, updates=updates_of(styles, "unet"), digests=digests)
+    teacher = Teacher(source, found, unet, Schedule.from_config(found.parts["scheduler"]), pipe, digests, styles)
+    if found.prediction is None:
+        _settle_prediction(teacher)
+    return teacher
 
 
-def _family(config: Mapping) -> str:
-    if config["addition_embed_type"] == "text_time":
-        return "sdxl"
-    return "sd2" if config["use_linear_projection"] else "sd1"
+def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """By their names in the pipeline: one, or SDXL's two."""
+    encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
 
-def _locate(source: str) -> Path:
-    """The folder or file of `source`, fetched from the hub if need be."""
-    if source == "embedded":
-        return Path(__file__).parent / "zoo" / "embedded"
-    path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
-        return path
-    if path.exists():
-        raise UserError(f"teacher: {source} is not a .safetensors file: {EXPECTED}")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise UserError(f"teacher: {source} does not exist: {EXPECTED}")
-    return _fetch(source)
+@torch.no_grad()
+def _settle_prediction(teacher: Teacher) -> None:
+    """Asks the network itself what it predicts, and sets the schedule by it.
+
+    On pure noise at the noisiest timestep an epsilon model answers with the noise; a v model with minus its idea of the
+    image, which has little to do with it.
+    """
+    unet, schedule = teacher.unet, teacher.schedule
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn((1, unet.config["in_channels"], PROBE, PROBE), generator=generator).to(unet.device)
+    text = teacher.encode([""], (8 * PROBE, 8 * PROBE)).to(unet.device, unet.dtype)
+    out = unet(z.to(unet.dtype), torch.tensor(len(schedule) - 1, device=unet.device), text).float()
+    likeness = torch.cosine_similarity(out.flatten(), z.flatten(), dim=0).item()
+    found = teacher.found.predicting("epsilon" if likeness > 0.5 else "v_prediction")
+    print(
+        f"teacher: {teacher.source} does not say what it predicts; its answer to pure noise (likeness {likeness:.2f}) "
+        f"says {found.prediction}"
+    )
+    teacher.found, teacher.schedule = found, Schedule.from_config(found.parts["scheduler"])
+    teacher.pipe.scheduler = recipe_scheduler(found.parts["scheduler"])
+    unet.config["sample_size"] = found.parts["unet"]["sample_size"]
 
 
-def _fetch(hub_id: str) -> Path:
-    """The hub's snapshot in the local cache: only what diffusers needs, only safetensors."""
-    from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for variant in (None, "fp16"):  # some repositories hold the fp16 files only
-        try:
-            return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            problem = error
-            if "safetensors" not in str(error):
-                break
-    raise UserError(f"teacher: no folder {hub_id}, nor on the hub ({_first_line(problem)}): {EXPECTED}") from problem
-
-
-def _check_folder(folder: Path) -> dict:
-    """The scheduler's config, once model_index.json has said that the folder is a pipeline of a supported family."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"teacher: {folder} is not a diffusers folder (no model_index.json): {EXPECTED}")
-    index = _read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(f"teacher: {folder} is a {kind}: {SUPPORTED}")
-    if index.get("requires_aesthetics_score") or index.get("text_encoder", [None])[0] is None:
-        raise UserError(f"teacher: {folder} is a refiner, or has no text encoder: {SUPPORTED}")
-    return _read_json(folder / "scheduler" / "scheduler_config.json")
-
-
-def _load_pipeline(location: Path, dtype: torch.dtype, **parts: None) -> DiffusionPipeline:
+def _load_pipeline(found: Source, dtype: torch.dtype, **parts: None) -> DiffusionPipeline:
     """The stock pipeline of a folder or single file with the recipe's scheduler, without the `parts` given as None."""
     import diffusers
     import transformers
@@ -239,63 +237,21 @@ def _load_pipeline(location: Path, dtype: torch.dtype, **parts: None) -> Diffusi
 
     for library in (diffusers, transformers):  # the parts load in a moment
         library.utils.logging.disable_progress_bar()
+    location, folder = found.location, found.location.is_dir()
     options: dict[str, object] = {**parts, **_dtype_option(dtype), "feature_extractor": None, "image_encoder": None}
-    markers: dict[str, object] = {}
-    if location.is_dir():
-        kind = _read_json(location / "model_index.json")["_class_name"]
-        options |= {"use_safetensors": True, "variant": _variant(location)}
-    else:
-        kind, markers = _single_file_kind(location)
-    if kind == "StableDiffusionPipeline":
+    if found.pipeline == "StableDiffusionPipeline":
         options |= {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = getattr(diffusers, kind)
+    pipeline = getattr(diffusers, found.pipeline)
     try:
-        load = pipeline.from_pretrained if location.is_dir() else pipeline.from_single_file
-        pipe = load(location, **options)
-    except (OSError, ValueError, SafetensorError, SingleFileComponentError) as error:
-        raise _does_not_load(location, error) from error
-    pipe.scheduler = recipe_scheduler({**pipe.scheduler.config, **markers})
+        with nullcontext() if folder else config_folder(found.parts) as configs:
+            if folder:
+                pipe = pipeline.from_pretrained(location, use_safetensors=True, variant=variant(location), **options)
+            else:
+                pipe = pipeline.from_single_file(location, config=str(configs), local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, SingleFileComponentError) as error:
+        raise UserError(f"teacher: {location} does not load: {first_line(error)}") from error
+    pipe.scheduler = recipe_scheduler(found.parts["scheduler"])
     return pipe
-
-
-def _variant(folder: Path) -> str | None:
-    """ "fp16" where some part of the pipeline has its weights in `.fp16.` files only."""
-    weights = list(folder.glob("*/*.safetensors"))
-    whole = {path.parent for path in weights if ".fp16" not in path.name}
-    return "fp16" if any(path.parent not in whole for path in weights) else None
-
-
-def _single_file_kind(path: Path) -> tuple[str, dict[str, object]]:
-    """The pipeline class of a checkpoint with the original names, and what its marker keys say of the schedule."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-    except SafetensorError as error:
-        raise UserError(f"teacher: {path} is not readable as safetensors ({error}): download it again") from error
-    starts = {".".join(name.split(".")[:3]) for name in names}
-    if "conditioner.embedders.1" in starts:
-        kind = "StableDiffusionXLPipeline"
-    elif any(start.startswith("cond_stage_model.") for start in starts):
-        kind = "StableDiffusionPipeline"
-    else:
-        raise UserError(f"teacher: {path} is not a whole checkpoint of a supported family: {SUPPORTED}")
-    markers = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
-    return kind, dict(markers[name] for name in markers if name in starts)
-
-
-def _single_file_unet(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> UNet:
-    from diffusers import UNet2DConditionModel
-
-    try:
-        stock = UNet2DConditionModel.from_single_file(path, **_dtype_option(dtype))
-    except (OSError, ValueError) as error:
-        raise _does_not_load(path, error) from error
-    with torch.device("meta"):
-        unet = UNet(stock.config)
-    layouts = {True: torch.channels_last, False: torch.preserve_format}
-    state = {name: x.to(device, memory_format=layouts[x.dim() == 4]) for name, x in stock.state_dict().items()}
-    unet.requires_grad_(False).load_state_dict(state, assign=True)
-    return unet.eval()
 
 
 def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -304,32 +260,3 @@ def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
     version = tuple(map(int, diffusers.__version__.split(".")[:2]))
     return {"dtype" if version >= (0, 40) else "torch_dtype": dtype}
-
-
-def _does_not_load(location: Path, error: Exception) -> UserError:
-    advice = (
-        ""
-        if location.is_dir()
-        else (
-            " (a single file needs its base model's config files, once from the hub or in its cache; a folder does not)"
-        )
-    )
-    return UserError(f"teacher: {location} does not load: {_first_line(error)}{advice}")
-
-
-def _hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
-    """Adds names, dtypes, shapes and bytes. transformers 4 and 5 differ in the prefix of CLIP's names."""
-    for name, x in sorted((name.removeprefix("text_model."), x) for name, x in tensors.items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        digest.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {path} is not a readable JSON file ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return textwrap.shorten(str(error).strip().partition("\n")[0], 160)

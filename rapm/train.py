@@ -125,7 +125,8 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | No
     planned = Budget.wanted(config, device)
     if planned and (config.teacher == "embedded" or (Path(config.teacher).expanduser() / "unet").is_dir()):
         budget = Budget(model_of(config.teacher), config, device)
-    teacher = load_teacher(config.teacher, device=device, dtype=DTYPES[config.mixed_precision])
+    dtype = DTYPES[config.mixed_precision]
+    teacher = load_teacher(config.teacher, device=device, dtype=dtype, loras=config.teacher_lora)
     teacher.unet.use_attention(config.attention)
     config = config.replace(resolution=config.resolution or teacher.default_resolution)
     if planned:

@@ -9,16 +9,13 @@ Shapes: B batch, C channels, H W height and width, N = H W positions, L text tok
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rapm.errors import UserError
@@ -441,41 +438,3 @@ class UNet(nn.Module):
             added = torch.cat([text.pooled, sizes.view(t.shape[0], -1)], dim=-1)
             emb = emb + self.add_embedding(added.to(self.dtype))
         return F.silu(emb), text.hidden.to(self.dtype)
-
-
-def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> UNet:
-    """The frozen UNet of a diffusers `unet/` folder in safetensors, single, sharded or of the fp16 variant.
-
-    Tensors are converted one by one, so the peak is about the UNet's own size. Convolutions are channels-last.
-    UserError for a missing or damaged file, an unsupported config, or weights that do not fit the config.
-    """
-    folder, state = Path(folder), {}
-    try:
-        with torch.device("meta"):
-            unet = UNet(json.loads((folder / "config.json").read_text("utf-8")))
-        for path in _weight_files(folder, dtype):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    x = file.get_tensor(name)
-                    layout = torch.channels_last if x.dim() == 4 else torch.preserve_format
-                    state[name] = x.to(device, dtype, memory_format=layout, copy=True)  # a copy: x is the mapped file
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a readable diffusers UNet in safetensors ({error}): get it again") from error
-    try:
-        unet.requires_grad_(False).load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:200]
-        raise UserError(f"{folder}: the weights do not fit config.json ({first}): use the two as published") from error
-    return unet.eval()
-
-
-def _weight_files(folder: Path, dtype: torch.dtype) -> list[Path]:
-    """The folder's safetensors: full precision first, unless fp16 is what is asked for."""
-    for variant in (".fp16", "") if dtype == torch.float16 else ("", ".fp16"):
-        single = folder / f"diffusion_pytorch_model{variant}.safetensors"
-        index = folder / f"diffusion_pytorch_model.safetensors.index{variant}.json"
-        if single.is_file():
-            return [single]
-        if index.is_file():
-            return [folder / x for x in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors: only safetensors is read, convert the weights")

@@ -6,6 +6,7 @@ import functools
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny teacher of each family as a diffusers folder, for tests that leave it as it is."""
+    import tiny
+
+    return {family: tiny.tiny_pipeline(family, tmp_path_factory.mktemp(family)) for family in tiny.UNET}
 
 
 @pytest.fixture(autouse=True)

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 
+from rapm.budget import Budget
 from rapm.cli import main
+from rapm.config import Config
+from rapm.families import Model, model_of
+from rapm.saved import Policy
 from rapm.step import Step
-from rapm.train import Training
+from rapm.teacher import Teacher, load_teacher
+from rapm.train import RunError, Training
+from rapm.trajectories import Store, prepare
 
-SETTINGS = """
-trajectories = 3
-fine_steps = 2
-guidance = 3.0
-validation_prompts = 2
-learning_rate = 1e-3
-replay_size = 2
-log_steps = 1
-checkpointing_steps = 4
-validation_steps = 4
-"""
+CONFIG = Config(
+    trajectories=3, validation_prompts=1, fine_steps=2, guidance=3.0, learning_rate=1e-3, replay_size=2, lora_rank=2,
+    max_train_steps=4,
+)  # fmt: skip
+ITERATIONS = 3
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +31,40 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.tiny_pipeline("sd2", folder / "teacher")
     (folder / "prompts.txt").write_text("a cat\na dog\n")
-    (folder / "settings.toml").write_text(SETTINGS)
     return folder
 
 
-def arguments(place: Path, output: Path, *extra: str) -> list[str]:
-    return [
-        "train", "--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt"), "--output_dir",
-        str(output), "--config", str(place / "settings.toml"), "--report_to", "none", "--lora_rank", "2",
-        "--max_train_steps", "4", *extra,
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def teacher(place: Path) -> Teacher:
+    return load_teacher(str(place / "teacher"), device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def free(place: Path) -> dict[str, torch.Tensor]:
-    """The state after a run without a budget."""
-    assert main(arguments(place, place / "free")) == 0
-    return load_file(place / "free/checkpoint-4/state.safetensors")
+def store(place: Path, teacher: Teacher) -> Store:
+    return prepare(place / "store", teacher, ["a cat", "a dog"], CONFIG.replace(trajectories=4), progress=False)
+
+
+def run(teacher: Teacher, store: Store, budget: Budget | None) -> dict[str, torch.Tensor]:
+    """The state after ITERATIONS."""
+    training = Training(teacher, store, CONFIG, budget)
+    for _ in range(ITERATIONS):
+        training.iterate()
+    assert training.done == ITERATIONS
+    return {**training.state(), "sums": training.step.sums}
+
+
+@pytest.fixture(scope="module")
+def free(teacher: Teacher, store: Store) -> dict[str, torch.Tensor]:
+    """Without a budget."""
+    return run(teacher, store, None)
+
+
+def budget_of(teacher: Teacher, vram: str = "4G") -> Budget:
+    return Budget(Model.of(teacher), CONFIG.replace(vram=vram), CPU)
+
+
+def same(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return state.keys() == wanted.keys() and all(torch.equal(x, wanted[name]) for name, x in state.items())
 
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> list[int]:
@@ -65,60 +82,74 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> list[in
     return ran
 
 
-def test_a_budget_changes_no_number(place, free, tmp_path, capsys):
-    """Tight: layers are checkpointed, recomputed or moved, and every bit is that of the run that keeps everything."""
-    assert main(arguments(place, tmp_path / "run", "--vram", "0.78G")) == 0
-    out = capsys.readouterr().out
-    assert "memory: 0.8 GiB" in out and "checkpoint" in out, out
-    state = load_file(tmp_path / "run/checkpoint-4/state.safetensors")
-    assert state.keys() == free.keys() and all(torch.equal(x, free[name]) for name, x in state.items())
+def test_a_tight_plan_changes_no_number(teacher, store, free):
+    """Layers are checkpointed, computed again or moved, and every bit is that of the run that keeps everything."""
+    budget = budget_of(teacher)
+    assert not budget.plan.moved and all(policy == Policy() for policy in budget.plan.student.values())
+    for _ in range(7):
+        assert budget.step_down() is not None
+    levels = {policy.level for policy in (*budget.plan.student.values(), *budget.plan.encoder.values())}
+    assert "checkpoint" in levels and len(levels) > 1
+    assert same(run(teacher, store, budget), free)
 
 
-def test_out_of_memory_goes_on_from_the_same_iteration(place, free, tmp_path, monkeypatch, capsys):
-    """In the first iteration and later, twice in one: said once, and every bit is that of the undisturbed run."""
+def test_out_of_memory_goes_on_from_the_same_iteration(teacher, store, free, monkeypatch, capsys):
+    """In the first iteration, in the one after, twice in one: said once, and every bit is the undisturbed run's."""
     ran = out_of_memory(monkeypatch, {3, 5, 14})
-    plans = []
-    replan = Training._replan
+    plans, replan = [], Training._replan
 
     def noted(self: Training) -> None:
         replan(self)
         plans.append(self.budget.plan.kept)
 
     monkeypatch.setattr(Training, "_replan", noted)
-    assert main(arguments(place, tmp_path / "run", "--vram", "4G")) == 0
-    assert len(ran) == 16 + 3 + 2 + 1  # the slots of three lost attempts
-    assert len(plans) == 3 and plans == sorted(plans, reverse=True)
+    assert same(run(teacher, store, budget_of(teacher)), free)
+    assert len(ran) == 4 * ITERATIONS + 3 + 2 + 1  # the slots of three lost attempts
+    assert len(plans) == 3 and plans == sorted(set(plans), reverse=True)
     captured = capsys.readouterr()
     assert (captured.out + captured.err).count("out of memory") == 1
-    state = load_file(tmp_path / "run/checkpoint-4/state.safetensors")
-    assert all(torch.equal(x, free[name]) for name, x in state.items())
 
 
-def test_when_nothing_is_left_to_give_it_says_so(place, tmp_path, monkeypatch, capsys):
+def test_when_nothing_is_left_to_give_it_says_so(teacher, store, monkeypatch):
     out_of_memory(monkeypatch, set(range(1, 1000)))
-    assert main(arguments(place, tmp_path / "run", "--vram", "4G")) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rapm: ")]
-    assert len(lines) == 1 and "out of memory in iteration 0" in lines[0] and "Tried to allocate" in lines[0]
+    with pytest.raises(RunError, match=r"out of memory in iteration 0 .*Tried to allocate.*--vram") as caught:
+        run(teacher, store, budget_of(teacher))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_real_features_may_come_one_by_one(teacher, store, free):
+    """On a CPU a batch of two is computed as two of one are, up to rounding."""
+    training = Training(teacher, store, CONFIG)
+    training.step.memory = training.step.memory._replace(together=False)
+    for _ in range(ITERATIONS):
+        training.iterate()
+    assert torch.allclose(training.step.sums, free["sums"], rtol=1e-3)
 
 
 def test_a_budget_that_cannot_work_is_refused_before_the_weights_are_read(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("rapm.train.load_teacher", lambda *_, **__: pytest.fail("the weights were read"))
-    assert main(arguments(place, tmp_path / "run", "--vram", "500M")) == 2
-    assert "too little" in (error := capsys.readouterr().err) and "at least --vram 0." in error
+    files = ["--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt")]
+    assert main(["train", *files, "--output_dir", str(tmp_path / "run"), "--vram", "500M"]) == 2
+    error = capsys.readouterr().err
+    assert "too little" in error and "at least --vram" in error
+    smallest = error.split("at least --vram ")[1].strip()
+    budget = Budget(model_of(str(place / "teacher")), Config(vram=smallest), CPU)
+    assert max(budget.plan.phases.values()) <= budget.bytes
 
 
-def test_the_unet_waits_while_another_part_visits(place, monkeypatch):
-    from rapm.teacher import load_teacher
-
-    teacher = load_teacher(str(place / "teacher"), device="cpu", dtype=torch.float32)
-    prompts, wanted, moves = ["a cat"], teacher.encode(["a cat"]), []
+def test_the_unet_waits_while_another_part_visits(teacher, monkeypatch):
+    wanted, moves = teacher.encode(["a cat"]), []
     to = type(teacher.unet).to
     monkeypatch.setattr(type(teacher.unet), "to", lambda self, *a: moves.append(a[0]) or to(self, *a))
-    teacher.aside = True
-    assert torch.equal(teacher.encode(prompts).hidden, wanted.hidden)
+    monkeypatch.setattr(teacher, "aside", True)
+    assert torch.equal(teacher.encode(["a cat"]).hidden, wanted.hidden)
     assert moves == ["cpu", torch.device("cpu")]  # away, and back to where it was
 
 
 def test_dry_run_tells_the_plan(place, tmp_path, capsys):
-    assert main(arguments(place, tmp_path / "run", "--vram", "4G", "--dry-run")) == 0
+    files = ["--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt")]
+    settings = tmp_path / "settings.toml"
+    settings.write_text("fine_steps = 2\ntrajectories = 3\nvalidation_prompts = 1\n")
+    extra = ["--config", str(settings), "--vram", "4G", "--dry-run"]
+    assert main(["train", *files, "--output_dir", str(tmp_path / "run"), *extra]) == 0
     assert "everything is kept for backward" in capsys.readouterr().out

@@ -130,6 +130,10 @@ BAD = {
     "broken.jsonl": (b'{"caption": "a cat"}\n{"caption": "a', "line 2 of .* is not JSON"),
     "array.jsonl": (b'["a cat"]\n', "line 1 of .* is not a JSON object"),
     "number.jsonl": (b'{"caption": 5}\n', "line 1 of .*: caption is not text"),
+    "nul.jsonl": (b'{"caption": "a\\u0000cat"}\n', "a NUL or half a character in it: 'a"),
+    "half.jsonl": (b'{"caption": "a cat \\ud83d"}\n', "a NUL or half a character in it: 'a cat"),
+    "long.csv": (b'caption\n"' + b"a cat\n" * 12_000 + b'"\n', f"a prompt of more than {LINE_BYTES} characters"),
+    "deep.jsonl": (b'{"caption": ' + b"[" * 60_000, "line 1 of .* is not JSON"),
     "empty.parquet": (b"", "is not a readable parquet file"),
     "broken.parquet": (b"PAR1" + bytes(100) + b"PAR1", "is not a readable parquet file"),
 }

@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +20,8 @@ def load(source, dtype=torch.float32) -> Teacher:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: tiny.tiny_pipeline(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+def folders(tiny_folders):
+    return tiny_folders
 
 
 @pytest.fixture(scope="module")
@@ -152,109 +149,14 @@ def test_the_fingerprint_sees_what_matters_and_not_the_files(teachers, folders, 
     assert load(copy).fingerprint == fingerprint
 
 
-def test_fp16_files_are_enough(teachers, copy):
+@pytest.mark.parametrize(("variant", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_files_of_a_variant_are_enough(teachers, copy, variant, dtype):
     for path in copy.glob("*/*.safetensors"):
-        half = {name: x.half() for name, x in load_file(path).items()}
-        save_file(half, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        half = {name: x.to(dtype) for name, x in load_file(path).items()}
+        save_file(half, path.with_suffix(f".{variant}.safetensors"), {"format": "pt"})
         path.unlink()
     teacher = load(copy)
     assert teacher.unet.dtype == teacher.pipe.vae.dtype == teacher.pipe.text_encoder.dtype == torch.float32
     expected = teachers["sd1"].encode(PROMPTS).hidden
-    torch.testing.assert_close(teacher.encode(PROMPTS).hidden, expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(teacher.encode(PROMPTS).hidden, expected, rtol=0, atol=0.05)
     assert teacher.stock_pipeline().unet.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("file", "changes", "message"),
-    [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline: supported .* SD1.x, SD2.x and SDXL"),
-        ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "no inpainting"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "no refiner"),
-        ("model_index.json", {"text_encoder": [None, None]}, "is a refiner, or has no text encoder: supported"),
-        ("unet/config.json", {"in_channels": 9}, "in_channels is 9"),
-        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type is image"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "'flow_prediction' is not"),
-    ],
-)
-def test_an_unsupported_teacher_is_a_user_error(copy, file, changes, message):
-    edit_json(copy / file, **changes)
-    with pytest.raises(UserError, match=message) as error:
-        load(copy)
-    assert "\n" not in str(error.value)
-
-
-def test_a_teacher_that_is_not_there_or_broken(copy, tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(b"pickle")
-    (tmp_path / "broken.safetensors").write_bytes(b"not this")
-    save_file({"some.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
-    save_file({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, tmp_path / "refiner.safetensors")
-    (tmp_path / "empty").mkdir()
-    for name, message in {
-        "missing": "does not exist: give a diffusers folder, a hub id",
-        "model.ckpt": "is not a .safetensors file",
-        "broken.safetensors": "not readable as safetensors",
-        "lora.safetensors": "is not a whole checkpoint of a supported family: supported are",
-        "refiner.safetensors": "is not a whole checkpoint of a supported family: supported are",
-        "empty": r"is not a diffusers folder \(no model_index.json\)",
-    }.items():
-        with pytest.raises(UserError, match=message) as error:
-            load(tmp_path / name)
-        assert "\n" not in str(error.value)
-    (copy / "text_encoder/model.safetensors").rename(copy / "text_encoder/pytorch_model.bin")
-    with pytest.raises(UserError, match="does not load"):
-        load(copy)
-    (copy / "model_index.json").write_text("{")
-    with pytest.raises(UserError, match="not a readable JSON file"):
-        load(copy)
-
-
-OFFLINE = """
-import sys, torch
-from rapm.errors import UserError
-from rapm.teacher import load_teacher
-for source in sys.argv[1:]:
-    try:
-        teacher = load_teacher(source, device="cpu", dtype=torch.float32)
-        print(">", teacher.fingerprint, teacher.schedule.prediction, teacher.schedule.at(999) == 0)
-    except UserError as error:
-        print(">", error)
-"""
-
-
-def test_hub_ids_and_single_files_without_a_network(teachers, folders, tmp_path):
-    """From the hub's cache, in a process of its own because the cache's place is read at import."""
-    home, commit = tmp_path / "home", "0" * 40
-
-    def cache(hub_id: str, folder: Path) -> None:
-        repository = home / "hub" / ("models--" + hub_id.replace("/", "--"))
-        shutil.copytree(folder, repository / "snapshots" / commit)
-        (repository / "refs").mkdir()
-        (repository / "refs/main").write_text(commit)
-
-    cache("acme/tiny", folders["sdxl"])
-    cache("stable-diffusion-v1-5/stable-diffusion-v1-5", folders["sd1"])  # for its config files
-    shutil.rmtree(home / f"hub/models--stable-diffusion-v1-5--stable-diffusion-v1-5/snapshots/{commit}/unet")
-    shutil.copytree(
-        folders["sd1"] / "unet",
-        home / f"hub/models--stable-diffusion-v1-5--stable-diffusion-v1-5/snapshots/{commit}/unet",
-        ignore=lambda *_: ["diffusion_pytorch_model.safetensors"],
-    )
-    checkpoint = tiny.single_file(folders["sd1"], tmp_path / "checkpoint.safetensors")
-    key = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
-    save_file({key: torch.zeros(2)}, tmp_path / "alone.safetensors")
-    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    save_file({**load_file(checkpoint), **markers}, tmp_path / "v.safetensors")
-    sources = ["acme/tiny", checkpoint, tmp_path / "v.safetensors", "acme/other", tmp_path / "alone.safetensors"]
-    output = subprocess.run(
-        [sys.executable, "-c", OFFLINE, *map(str, sources)],
-        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    lines = [line[2:] for line in output.stdout.splitlines() if line.startswith("> ")]
-    assert len(lines) == 5, output.stderr
-    assert lines[0] == f"{teachers['sdxl'].fingerprint} epsilon False"
-    assert lines[1] == f"{teachers['sd1'].fingerprint} epsilon False"
-    assert lines[2].endswith("v_prediction True")
-    assert lines[3].startswith("teacher: no folder acme/other, nor on the hub")
-    assert "alone.safetensors does not load" in lines[4] and "once from the hub" in lines[4]

@@ -20,7 +20,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapm.errors import UserError
-from rapm.unet import Text, UNet, load_unet
+from rapm.unet import Text, UNet
+from rapm.weights import load_unet
 
 PIXEL = dict(
     sample_size=16, in_channels=4, out_channels=4, block_out_channels=[64, 128, 192], layers_per_block=1,
@@ -229,8 +230,8 @@ def test_load_unet_streams(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: 
         def __exit__(self, *error: object) -> None:
             self.file.__exit__(*error)
 
-        def keys(self) -> list[str]:
-            return self.file.keys()
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
 
         def get_tensor(self, name: str) -> Tensor:
             assert sum(ref() is not None for ref in alive) <= 1  # the caller's variable still names the last one
@@ -238,7 +239,7 @@ def test_load_unet_streams(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: 
             alive.append(weakref.ref(x))
             return x
 
-    monkeypatch.setattr("rapm.unet.safe_open", Watched)
+    monkeypatch.setattr("rapm.weights.safe_open", Watched)
     ours = load_unet(tmp_path, dtype=torch.float32, device="cpu")
     assert len(alive) == len(ours.state_dict()) and not any(ref() for ref in alive)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
@@ -307,7 +308,7 @@ def test_load_unet_refuses(pairs: dict[str, Pair], tmp_path: Path) -> None:
 
     refused("config.json")
     (tmp_path / "config.json").write_text("{")
-    refused("not a readable diffusers UNet")
+    refused("not a readable diffusers part")
     pairs["sd1"][0].save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 48}))
@@ -316,7 +317,7 @@ def test_load_unet_refuses(pairs: dict[str, Pair], tmp_path: Path) -> None:
     refused("do not fit config.json.*Missing key")
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused("not a readable diffusers UNet in safetensors")
+    refused("not a whole safetensors file")
     weights.rename(tmp_path / "diffusion_pytorch_model.bin")
     refused("only safetensors is read")
 

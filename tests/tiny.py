@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from rapm.single_file import original_name
+
 SD1 = dict(
     sample_size=16, in_channels=4, out_channels=4, block_out_channels=[32, 64, 64], layers_per_block=1,
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
@@ -50,9 +52,10 @@ def tiny_pipeline(family: str, folder: Path, **scheduler_overrides: object) -> P
             latent_channels=4,
             sample_size=128,
         )
-        parts = dict(vae=vae, unet=unet, text_encoder=_text_encoder(projected=False), tokenizer=_tokenizer())
+        width = 24 if family == "sdxl" else 32  # of the text; SDXL's two encoders differ in it
+        parts = dict(vae=vae, unet=unet, text_encoder=_text_encoder(width), tokenizer=_tokenizer())
         if family == "sdxl":
-            parts |= dict(text_encoder_2=_text_encoder(projected=True), tokenizer_2=_tokenizer())
+            parts |= dict(text_encoder_2=_text_encoder(40, projected=True), tokenizer_2=_tokenizer())
         else:
             parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         _teach(unet)
@@ -88,12 +91,12 @@ def _teach(unet) -> None:
     unet.float()
 
 
-def _text_encoder(projected: bool) -> torch.nn.Module:
+def _text_encoder(width: int, projected: bool = False) -> torch.nn.Module:
     import transformers
 
     config = transformers.CLIPTextConfig(
         vocab_size=len(_vocabulary()),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -125,52 +128,67 @@ def _tokenizer():  # -> transformers.CLIPTokenizer, read from files: its constru
         return transformers.CLIPTokenizer.from_pretrained(files, model_max_length=MAX_LENGTH)
 
 
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-TOP = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
-       "conv_in": "input_blocks.0.0", "conv_out": "out.2"}  # fmt: skip
 VAE = [(r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"), ("conv_shortcut", "nin_shortcut"),
        (r"(down|up)_blocks\.(\d)\.\w+samplers\.0", r"\1.\2.\1sample"), ("conv_norm_out", "norm_out"),
        (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"), ("to_out.0", "proj_out"),
        (r"mid_block\.attentions\.0", "mid.attn_1"), ("group_norm", "norm"), (r"to_([qkv])\.", r"\1.")]  # fmt: skip
+OPEN_CLIP = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final", "layer_norm": "ln_",
+             "embeddings.position_embedding.weight": "positional_embedding", "encoder.layers": "transformer.resblocks",
+             "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn": "attn"}  # fmt: skip
 
 
-def single_file(folder: Path, path: Path) -> Path:
-    """The sd1 pipeline in `folder` as one checkpoint with the names of the original code; returns `path`."""
-    state = {}
+def single_file(folder: Path, path: Path, metadata: dict[str, str] | None = None, **extra: torch.Tensor) -> Path:
+    """The pipeline in `folder` as one checkpoint with the names of the original code; returns `path`."""
+    config = json.loads((folder / "unet/config.json").read_text())
+    state = dict(extra)
     for name, x in load_file(folder / "unet/diffusion_pytorch_model.safetensors").items():
-        state["model.diffusion_model." + _original_unet_name(name, SD1["layers_per_block"] + 1)] = x
+        state["model.diffusion_model." + original_name(name, config)] = x
     for name, x in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items():
         for pattern, original in VAE:
             name = re.sub(pattern, original, name)
         name = re.sub(r"up\.(\d)", lambda level: f"up.{3 - int(level[1])}", name)  # counted from the image
         state["first_stage_model." + name] = x[..., None, None] if ".attn_1." in name and x.dim() == 2 else x
-    for name, x in load_file(folder / "text_encoder/model.safetensors").items():
-        state["cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")] = x
-    save_file({name: x.contiguous() for name, x in state.items()}, path)
+    text = load_file(folder / "text_encoder/model.safetensors")
+    if (folder / "text_encoder_2").exists():
+        state |= _clip(text, "conditioner.embedders.0.transformer.")
+        state |= _open_clip(load_file(folder / "text_encoder_2/model.safetensors"), "conditioner.embedders.1.model.")
+    elif config.get("use_linear_projection"):
+        state |= _open_clip(text, "cond_stage_model.model.")
+    else:
+        state |= _clip(text, "cond_stage_model.transformer.")
+    save_file({name: x.contiguous() for name, x in state.items()}, path, metadata)
     return path
 
 
-def _original_unet_name(name: str, per_level: int) -> str:
-    """`per_level`: how many numbered blocks a level has, its resampling one among them."""
-    for ours, original in TOP.items():
-        if name.startswith(ours + "."):
-            return name.replace(ours, original)
-    part, *rest = name.split(".")
-    if part == "mid_block":
-        block = f"middle_block.{2 * int(rest[1])}" if rest[0] == "resnets" else "middle_block.1"
-        kind, rest = rest[0], rest[2:]
-    else:
-        level, kind, index, *rest = (int(word) if word.isdigit() else word for word in rest)
-        if kind == "downsamplers":
-            return f"input_blocks.{per_level * (level + 1)}.0.op.{rest[-1]}"
-        if kind == "upsamplers":
-            attends = SD1["up_block_types"][level].startswith("CrossAttn")
-            return f"output_blocks.{per_level * (level + 1) - 1}.{1 + attends}.conv.{rest[-1]}"
-        number = per_level * level + index
-        block = f"input_blocks.{number + 1}" if part == "down_blocks" else f"output_blocks.{number}"
-        block += ".0" if kind == "resnets" else ".1"
-    rest = [str(word) for word in rest]
-    if kind == "resnets":
-        rest[0] = RESNET[rest[0]]
-    return ".".join([block, *rest])
+def _clip(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}text_model.{name.removeprefix('text_model.')}": x for name, x in state.items()}
+
+
+def _open_clip(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """OpenCLIP's names: q, k and v are one matrix, and the projection lies on its side."""
+    found = {}
+    for name, x in state.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            x = torch.cat([state[name.replace(".q_proj.", part)] for part in (".q_proj.", ".k_proj.", ".v_proj.")])
+            name = name.replace(".q_proj.", ".in_proj_")
+        if name == "text_projection.weight":
+            name, x = "text_projection", x.T
+        name = name.removeprefix("text_model.")
+        for ours, original in OPEN_CLIP.items():
+            name = name.replace(ours, original)
+        found[prefix + name] = x
+    return found
+
+
+def bases(folders: dict[str, Path], path: Path) -> Path:
+    """What `rapm/bases` is to the published models, for the tiny ones; returns `path`."""
+    path.mkdir()
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    for family, folder in folders.items():
+        parts = {part.parent.name: json.loads(part.read_text()) for part in folder.glob("*/*config.json")}
+        parts["model_index"] = json.loads((folder / "model_index.json").read_text())
+        parts |= {name: {"pad_token": "<|endoftext|>"} for name in parts if name.startswith("tokenizer")}
+        (path / f"{family}.json").write_text(json.dumps(parts))
+    return path

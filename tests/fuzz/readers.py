@@ -8,21 +8,26 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
 import tiny
 import torch
+from pyarrow import parquet
 from safetensors.torch import save
 
 from rapm.checkpoint import STATE, load_checkpoint, save_checkpoint
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.lora import LoRA
-from rapm.lora_file import kohya_name, read_lora
+from rapm.lora_file import read_lora
+from rapm.lora_names import kohya_name
 from rapm.prompts import read_prompts
 from rapm.trajectories import METADATA, Store, verify
-from rapm.unet import UNet, load_unet
+from rapm.unet import UNet
+from rapm.weights import load_unet
 
 # What has hurt readers before: ends of integer ranges, huge shapes, names that leave a folder or rearrange a terminal.
 NASTY = [
@@ -90,6 +95,12 @@ def samples(folder: Path) -> dict[str, Reader]:
     (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(save(unet.state_dict()))
     (folder / "config.toml").write_text(config.to_toml())
     (folder / "prompts.txt").write_text("a cat\na dog under a red umbrella\nein Haus über dem Fluß\n")
+    table = {"caption": [f"a cat, number {i}" for i in range(40)], "negative": ["blurred", None] * 20}
+    parquet.write_table(pyarrow.table(table), folder / "prompts.parquet", row_group_size=10)
+    pairs = list(zip(*table.values(), strict=True))
+    (folder / "prompts.csv").write_text("caption,negative\n" + "".join(f'"{a}",{b or ""}\n' for a, b in pairs))
+    lines = (json.dumps(dict(zip(table, pair, strict=True))) for pair in pairs)
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
     shard = small_store(folder / "store")
     return {
         "LoRA": Reader("lora.safetensors", lambda x: read_lora(x / "lora.safetensors", unet)),
@@ -98,6 +109,7 @@ def samples(folder: Path) -> dict[str, Reader]:
         "UNet config": Reader("unet/config.json", _load_unet),
         "settings": Reader("config.toml", lambda x: Config().replace(**Config.from_toml(x / "config.toml"))),
         "prompts": Reader("prompts.txt", lambda x: read_prompts(x / "prompts.txt")),
+        **{f"prompts {x}": Reader(f"prompts.{x}", partial(_read_table, x)) for x in ("csv", "jsonl", "parquet")},
         "metadata": Reader(f"store/{METADATA}", _read_store),
         "shard": Reader(f"store/{shard}", _read_store),
     }
@@ -106,6 +118,10 @@ def samples(folder: Path) -> dict[str, Reader]:
 LEVELS = dict(
     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"]
 )
+
+
+def _read_table(suffix: str, folder: Path) -> None:
+    read_prompts(folder / f"prompts.{suffix}")
 
 
 def small_store(folder: Path) -> str:

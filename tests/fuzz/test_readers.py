@@ -22,7 +22,10 @@ def samples(folder: Path) -> dict[str, readers.Reader]:
     return readers.samples(folder)
 
 
-NAMES = ("LoRA", "checkpoint", "UNet weights", "UNet config", "settings", "prompts", "metadata", "shard")
+NAMES = (
+    "LoRA", "checkpoint", "UNet weights", "UNet config", "settings", "prompts", "prompts csv", "prompts jsonl",
+    "prompts parquet", "metadata", "shard",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
