@@ -1,9 +1,10 @@
 """`rapm evaluate` on any teacher: FID and CLIP score of a student, to its teacher or on COCO, as jobs that go on.
 
 To the teacher: the stored trajectories end in the teacher's pictures, so the reference costs no teacher call; the
-student draws the same prompts from other noise. On captions: the COCO-2014 30K protocol as DMD2 states it: a caption an
-image, pictures at the model's own size, then every picture, real or drawn, cut to its central square and resized to
-256x256 with Lanczos. A picture is a PNG, written whole or not at all; the same command goes on where a kill left off.
+student draws the same stored text from other noise. On captions: the COCO-2014 30K protocol as DMD2 states it: a
+caption an image, pictures at the model's own size, then every picture, real or drawn, cut to its central square and
+resized to 256x256 with Lanczos. A picture is a PNG, written whole or not at all; the same command goes on where a kill
+left off.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.lora_file import WEIGHTS, read_lora
+from rapm.lora_file import WEIGHTS, read_lora, text_lora
 from rapm.metrics import (
     clip_metric,
     clip_score,
@@ -59,6 +60,7 @@ class Subject:
     steps: int
     guidance: float
     identity: str  # of the weights
+    path: Path | None  # of the LoRA's file, which may have a part for the text encoders
 
     @property
     def settings(self) -> dict[str, object]:
@@ -112,6 +114,8 @@ def compare(
     if captions and real is None and clip is None:
         raise UserError("evaluate: nothing to measure: give --reference for FID, or a CLIP")
     measured = Measures(not captions or real is not None, clip, weights, network)
+    if isinstance(real, tuple):
+        _check_width(measured, real[0])
     dtype = DTYPES[config.mixed_precision]
     teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
     subject = _subject(config, folder, lora, teacher)
@@ -148,24 +152,26 @@ def _on_captions(
     paths = [job / "pictures" / f"{i:05d}.png" for i in range(len(drawn))]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     _check_room(job, len(todo) * SIDE * SIDE)
+    device = teacher.unet.device
+    if isinstance(real, list):  # first: a picture that cannot be read is to cost no hour
+        theirs = measured.features(real, folder / "evaluation" / "reference", SIDE, device)
     with _progress(len(drawn), todo) as bar:
         for first in range(0, len(todo), ENCODE):
             some = todo[first : first + ENCODE]
-            text = teacher.encode([drawn[i].text for i in some], resolution)
+            with text_lora(teacher.pipe, subject.path):
+                text = teacher.encode([drawn[i].text for i in some], resolution)
             for start in range(0, len(some), batch):
                 part = some[start : start + batch]
                 z = _draw(teacher, subject, text.rows(start, start + batch), [(shape, i) for i in part], uncond)
                 _save([paths[i] for i in part], teacher.decode(z), SIDE)
                 bar.update(len(part))
-    device, captions = teacher.unet.device, [caption.text for caption in drawn]
+    captions = [caption.text for caption in drawn]
     row = {"name": subject.name, "samples": len(drawn)}
     if real is not None:
         mine = measured.features(paths, job / "features", None, device)
         if isinstance(real, list):
-            theirs = measured.features(real, folder / "evaluation" / "reference", SIDE, device)
             row |= {"FID": fid(mine, theirs), "KID x1000": kid(mine, theirs)}
         else:
-            _check_width(mine, real[0])
             row["FID"] = fid(mine, real)
     if (score := measured.clip_score(paths, captions, job / "features", None, device)) is not None:
         row["CLIP"] = score
@@ -194,9 +200,9 @@ def _to_teacher(
     with _progress(count, todo) as bar:
         for part in _of_one_shape(store, todo, batch):
             trajectories = [store[i] for i in part]
-            _save(
-                [theirs[i] for i in part], teacher.decode(torch.stack([t.positions[-1] for t in trajectories]).float())
-            )
+            if not all(theirs[i].exists() for i in part):  # another student's evaluation has left them
+                ends = torch.stack([t.positions[-1] for t in trajectories])
+                _save([theirs[i] for i in part], teacher.decode(ends.float()))
             text = Text.cat([t.text for t in trajectories])
             uncond = negatives.rows([t.negative for t in trajectories], text) if subject.guidance > 1 else None
             starts = [(tuple(t.positions.shape[1:]), i) for i, t in zip(part, trajectories, strict=True)]
@@ -224,12 +230,12 @@ def _to_teacher(
 def _subject(config: Config, folder: Path, lora: Path | None, teacher: Teacher) -> Subject:
     if lora is not None and str(lora) == "none":
         steps = config.steps * config.fine_steps
-        return Subject(f"teacher, {steps} steps", None, steps, config.guidance, "none")
+        return Subject(f"teacher, {steps} steps", None, steps, config.guidance, "none", None)
     path = lora or folder / WEIGHTS
     weights = read_lora(path, teacher.unet)
     file = path / WEIGHTS if path.is_dir() else path
     name = f"student, {config.steps} steps"
-    return Subject(name, weights, config.steps, 1.0, f"sha256 {_sha256(file.read_bytes())[:16]}")
+    return Subject(name, weights, config.steps, 1.0, f"sha256 {_sha256(file.read_bytes())[:16]}", path)
 
 
 def _draw(
@@ -291,9 +297,11 @@ def _progress(count: int, todo: Sequence[int]) -> tqdm:
     return tqdm(total=count, initial=count - len(todo), desc="pictures", disable=None)
 
 
-def _check_width(mine: Tensor, mean: Tensor) -> None:
-    if mine.shape[1] != len(mean):
-        raise UserError(f"reference: its statistics have {len(mean)} features, FID's network has {mine.shape[1]}")
+@torch.no_grad()
+def _check_width(measured: Measures, mean: Tensor) -> None:
+    width = measured.network(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)).flatten(1).shape[1]
+    if width != len(mean):
+        raise UserError(f"reference: its statistics have {len(mean)} features, FID's network has {width}")
 
 
 def _count(real: list[Path] | tuple[Tensor, Tensor]) -> str:

@@ -230,8 +230,15 @@ def test_statistics_as_reference_and_the_teacher_as_subject(folder, tmp_path):
     own = compare(folder, lora=Path("none"), clip=None, network=Network())
     assert "| teacher, 2 steps, half the prompts | 4 |" in own  # from other noise than the store's
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
+    shutil.rmtree(folder / "evaluation")
     with pytest.raises(UserError, match="5 features, FID's network has 6"):
         compare(folder, **job)
+    (tmp_path / "real").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "real" / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"a\.png is not a readable image"):
+        compare(folder, **{**job, "reference": tmp_path / "real"})
+    assert not list((folder / "evaluation").rglob("0*.png"))  # before anything was drawn
 
 
 def test_the_command_says_what_is_missing_before_any_work(folder, tmp_path, capsys, monkeypatch):
