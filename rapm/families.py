@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from rapm.errors import UserError
+from rapm.source import local_family
 from rapm.unet import complete
 
 if TYPE_CHECKING:
@@ -62,14 +63,15 @@ FAMILIES = {
 
 
 def model_of(teacher: str) -> Model:
-    """The model behind `teacher`: a family's name, a diffusers folder, or by its name a hub id or file.
+    """The model behind `teacher`: a family's name, a diffusers folder, a file by its header, a hub id by its name.
 
     UserError for a folder that is no pipeline.
     """
     folder = Path(__file__).parent / "zoo" / "embedded" if teacher == "embedded" else Path(teacher).expanduser()
     if folder.is_dir():
         return _folder(teacher, folder)
-    family = teacher if teacher in FAMILIES else _family_of(teacher)
+    at_hand = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}.get(local_family(teacher))
+    family = teacher if teacher in FAMILIES else at_hand or _family_of(teacher)
     config, text, vae = FAMILIES[family]
     return Model(family, complete(config), text, vae)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from rapm import single_file
 from rapm.cli import main, pick_preset
 from rapm.errors import UserError
+from rapm.families import model_of
 from rapm.single_file import base_parts, config_folder, original_name
 from rapm.source import find
 from rapm.teacher import load_teacher
@@ -302,6 +303,7 @@ def test_the_preset_is_that_of_the_family(folders, bases, tmp_path):
     xl = tiny.single_file(folders["sdxl"], tmp_path / "anime.safetensors")
     assert pick_preset(str(xl), None) == pick_preset(str(folders["sdxl"]), "sdxl") == "sdxl"
     assert pick_preset(str(folders["sd2"]), None) == pick_preset("owner/name", None) == "sd15"
+    assert model_of(str(xl)).name == "sdxl" and model_of("owner/name").name == "sd15"
     assert pick_preset("owner/name-xl", None) == "sdxl" and pick_preset("embedded", None) == "embedded"
     for source, wanted, message in (
         (xl, "sd15", "is sdxl: use --preset sdxl"),
