@@ -43,6 +43,7 @@ def write_model_card(
     sizes = config.resolutions or (teacher.default_resolution,)
     settings = {
         "teacher": base_name(teacher),
+        "LoRAs in the teacher": ", ".join(f"{style.path.name} at {style.scale:g}" for style in teacher.loras) or "none",
         "trajectories": config.trajectories,
         "teacher's steps": f"{config.steps} x {config.fine_steps}, guidance {config.guidance}",
         "resolution": ", ".join(f"{width}x{height}" for height, width in sizes),
@@ -82,7 +83,7 @@ The licence of the base model applies.
 {recipe(config)}, LoRA strength 1.0.
 
 ```python
-{_snippet(repo or folder.as_posix(), teacher, config, prompts[0])}
+{_snippet(repo or folder.as_posix(), teacher, config, prompts[0], shared=repo is not None)}
 ```
 
 **ComfyUI**: copy `{WEIGHTS}` to `models/loras/{name}.safetensors` and drop `{WORKFLOW}` on the window. Its latents are
@@ -111,8 +112,16 @@ def _on_the_hub(teacher: Teacher) -> bool:
     return teacher.source != "embedded" and not Path(teacher.source).expanduser().exists()
 
 
-def _snippet(lora: str, teacher: Teacher, config: Config, prompt: str) -> str:
-    """Python that samples in stock diffusers with the LoRA in `lora`, a folder or a hub id, as pasted."""
+def _snippet(lora: str, teacher: Teacher, config: Config, prompt: str, *, shared: bool) -> str:
+    """Python that samples in stock diffusers with the LoRA in `lora`, a folder or a hub id, as pasted.
+
+    The teacher's style LoRAs are fused first, as they were in training; `shared` names their files without a folder.
+    """
+    styles = "".join(
+        f"pipe.load_lora_weights({_literal(style.path.name if shared else style.path.resolve().as_posix())})\n"
+        f"pipe.fuse_lora(lora_scale={style.scale})\npipe.unload_lora_weights()\n"
+        for style in teacher.loras
+    )
     kind = type(teacher.pipe).__name__
     local = Path(teacher.source).expanduser()
     imports, load, base = "", "from_pretrained", _literal(teacher.source)
@@ -135,7 +144,7 @@ pipe.scheduler = DDIMScheduler.from_config(
     prediction_type={_literal(stock.prediction_type)},
     rescale_betas_zero_snr={stock.rescale_betas_zero_snr},
 )
-pipe.load_lora_weights({_literal(lora)}, weight_name={_literal(WEIGHTS)})
+{styles}pipe.load_lora_weights({_literal(lora)}, weight_name={_literal(WEIGHTS)})
 prompt = {_literal(prompt)}
 image = pipe(prompt, num_inference_steps={config.steps}, guidance_scale=1.0, height={height}, width={width}).images[0]
 image.save("sample.png")"""

@@ -34,6 +34,7 @@ ZERO_SNR = 4.8973451890853435e-08  # what both programs take for an abar of zero
 # The nodes of ComfyUI's core that are used, and their outputs in the order of the slots: name -> type.
 OUTPUTS = {
     "CheckpointLoaderSimple": {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
+    "LoraLoader": {"MODEL": "MODEL", "CLIP": "CLIP"},
     "LoraLoaderModelOnly": {"MODEL": "MODEL"},
     "ModelSamplingDiscrete": {"MODEL": "MODEL"},
     "CLIPTextEncode": {"CONDITIONING": "CONDITIONING"},
@@ -75,7 +76,8 @@ def webui_settings(teacher: Teacher, config: Config) -> str:
     if _zero_snr(teacher):
         settings["Noise Schedule"] = "Zero Terminal SNR"
     line = ", ".join(f"{name}: {value}" for name, value in settings.items())
-    return f"your prompt <lora:{client_name(config)}:1>\n{line}"
+    styles = "".join(f" <lora:{style.path.stem}:{style.scale:g}>" for style in teacher.loras)
+    return f"your prompt{styles} <lora:{client_name(config)}:1>\n{line}"
 
 
 def write_workflow(folder: Path, teacher: Teacher, *, config: Config, prompt: str) -> None:
@@ -98,12 +100,16 @@ def comfyui_workflow(teacher: Teacher, config: Config, prompt: str) -> dict:
     values = ", ".join(f"{sigma:.8f}" for sigma in sigmas(teacher.schedule, config.steps))  # its parser knows no 1e-3
     graph = _Graph()
     base = graph.add("CheckpointLoaderSimple", (0, 1), widgets=[checkpoint])
-    model = graph.add("LoraLoaderModelOnly", (1, 0), {"model": (base, 0)}, [f"{name}.safetensors", 1.0])
+    last = base
+    for row, style in enumerate(teacher.loras, 2):  # those that the teacher was made of
+        inputs = {"model": (last, 0), "clip": (last, 1)}
+        last = graph.add("LoraLoader", (0, row), inputs, [style.path.name, style.scale, style.scale])
+    model = graph.add("LoraLoaderModelOnly", (1, 0), {"model": (last, 0)}, [f"{name}.safetensors", 1.0])
     if teacher.schedule.prediction == "v_prediction":
         widgets = ["v_prediction", _zero_snr(teacher)]
         model = graph.add("ModelSamplingDiscrete", (2, 0), {"model": (model, 0)}, widgets)
-    positive = graph.add("CLIPTextEncode", (1, 1), {"clip": (base, 1)}, [prompt])
-    negative = graph.add("CLIPTextEncode", (1, 2), {"clip": (base, 1)}, [""])
+    positive = graph.add("CLIPTextEncode", (1, 1), {"clip": (last, 1)}, [prompt])
+    negative = graph.add("CLIPTextEncode", (1, 2), {"clip": (last, 1)}, [""])
     sampler = graph.add("KSamplerSelect", (2, 1), widgets=["euler"])
     levels = graph.add("ManualSigmas", (2, 2), widgets=[values])
     latent = graph.add("EmptyLatentImage", (2, 3), widgets=[width, height, 1])

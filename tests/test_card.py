@@ -17,6 +17,7 @@ from rapm.clients import WORKFLOW, webui_settings
 from rapm.export import export_lora
 from rapm.lora_file import WEIGHTS
 from rapm.sample import sample
+from rapm.teacher import load_teacher
 
 
 def test_model_card(tiny_teacher: Callable, tmp_path: Path) -> None:
@@ -43,6 +44,10 @@ def test_the_snippet_runs_as_pasted(
     tiny_teacher: Callable, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = tiny_teacher(family)
+    if family == "sdxl":  # with a LoRA of its own, fused when it is loaded
+        export_lora(tmp_path / "style", trained(teacher.unet, seed=6), teacher, config=CONFIG, steps_done=7)
+        style = f"{tmp_path / 'style'}:0.7"
+        teacher = load_teacher(teacher.source, device="cpu", dtype=torch.float32, loras=[style])
     lora, noise = trained(teacher.unet), latents(teacher)
     folder = tmp_path / 'run "1"'
     export_lora(folder, lora, teacher, config=CONFIG, steps_done=7)

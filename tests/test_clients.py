@@ -26,6 +26,7 @@ from rapm.export import FILES, export_lora
 from rapm.lora_file import WEIGHTS, folded, read_lora
 from rapm.sample import sample
 from rapm.schedule import Schedule
+from rapm.style import Style
 from rapm.teacher import Teacher
 from rapm.unet import UNet
 
@@ -292,6 +293,31 @@ def test_zero_terminal_snr_is_said(tiny_teacher: Callable) -> None:
     teacher = dataclasses.replace(tiny_teacher("sd2"), schedule=zero_snr(tiny_teacher("sd2")))
     assert webui_settings(teacher, CONFIG).endswith(", Noise Schedule: Zero Terminal SNR")
     assert sigmas(teacher.schedule, 4)[0] == pytest.approx(4518.7, abs=0.1)
+
+
+def styled(teacher: Teacher, folder: Path) -> Teacher:
+    """The teacher as if two LoRAs had been fused into it."""
+    styles = (Style(folder / "ink.safetensors", 0.7, {}), Style(folder / "blue.safetensors", 1.0, {}))
+    return dataclasses.replace(teacher, loras=styles)
+
+
+def test_the_teachers_own_loras_come_first(tiny_teacher: Callable, tmp_path: Path) -> None:
+    teacher = styled(tiny_teacher("sd1"), tmp_path)
+    workflow = comfyui_workflow(teacher, CONFIG, PROMPTS[0])
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+
+    styles = [["ink.safetensors", 0.7, 0.7], ["blue.safetensors", 1.0, 1.0]]
+    (node,) = (node for node in nodes.values() if node["type"] == "LoraLoaderModelOnly")
+    chain = []
+    while node["inputs"]:  # up to the checkpoint
+        chain.append(node["widgets_values"])
+        node = nodes[links[node["inputs"][0]["link"]][1]]
+    assert chain[::-1] == [*styles, ["demo.safetensors", 1.0]]
+    texts = [node for node in nodes.values() if node["type"] == "CLIPTextEncode"]
+    assert {links[node["inputs"][0]["link"]][1:3] == [3, 1] for node in texts} == {True}
+    assert nodes[3]["widgets_values"] == styles[1]
+    assert webui_settings(teacher, CONFIG).startswith("your prompt <lora:ink:0.7> <lora:blue:1> <lora:demo:1>\n")
 
 
 @pytest.mark.parametrize("folder, name", [("runs/a b:c>d", "a_b_c_d"), ("runs/4-step.v2", "4-step.v2"), ("x/é", "é")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -167,7 +168,13 @@ def test_headers(tiny_teacher: Callable, family: str, tmp_path: Path) -> None:
     assert {key.removeprefix("unet."): value for key, value in adapter.items()} == {
         "r": RANK, "lora_alpha": RANK, "target_modules": TARGETS, "rank_pattern": {}, "alpha_pattern": {},
     }  # fmt: skip
-    assert diffusers.items() - kohya.items() <= {("modelspec.date", diffusers["modelspec.date"])}
+    own = {"modelspec.date", "modelspec.hash_sha256", "sshs_model_hash"}
+    assert {key for key, value in kohya.items() if value != diffusers[key]} - own == set()
+    assert kohya.keys() == diffusers.keys()
+    for name, values in zip(FILES, (kohya, diffusers), strict=True):
+        data = (tmp_path / name).read_bytes()
+        digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()  # what A1111 computes
+        assert values["sshs_model_hash"] == digest and values["modelspec.hash_sha256"] == f"0x{digest}"
     architecture = {
         "sd1": "stable-diffusion-v1/lora",
         "sd2": "stable-diffusion-v2-768-v/lora",
@@ -188,6 +195,10 @@ def test_headers(tiny_teacher: Callable, family: str, tmp_path: Path) -> None:
             "ss_network_alpha": str(RANK),
             "ss_steps": "7",
             "ss_seed": "3",
+            "ss_v2": str(family == "sd2"),
+            "ss_resolution": "(128, 128)",
+            "ss_learning_rate": "0.0001",
+            "ss_mixed_precision": "no",
             "ss_output_name": "demo",
         }.items()
     )

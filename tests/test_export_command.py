@@ -22,9 +22,9 @@ from rapm.errors import UserError
 )
 def test_flags(flags: list[str], asked: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(train, "export_run", lambda folder, **options: calls.append((folder, options)))
+    monkeypatch.setattr(train, "export_run", lambda *run, **options: calls.append((run, options)))
     assert cli.main(["export", "--run", "runs/x", *flags]) == 0
-    assert calls == [(Path("runs/x"), asked)]
+    assert calls == [((Path("runs/x"), "latest"), asked)]
 
 
 def test_another_dtype_is_refused(capsys: pytest.CaptureFixture) -> None:
