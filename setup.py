@@ -39,7 +39,7 @@ def extension() -> dict:
     if home is None:
         raise SystemExit("RAPM_EXTENSION=1: there is no CUDA toolkit: install one, or set CUDA_HOME to it")
     offload = CppExtension(
-        "rapm._offload",
+        "rapm.memory._offload",
         ["csrc/offload.cpp"],
         include_dirs=[str(home / "include")],
         library_dirs=[str(home / lib) for lib in ("lib64", "lib", "lib/x64") if (home / lib).is_dir()],
@@ -70,7 +70,9 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["rapm", "rapm.*"]), "rapm.kernels"],
     package_dir={"rapm.kernels": "kernels"},
-    package_data={"rapm": ["*.css", "bases/*", "zoo/*.json", "zoo/*.txt", "zoo/*.safetensors", "zoo/embedded/**/*"]},
+    package_data={
+        "rapm": ["report/*.css", "loading/bases/*", "zoo/*.json", "zoo/*.txt", "zoo/*.safetensors", "zoo/embedded/**/*"]
+    },
     entry_points={"console_scripts": ["rapm = rapm.cli:main"]},
     install_requires=[
         "torch>=2.10",

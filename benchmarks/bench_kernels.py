@@ -9,8 +9,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rapm.bench import COMPILE, MODELS, RAPM, REFERENCE, fresh, kernel_mode, providers_of, results, unet_shapes, wanted
-from rapm.bench_ops import operators
+from rapm.bench.ops import operators
+from rapm.bench.run import (
+    COMPILE,
+    MODELS,
+    RAPM,
+    REFERENCE,
+    fresh,
+    kernel_mode,
+    providers_of,
+    results,
+    unet_shapes,
+    wanted,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LEFT_OUT: dict[str, str] = {}

@@ -19,8 +19,8 @@ import torch
 
 from rapm.config import Config
 from rapm.device import pick_device
-from rapm.evaluate import Evaluation, Sampler, table, teacher_samplers, write_report
-from rapm.lora_file import read_lora
+from rapm.evaluate.embedded import Evaluation, Sampler, table, teacher_samplers, write_report
+from rapm.export.lora_file import read_lora
 from rapm.teacher import load_teacher
 
 RESULTS = Path(__file__).parent / "results"

@@ -6,7 +6,7 @@ the plan's prediction, what the driver says the process holds, what the allocato
 the same code without a budget. Beside it `stock` (peers.Stock: diffusers, peft, autocast) with gradient checkpointing
 of the student under the same caps. Who runs out of memory keeps a row that says so.
 
-Then the offload on its own: SDXL's slot, eager, with what the 8G plan moves to the host, moved by rapm.offload, by
+Then the offload on its own: SDXL's slot, eager, with what the 8G plan moves to the host, moved by ours, by
 torch.autograd.graph.save_on_cpu(pin_memory=True) and by torchtune where it is installed, and not moved at all.
 
 `--check` runs every case for 2 iterations on small models on whatever device there is, so that a GPU's time is not
@@ -34,16 +34,16 @@ from step import SMALL
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from rapm import cards
-from rapm.bench import MODELS, Model, card, need_gpu
-from rapm.budget import Budget, summary
-from rapm.cards import GIB, MIB
+from rapm.bench.run import MODELS, Model, card, need_gpu
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import UserError
-from rapm.families import Model as Planned
-from rapm.planner import Planner
-from rapm.saved import Memory, Saved
+from rapm.loading.families import Model as Planned
+from rapm.memory import cards
+from rapm.memory.budget import Budget, summary
+from rapm.memory.cards import GIB, MIB
+from rapm.memory.planner import Planner
+from rapm.memory.saved import Memory, Saved
 from rapm.schedule import Schedule
 from rapm.step import SlotMemory
 from rapm.unet import complete
@@ -237,7 +237,7 @@ def move(name: str, mover: str, count: int, check: bool) -> dict:
     trajectory = random_trajectory(unet, config, model.side)
     step = make_step(unet, config, trajectory)
     if mover == "rapm":
-        from rapm.offload import Offload
+        from rapm.memory.offload import Offload
 
         step.memory = SlotMemory(Memory(moved, Offload(6 * GIB if not check else GIB, device, unet.parameters())))
     elif mover != "none":

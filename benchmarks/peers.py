@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rapm.config import Config
 from rapm.discriminators import Discriminators
-from rapm.export import TARGETS
+from rapm.export.files import TARGETS
 from rapm.kernels.disc_head import views
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
 from rapm.schedule import Schedule

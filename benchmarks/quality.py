@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rapm.config import Config
 from rapm.device import pick_device
-from rapm.evaluate import Evaluation, Row, Sampler, table, teacher_samplers
+from rapm.evaluate.embedded import Evaluation, Row, Sampler, table, teacher_samplers
 from rapm.train import Training, prepare_teacher, solve_all
 
 RESULTS = Path(__file__).parent / "results"

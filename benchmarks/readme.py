@@ -195,9 +195,9 @@ def teacher() -> str:
 
 
 MODELS = {"sd15": "SD1.5, 512x512", "sdxl": "SDXL, 1024x1024"}
-OURS = ("reference", "compile", "rapm", "frozen layer")  # providers of rapm/bench.py that are no library
-LARGEST = 5  # rapm/bench.py
-RANKS = 1, 64  # rapm/bench_ops.py
+OURS = ("reference", "compile", "rapm", "frozen layer")  # providers of rapm/bench/run.py that are no library
+LARGEST = 5  # rapm/bench/run.py
+RANKS = 1, 64  # rapm/bench/ops.py
 
 
 def times(ms: list[float]) -> str:

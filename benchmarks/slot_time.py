@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from rapm.bench import MODELS, card, example_text, kernel_mode, need_gpu
+from rapm.bench.run import MODELS, card, example_text, kernel_mode, need_gpu
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import UserError

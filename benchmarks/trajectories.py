@@ -22,7 +22,7 @@ from slot_time import SCHEDULE, random_unet
 from step import SMALL, pass_tflop
 from torch import Tensor
 
-from rapm.bench import MODELS, card, example_text, limits, measuring, need_gpu
+from rapm.bench.run import MODELS, card, example_text, limits, measuring, need_gpu
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.schedule import Schedule, recipe_scheduler

@@ -1,7 +1,7 @@
 // Copies between the card and pinned host memory, each one call: order it behind a stream, copy, mark its end.
 //
 // The CUDA runtime is linked statically and streams come as numbers from Python, so that of PyTorch only the stable ABI
-// of 2.10 is used: one binary for every torch >= 2.10, which loads without CUDA too. See rapm/offload.py.
+// of 2.10 is used: one binary for every torch >= 2.10, which loads without CUDA too. See rapm/memory/offload.py.
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>

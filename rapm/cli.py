@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
     from rapm.errors import RunError
-    from rapm.export import ExportError
+    from rapm.export.files import ExportError
     from rapm.stop import Interrupted
 
     try:
@@ -170,7 +170,7 @@ def settings(arguments: argparse.Namespace) -> Config:
 
 def pick_preset(teacher: str, wanted: str | None) -> str:
     """`wanted`, else the preset of the teacher's family. UserError if a teacher at hand is of another family."""
-    from rapm.source import local_family
+    from rapm.loading.source import local_family
 
     if teacher == "embedded":
         return wanted or "embedded"
@@ -188,7 +188,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
-    from rapm.planner import plan_for
+    from rapm.memory.planner import plan_for
 
     print(plan_for(settings(arguments)))
 
@@ -248,14 +248,14 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             whose = "the embedded teacher's benchmark" if name == "pairs" else "an evaluation with --captions"
             raise UserError(f"evaluate: --{name} belongs to {whose}")
     if judged:
-        from rapm.evaluate import evaluate_run
+        from rapm.evaluate.embedded import evaluate_run
 
         pairs, batch = given.get("pairs", 4096), given.get("batch", 512)
         if pairs < 4 or pairs % 2 or batch < 1:
             raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
         print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=pairs, batch=batch))
         return
-    from rapm.compare import CLIP, compare
+    from rapm.evaluate.compare import CLIP, compare
 
     clip = {None: CLIP, "none": None}.get(arguments.clip, arguments.clip)
     print(
@@ -283,7 +283,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from rapm.report import write_report
+    from rapm.report.page import write_report
 
     print(write_report(arguments.folder))
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from rapm.cards import CONTEXT, cap
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
 from rapm.kernels import runtime
+from rapm.memory.cards import CONTEXT, cap
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by `mixed_precision`
 

@@ -15,10 +15,10 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from rapm import cards, offload
-from rapm.cards import GIB
 from rapm.kernels import runtime
 from rapm.kernels.attention import xformers_problem
+from rapm.memory import cards, offload
+from rapm.memory.cards import GIB
 
 OPTIONAL = {
     "xformers": "attention's fourth candidate", "tensorboard": "the curves of a run", "scikit-learn": "rapm evaluate"

@@ -14,7 +14,7 @@ from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.export import base_name
+from rapm.export.files import base_name
 from rapm.sample import grid, png, sample_batches
 from rapm.teacher import load_teacher
 

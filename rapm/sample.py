@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.errors import UserError
-from rapm.lora_file import read_lora, text_lora
+from rapm.export.lora_file import read_lora, text_lora
 from rapm.schedule import Schedule
 from rapm.solver import walk
 from rapm.trajectories import noise

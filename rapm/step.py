@@ -23,7 +23,7 @@ from rapm.kernels.position_loss import position_gradient, position_loss
 from rapm.kernels.renoise import renoise
 from rapm.lora import LoRA
 from rapm.losses import hinge_discriminator
-from rapm.saved import KEEP_ALL, Memory
+from rapm.memory.saved import KEEP_ALL, Memory
 from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rapm.errors import UserError
+from rapm.loading.single_file import config_folder
+from rapm.loading.source import Source, find, first_line, variant
+from rapm.loading.style import Style, read_style, updates_of
+from rapm.loading.weights import Digests, fill, fused
 from rapm.schedule import Schedule, recipe_scheduler
-from rapm.single_file import config_folder
-from rapm.source import Source, find, first_line, variant
-from rapm.style import Style, read_style, updates_of
 from rapm.unet import DEFAULTS, Text, UNet
-from rapm.weights import Digests, fill, fused
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

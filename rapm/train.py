@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rapm.budget import Budget, record, words
-from rapm.card import write_model_card
 from rapm.checkpoint import BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, save_best, save_checkpoint
-from rapm.clients import WORKFLOW, client_name, write_workflow
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import sweep, write_atomic
 from rapm.errors import UserError
-from rapm.export import export_lora, verify_export, writing
-from rapm.families import Model, model_of
-from rapm.hub import claim_repo, upload
+from rapm.export.card import write_model_card
+from rapm.export.clients import WORKFLOW, client_name, write_workflow
+from rapm.export.files import export_lora, verify_export, writing
+from rapm.export.hub import claim_repo, upload
+from rapm.export.lora_file import WEIGHTS
+from rapm.export.merge import export_merged, verify_merged
 from rapm.kernels.attention import xformers_problem
+from rapm.loading.families import Model, model_of
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
-from rapm.lora_file import WEIGHTS
-from rapm.merge import export_merged, verify_merged
-from rapm.panel import Watch, best_line, card_figures, panel
+from rapm.memory.budget import Budget, record, words
 from rapm.prompts import BUNDLED, Prompts, Row, load_prompts
-from rapm.report import PLAN, write_report
+from rapm.report.page import PLAN, write_report
+from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
 from rapm.step import LOSSES

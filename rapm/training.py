@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rapm.budget import Budget, out_of_memory
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import RunError
 from rapm.lora import LoRA
-from rapm.snapshot import Snapshot
+from rapm.memory.budget import Budget, out_of_memory
+from rapm.memory.snapshot import Snapshot
+from rapm.report.validate import Measured, Validation
 from rapm.step import LOSSES, SlotMemory, Step
 from rapm.teacher import Teacher
 from rapm.trajectories import Negatives, Store, Trajectory, trajectory_seed
 from rapm.unet import Text
-from rapm.validate import Measured, Validation
 
 PATIENCE = 20  # non-finite updates in a row before a run gives up
 EAGER = 1  # iterations of a size before its slot is captured: every kernel and workspace must have been used once

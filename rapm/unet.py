@@ -2,7 +2,7 @@
 
 Parameter names are those of diffusers' UNet2DConditionModel, so a checkpoint loads strictly. The LoRA is an argument of
 the forward, `lora[name] = (down, up)`: the layer `name` adds up(down(x)); `lora=None` is the teacher. So is `memory`,
-what each layer keeps for backward (rapm/saved.py); by default everything.
+what each layer keeps for backward (rapm/memory/saved.py); by default everything.
 
 Shapes: B batch, C channels, H W height and width, N = H W positions, L text tokens, E time embedding, R rank.
 """
@@ -26,7 +26,7 @@ from rapm.kernels.group_norm_silu import group_norm_silu
 from rapm.kernels.layer_norm import layer_norm
 from rapm.kernels.lora_conv import lora_conv
 from rapm.kernels.lora_linear import lora_linear
-from rapm.saved import KEEP, KEEP_ALL, Memory, Saved
+from rapm.memory.saved import KEEP, KEEP_ALL, Memory, Saved
 
 Lora = Mapping[str, tuple[Tensor, Tensor]] | None
 

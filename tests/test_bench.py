@@ -17,9 +17,10 @@ import tiny
 import torch
 from full import FULL
 
-from rapm import bench, bench_ops
-from rapm.bench import MODELS, RAPM, REFERENCE, Provider, check, errors, fresh, results, unet_shapes, wanted
-from rapm.bench_ops import DEVICE, operators
+from rapm.bench import ops as bench_ops
+from rapm.bench import run as bench
+from rapm.bench.ops import DEVICE, operators
+from rapm.bench.run import MODELS, RAPM, REFERENCE, Provider, check, errors, fresh, results, unet_shapes, wanted
 from rapm.cli import main
 from rapm.config import Config
 from rapm.unet import DEFAULTS, UNet, complete

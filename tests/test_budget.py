@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
-from rapm.budget import Budget
 from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import RunError
-from rapm.families import Model, model_of
-from rapm.saved import Policy
+from rapm.loading.families import Model, model_of
+from rapm.memory.budget import Budget
+from rapm.memory.saved import Policy
 from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training

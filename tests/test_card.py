@@ -12,10 +12,10 @@ import torch
 import yaml
 from exports import CONFIG, HOSTILE, PROMPTS, latents, trained
 
-from rapm.card import write_model_card
-from rapm.clients import WORKFLOW, webui_settings
-from rapm.export import export_lora
-from rapm.lora_file import WEIGHTS
+from rapm.export.card import write_model_card
+from rapm.export.clients import WORKFLOW, webui_settings
+from rapm.export.files import export_lora
+from rapm.export.lora_file import WEIGHTS
 from rapm.sample import sample
 from rapm.teacher import load_teacher
 

@@ -20,13 +20,21 @@ from exports import CONFIG, FAMILIES, HOSTILE, PROMPTS, latents, trained
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rapm.clients import WORKFLOW, ZERO_SNR, client_name, comfyui_workflow, sigmas, webui_settings, write_workflow
 from rapm.config import Config
-from rapm.export import FILES, export_lora
-from rapm.lora_file import WEIGHTS, folded, read_lora
+from rapm.export.clients import (
+    WORKFLOW,
+    ZERO_SNR,
+    client_name,
+    comfyui_workflow,
+    sigmas,
+    webui_settings,
+    write_workflow,
+)
+from rapm.export.files import FILES, export_lora
+from rapm.export.lora_file import WEIGHTS, folded, read_lora
+from rapm.loading.style import Style
 from rapm.sample import sample
 from rapm.schedule import Schedule
-from rapm.style import Style
 from rapm.teacher import Teacher
 from rapm.unet import UNet
 

@@ -16,15 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rapm import compare as module
-from rapm.captions import read_captions
 from rapm.cli import main
 from rapm.compare import compare
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.export import export_lora
+from rapm.evaluate import compare as module
+from rapm.evaluate.captions import read_captions
+from rapm.evaluate.metrics import fid, kid, square
+from rapm.export.files import export_lora
 from rapm.lora import LoRA
-from rapm.metrics import fid, kid, square
 from rapm.teacher import load_teacher
 from rapm.trajectories import Store, prepare
 
@@ -242,7 +242,7 @@ def test_statistics_as_reference_and_the_teacher_as_subject(folder, tmp_path):
 
 
 def test_the_command_says_what_is_missing_before_any_work(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rapm.metrics.find_spec", lambda name: None if name == "torch_fidelity" else name)
+    monkeypatch.setattr("rapm.evaluate.metrics.find_spec", lambda name: None if name == "torch_fidelity" else name)
     for extra, message in (
         ([], "torch_fidelity is not installed: pip install rapm-fast[eval]"),
         (["--captions", str(tmp_path / "none.json")], "none.json cannot be read"),
@@ -250,7 +250,7 @@ def test_the_command_says_what_is_missing_before_any_work(folder, tmp_path, caps
     ):
         assert main(["evaluate", "--run", str(folder), *extra]) == 2
         assert message in capsys.readouterr().err
-    monkeypatch.setattr("rapm.metrics.find_spec", lambda name: name)
+    monkeypatch.setattr("rapm.evaluate.metrics.find_spec", lambda name: name)
     (tmp_path / "other.pth").write_bytes(b"a pickle that runs code")
     assert main(["evaluate", "--run", str(folder), "--inception", str(tmp_path / "other.pth")]) == 2
     assert "another pickle is not read" in capsys.readouterr().err

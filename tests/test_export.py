@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rapm import export
-from rapm.export import FILES, TARGETS, TOLERANCE, ExportError, export_lora, verify_export, writing
-from rapm.lora_file import WEIGHTS, read_lora
+from rapm.export import files as export
+from rapm.export.files import FILES, TARGETS, TOLERANCE, ExportError, export_lora, verify_export, writing
+from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.unet import UNet
 
 

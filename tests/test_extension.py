@@ -40,14 +40,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no CUDA toolkit")
     folder = tmp_path_factory.mktemp("extension")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for name in ("setup.py", "README.md", "rapm/__init__.py"):
+    for name in ("setup.py", "README.md", "rapm/__init__.py", "rapm/memory/__init__.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = dict(os.environ, RAPM_EXTENSION="1", MAX_JOBS="1")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (folder / "rapm").glob("_offload*")
+    (path,) = (folder / "rapm" / "memory").glob("_offload*")
     return path
 
 

@@ -27,12 +27,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 from full import FULL  # noqa: E402
 
-from rapm import single_file  # noqa: E402
 from rapm.cli import main  # noqa: E402
-from rapm.lora_file import WEIGHTS  # noqa: E402
-from rapm.single_file import base_parts, config_folder  # noqa: E402
+from rapm.export.lora_file import WEIGHTS  # noqa: E402
+from rapm.loading import single_file  # noqa: E402
+from rapm.loading.single_file import base_parts, config_folder  # noqa: E402
+from rapm.loading.weights import Header  # noqa: E402
 from rapm.teacher import load_teacher  # noqa: E402
-from rapm.weights import Header  # noqa: E402
 
 FAMILIES = {"sd15": "sd1", "sdxl": "sdxl"}
 ITERATIONS = {"cuda": 20, "cpu": 4}

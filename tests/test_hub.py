@@ -10,8 +10,8 @@ from fake_hub import OWNER, TOKEN, FakeHub, fake_hub
 from huggingface_hub import constants
 
 from rapm.errors import UserError
-from rapm.export import ExportError
-from rapm.hub import SHARED, claim_repo, upload
+from rapm.export.files import ExportError
+from rapm.export.hub import SHARED, claim_repo, upload
 
 
 @pytest.fixture

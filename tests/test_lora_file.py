@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.export import FILES, export_lora
-from rapm.lora_file import WEIGHTS, fold, read_lora, read_text_lora, text_lora
-from rapm.lora_names import kohya_name, kohya_names, original_names
+from rapm.export.files import FILES, export_lora
+from rapm.export.lora_file import WEIGHTS, fold, read_lora, read_text_lora, text_lora
+from rapm.export.lora_names import kohya_name, kohya_names, original_names
 from rapm.sample import sample_prompts
 
 

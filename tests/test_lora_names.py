@@ -16,8 +16,8 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import convert_unet_state_dict_to_peft
 
-from rapm.export import TARGETS
-from rapm.lora_names import kohya_name, kohya_names, original_names, text_encoder_spellings, unet_spellings
+from rapm.export.files import TARGETS
+from rapm.export.lora_names import kohya_name, kohya_names, original_names, text_encoder_spellings, unet_spellings
 from rapm.unet import UNet
 
 CONFIGS = {**full.FULL, **{f"tiny {family}": config for family, config in tiny.UNET.items()}}

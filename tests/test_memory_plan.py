@@ -10,17 +10,17 @@ import pytest
 import torch
 from tiny import UNET
 
-from rapm import cards
-from rapm.cards import CARDS, GIB, MIB
-from rapm.choice import Chooser
 from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.families import FAMILIES, model_of
+from rapm.loading.families import FAMILIES, model_of
 from rapm.lora import LoRA
-from rapm.memory import REST, count_encoder, count_student, meta_text, meta_unet
-from rapm.planner import PHASES, Planner
-from rapm.saved import LEVELS, Memory, Policy, Saved
+from rapm.memory import cards
+from rapm.memory.cards import CARDS, GIB, MIB
+from rapm.memory.choice import Chooser
+from rapm.memory.count import REST, count_encoder, count_student, meta_text, meta_unet
+from rapm.memory.planner import PHASES, Planner
+from rapm.memory.saved import LEVELS, Memory, Policy, Saved
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "slot_time.json"
 

@@ -10,8 +10,8 @@ from tiny import UNET
 from torch import Tensor
 
 from rapm.lora import LoRA
-from rapm.offload import Offload
-from rapm.saved import KEEP_ALL, LEVELS, Memory, Policy
+from rapm.memory.offload import Offload
+from rapm.memory.saved import KEEP_ALL, LEVELS, Memory, Policy
 from rapm.unet import Text, UNet
 
 POLICIES = [Policy(level, offload) for level in LEVELS for offload in (False, True)][1:]
@@ -43,7 +43,7 @@ def uniform(unet: UNet, policy: Policy, offload: Offload | None = None) -> Memor
 
 
 def small_offload(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> Offload:
-    monkeypatch.setattr("rapm.offload.SMALLEST", 2**10)
+    monkeypatch.setattr("rapm.memory.offload.SMALLEST", 2**10)
     return Offload(2**26, torch.device("cpu"), unet.parameters())
 
 

@@ -14,9 +14,9 @@ from exports import PROMPTS, latents, trained
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from rapm.export import ExportError
-from rapm.lora_file import folded
-from rapm.merge import MERGED, export_merged, verify_merged
+from rapm.export.files import ExportError
+from rapm.export.lora_file import folded
+from rapm.export.merge import MERGED, export_merged, verify_merged
 from rapm.sample import sample
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from rapm.offload import ALIGN, SMALLEST, Offload, Slab
-from rapm.saved import Policy, Saved
+from rapm.memory.offload import ALIGN, SMALLEST, Offload, Slab
+from rapm.memory.saved import Policy, Saved
 
 CPU = torch.device("cpu")
 BIG = SMALLEST // 4 + 4  # numbers of fp32 that are worth moving

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rapm.panel import DRIFTS, ENOUGH, Watch, best_line, panel
+from rapm.report.panel import DRIFTS, ENOUGH, Watch, best_line, panel
 
 FIGURES = dict(
     val_rmse=0.5, val_fd=2.0, val_fd_floor=1.0, val_saturation=1.0, val_contrast=1.0, val_diversity=0.9,

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rapm.chart import Chart, svg
 from rapm.cli import main
 from rapm.config import Config
 from rapm.disk import write_atomic
-from rapm.report import CLOSENESS, MACHINE, TRAINING, write_report
+from rapm.report.chart import Chart, svg
+from rapm.report.page import CLOSENESS, MACHINE, TRAINING, write_report
 from rapm.sample import png
 
 EVIL = '<script src="https://example.org/x.js">"&\'</script>'

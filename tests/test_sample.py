@@ -16,7 +16,7 @@ from torch import Tensor
 from rapm.config import Config
 from rapm.draw import draw
 from rapm.errors import UserError
-from rapm.export import export_lora
+from rapm.export.files import export_lora
 from rapm.lora import LoRA
 from rapm.sample import GAP, LINE, MIN_SIDE, grid, labelled_grid, sample, sample_prompts
 from rapm.solver import walk

@@ -17,15 +17,15 @@ import torch
 from full import FULL
 from safetensors.torch import load_file, save_file
 
-from rapm import single_file
 from rapm.cli import main, pick_preset
 from rapm.errors import UserError
-from rapm.families import model_of
-from rapm.single_file import base_parts, config_folder, original_name
-from rapm.source import find
+from rapm.loading import single_file
+from rapm.loading.families import model_of
+from rapm.loading.single_file import base_parts, config_folder, original_name
+from rapm.loading.source import find
+from rapm.loading.weights import Header
 from rapm.teacher import load_teacher
 from rapm.unet import UNet
-from rapm.weights import Header
 
 FAMILIES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}  # and their names in full.py
 V = {"v_pred": torch.zeros(0)}
@@ -351,7 +351,7 @@ def test_a_cache_that_cannot_be_written(capsys, monkeypatch, number):
 UNREACHABLE = """
 import sys, torch
 from pathlib import Path
-from rapm import single_file
+from rapm.loading import single_file
 from rapm.errors import UserError
 from rapm.teacher import load_teacher
 single_file.BASES = Path(sys.argv[1])

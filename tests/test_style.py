@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from rapm.cli import main
 from rapm.errors import UserError
-from rapm.single_file import original_name
-from rapm.style import parse_style
+from rapm.loading.single_file import original_name
+from rapm.loading.style import parse_style
 from rapm.teacher import load_teacher
 
 RANK, ALPHA = 3, 6.0

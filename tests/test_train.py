@@ -27,10 +27,10 @@ from rapm.config import Config
 from rapm.disk import TEMPORARY
 from rapm.errors import UserError
 from rapm.log import Log
+from rapm.report.validate import Validation
 from rapm.sample import GAP, LINE
 from rapm.step import Step
 from rapm.train import _set_aside, train
-from rapm.validate import Validation
 
 SETTINGS = """
 trajectories = 3

@@ -20,8 +20,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapm.errors import UserError
+from rapm.loading.weights import load_unet
 from rapm.unet import Text, UNet
-from rapm.weights import load_unet
 
 PIXEL = dict(
     sample_size=16, in_channels=4, out_channels=4, block_out_channels=[64, 128, 192], layers_per_block=1,
@@ -239,7 +239,7 @@ def test_load_unet_streams(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: 
             alive.append(weakref.ref(x))
             return x
 
-    monkeypatch.setattr("rapm.weights.safe_open", Watched)
+    monkeypatch.setattr("rapm.loading.weights.safe_open", Watched)
     ours = load_unet(tmp_path, dtype=torch.float32, device="cpu")
     assert len(alive) == len(ours.state_dict()) and not any(ref() for ref in alive)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")

@@ -8,11 +8,11 @@ import torch
 
 from rapm.config import Config
 from rapm.lora import LoRA
+from rapm.report.validate import COMPONENTS, FEWEST, Features, Validation, contrast, saturation
 from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Negatives, Store, prepare
 from rapm.unet import Text
-from rapm.validate import COMPONENTS, FEWEST, Features, Validation, contrast, saturation
 
 CONFIG = Config(steps=2, fine_steps=1, guidance=3.0, lora_rank=1, trajectories=FEWEST + 2, validation_prompts=2,
                 solve_batch=8, fd_samples=FEWEST, resolution=(64, 64))  # fmt: skip

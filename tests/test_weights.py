@@ -13,7 +13,7 @@ import tiny
 MEASURE = """
 import gc, json, re, sys, torch
 from pathlib import Path
-from rapm import single_file
+from rapm.loading import single_file
 from rapm.teacher import load_teacher
 
 def memory(field):

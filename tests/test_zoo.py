@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from rapm.evaluate import Evaluation, Row, Sampler, frechet_distance, table, teacher_samplers
+from rapm.evaluate.embedded import Evaluation, Row, Sampler, frechet_distance, table, teacher_samplers
 from rapm.sample import sample
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rapm.evaluate import Evaluation, table, teacher_samplers
+from rapm.evaluate.embedded import Evaluation, table, teacher_samplers
 from rapm.teacher import load_teacher
 from rapm.zoo import scenes
 from rapm.zoo.judge import Judge, mistakes

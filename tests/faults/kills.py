@@ -33,7 +33,7 @@ from safetensors import safe_open
 from rapm.checkpoint import checkpoints, load_checkpoint
 from rapm.cli import main as rapm
 from rapm.config import Config
-from rapm.lora_file import WEIGHTS
+from rapm.export.lora_file import WEIGHTS
 from rapm.trajectories import verify
 
 # Phase -> what is entered, and the seconds it takes: a trap strikes up to that much later.

@@ -21,13 +21,13 @@ from safetensors.torch import save
 from rapm.checkpoint import STATE, load_checkpoint, save_checkpoint
 from rapm.config import Config
 from rapm.errors import UserError
+from rapm.export.lora_file import read_lora
+from rapm.export.lora_names import kohya_name
+from rapm.loading.weights import load_unet
 from rapm.lora import LoRA
-from rapm.lora_file import read_lora
-from rapm.lora_names import kohya_name
 from rapm.prompts import read_prompts
 from rapm.trajectories import METADATA, Store, verify
 from rapm.unet import UNet
-from rapm.weights import load_unet
 
 # What has hurt readers before: ends of integer ranges, huge shapes, names that leave a folder or rearrange a terminal.
 NASTY = [

@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from rapm.clients import client_name
 from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.lora_file import WEIGHTS, Weights, read_lora, read_tensors
-from rapm.lora_names import kohya_names
+from rapm.export.clients import client_name
+from rapm.export.lora_file import WEIGHTS, Weights, read_lora, read_tensors
+from rapm.export.lora_names import kohya_names
 from rapm.sample import sample
 from rapm.unet import UNet
 

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rapm import __version__
-from rapm.captions import SEED, Caption, read_captions
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.lora_file import WEIGHTS, read_lora, text_lora
-from rapm.metrics import (
+from rapm.evaluate.captions import SEED, Caption, read_captions
+from rapm.evaluate.metrics import (
     clip_metric,
     clip_score,
     features,
@@ -41,6 +40,7 @@ from rapm.metrics import (
     square,
     versions,
 )
+from rapm.export.lora_file import WEIGHTS, read_lora, text_lora
 from rapm.sample import ENCODE, png, sample
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Negatives, Store, noise, trajectory_seed

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from rapm.errors import UserError
-from rapm.lora_file import WEIGHTS, Weights, read_lora, read_text_lora
+from rapm.export.lora_file import WEIGHTS, Weights, read_lora, read_text_lora
+from rapm.loading.weights import Update
 from rapm.unet import UNet
-from rapm.weights import Update
 
 
 @dataclass(frozen=True)

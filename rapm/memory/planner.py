@@ -1,7 +1,7 @@
 """Which plan fits a budget and is the fastest that does: memory by phase, a policy for each layer, seconds, disk.
 
-Memory is counted (rapm/memory.py); what cannot be counted, and all rates, are in rapm/cards.py; the policies of the
-layers are the fastest that fit (rapm/choice.py).
+Memory is counted (count.py); what cannot be counted, and all rates, are in cards.py; the policies of the layers are the
+fastest that fit (choice.py).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from rapm import cards
-from rapm.cards import GIB, MIB, Card
-from rapm.choice import Choice, Chooser
 from rapm.config import Config, parse_vram
 from rapm.device import DTYPES
 from rapm.errors import UserError
-from rapm.families import Model, model_of
-from rapm.offload import WINDOWS
-from rapm.saved import Policy
-from rapm.sizes import bound_seconds, sizes_of, slot_seconds
+from rapm.loading.families import Model, model_of
+from rapm.memory import cards
+from rapm.memory.cards import GIB, MIB, Card
+from rapm.memory.choice import Choice, Chooser
+from rapm.memory.offload import WINDOWS
+from rapm.memory.saved import Policy
+from rapm.memory.sizes import bound_seconds, sizes_of, slot_seconds
 
 PHASES = ("encode", "solve", "train", "validate", "export")
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rapm.clients import WORKFLOW, client_name, webui_settings
 from rapm.disk import write_atomic
-from rapm.export import base_name, recipe, title
-from rapm.lora_file import WEIGHTS
+from rapm.export.clients import WORKFLOW, client_name, webui_settings
+from rapm.export.files import base_name, recipe, title
+from rapm.export.lora_file import WEIGHTS
 
 if TYPE_CHECKING:
     from rapm.config import Config

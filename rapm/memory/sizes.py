@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from rapm import cards
-from rapm.cards import Card
 from rapm.config import Config
 from rapm.device import DTYPES
-from rapm.families import Model, latents_of
 from rapm.kernels.disc_head import layout
-from rapm.memory import TOKENS, Pass, count_encoder, count_student, meta_unet
+from rapm.loading.families import Model, latents_of
+from rapm.memory import cards
+from rapm.memory.cards import Card
+from rapm.memory.count import TOKENS, Pass, count_encoder, count_student, meta_unet
 
 
 class Sizes(NamedTuple):

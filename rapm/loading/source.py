@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from rapm.errors import UserError
+from rapm.loading.single_file import base_parts, family_of, header_statements, statements, unet_places
+from rapm.loading.weights import VARIANTS, folder_places, read_header, weight_files
 from rapm.schedule import recipe_scheduler
-from rapm.single_file import base_parts, family_of, header_statements, statements, unet_places
 from rapm.unet import complete
-from rapm.weights import VARIANTS, folder_places, read_header, weight_files
+from rapm.zoo import EMBEDDED
 
 SUPPORTED = (
     "supported are text-to-image models of SD1.x, SD2.x and SDXL (StableDiffusionPipeline, StableDiffusionXLPipeline), "
@@ -93,7 +94,7 @@ def first_line(error: Exception) -> str:
 
 def _locate(given: str) -> Path:
     if given == "embedded":
-        return Path(__file__).parent / "zoo" / "embedded"
+        return EMBEDDED
     path = Path(given).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path

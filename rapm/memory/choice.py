@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rapm import cards
-from rapm.cards import Card
-from rapm.saved import LEVELS, Policy
-from rapm.sizes import Sizes, slot_seconds
+from rapm.memory import cards
+from rapm.memory.cards import Card
+from rapm.memory.saved import LEVELS, Policy
+from rapm.memory.sizes import Sizes, slot_seconds
 
 CELLS = 1200  # of the choice's table, over all that can be kept
 MOVED_CELLS = 96  # over all that can be moved to the host

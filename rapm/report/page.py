@@ -18,11 +18,11 @@ from pathlib import Path
 from PIL import Image
 from safetensors import safe_open
 
-from rapm.chart import Chart, svg
 from rapm.config import PRESETS, Config
 from rapm.disk import write_atomic
 from rapm.errors import UserError
-from rapm.lora_file import WEIGHTS
+from rapm.export.lora_file import WEIGHTS
+from rapm.report.chart import Chart, svg
 
 REPORT, PLAN = "report.html", "plan.json"
 WIDE, NARROW, SHOWN = 1600, 800, 5  # pixels across: the last grid, an earlier one; how many of these

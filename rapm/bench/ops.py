@@ -26,7 +26,7 @@ RANKS = 1, 64
 FROZEN = "frozen layer"  # a LoRA layer's baseline: the layer alone, forward and the gradient of x
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-Shapes = dict[str, Counter]  # kind of operation -> {shape: how often in one pass}, as rapm.bench.unet_shapes finds them
+Shapes = dict[str, Counter]  # kind of operation -> {shape: how often in one pass}, as run.unet_shapes finds them
 
 
 class Provider(NamedTuple):

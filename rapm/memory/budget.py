@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from rapm import cards
-from rapm.cards import GIB, MIB
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
-from rapm.families import Model
-from rapm.offload import Offload
-from rapm.planner import Plan, Planner, grouped
-from rapm.saved import Memory
+from rapm.loading.families import Model
+from rapm.memory import cards
+from rapm.memory.cards import GIB, MIB
+from rapm.memory.offload import Offload
+from rapm.memory.planner import Plan, Planner, grouped
+from rapm.memory.saved import Memory
 from rapm.step import SlotMemory
 from rapm.teacher import Teacher
 

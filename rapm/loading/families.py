@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from rapm.errors import UserError
-from rapm.source import local_family
+from rapm.loading.source import local_family
 from rapm.unet import complete
+from rapm.zoo import EMBEDDED
 
 if TYPE_CHECKING:
     from rapm.teacher import Teacher
@@ -67,7 +68,7 @@ def model_of(teacher: str) -> Model:
 
     UserError for a folder that is no pipeline.
     """
-    folder = Path(__file__).parent / "zoo" / "embedded" if teacher == "embedded" else Path(teacher).expanduser()
+    folder = EMBEDDED if teacher == "embedded" else Path(teacher).expanduser()
     if folder.is_dir():
         return _folder(teacher, folder)
     at_hand = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}.get(local_family(teacher))

@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rapm.lora import LoRA
-from rapm.offload import SMALLEST
-from rapm.saved import LEVELS, Memory, Policy, Saved
+from rapm.memory.offload import SMALLEST
+from rapm.memory.saved import LEVELS, Memory, Policy, Saved
 from rapm.unet import Attention, Text, UNet
 
 REST = "rest"  # what is kept outside the layers: first and last convolution, resamplers

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rapm.errors import UserError
-from rapm.lora_file import folded
+from rapm.export.lora_file import folded
 from rapm.unet import UNet
 
 PER_OPENING = 8  # tensors read from one mapping of a file: what has been read counts as memory until it is unmapped

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from rapm.errors import UserError
-from rapm.weights import Header
+from rapm.loading.weights import Header
 
 BASES = Path(__file__).parent / "bases"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

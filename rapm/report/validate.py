@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rapm.evaluate import frechet_distance
+from rapm.evaluate.embedded import frechet_distance
 from rapm.sample import sample
 from rapm.step import SIDES, Step
 from rapm.trajectories import Negatives, Store, Trajectory, noise, trajectory_seed

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rapm.bench_ops import KERNELS, Op, Provider, Shapes, operators
+from rapm.bench.ops import KERNELS, Op, Provider, Shapes, operators
 from rapm.errors import UserError
 from rapm.kernels import runtime
 from rapm.kernels.attention import choices

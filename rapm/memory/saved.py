@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from rapm.offload import Offload
+    from rapm.memory.offload import Offload
 
 LEVELS = ("keep", "lean", "recompute", "checkpoint")  # each keeps less than the one before
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rapm.export import base_name, compare, writing
-from rapm.lora_file import Weights, folded
+from rapm.export.files import base_name, compare, writing
+from rapm.export.lora_file import Weights, folded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

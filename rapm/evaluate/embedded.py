@@ -22,7 +22,7 @@ from tqdm import tqdm
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
-from rapm.lora_file import WEIGHTS, read_lora
+from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.sample import sample
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise, trajectory_seed
@@ -206,7 +206,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def write_report(path: Path, rows: Iterable[Row], protocol: Mapping[str, object]) -> None:
-    """The rows and how they were obtained, as JSON; the `figures` of `rapm.compare` in the file stay."""
+    """The rows and how they were obtained, as JSON; the `figures` of `rapm.evaluate.compare` in the file stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"protocol": dict(protocol), "rows": [asdict(r) for r in rows]}
     if path.is_file() and (figures := json.loads(path.read_text("utf-8")).get("figures")):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rapm.errors import UserError
-from rapm.lora_names import WIDTHS, foreign_kind, text_encoder_spellings, unet_spellings
+from rapm.export.lora_names import WIDTHS, foreign_kind, text_encoder_spellings, unet_spellings
 from rapm.unet import UNet
 
 if TYPE_CHECKING:
