@@ -289,7 +289,7 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    from rapm.bench import run
+    from rapm.bench.run import run
 
     return run(arguments.ops, arguments.models, arguments.quick, arguments.output)
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rapm.cli import main
-from rapm.compare import compare
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.evaluate import compare as module
 from rapm.evaluate.captions import read_captions
+from rapm.evaluate.compare import compare
 from rapm.evaluate.metrics import fid, kid, square
 from rapm.export.files import export_lora
 from rapm.lora import LoRA

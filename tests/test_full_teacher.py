@@ -171,7 +171,7 @@ if __name__ == "__main__":
         results = run(options.model, Path(name), device)
     print(table(options.model, results))
     if options.write and device == "cuda":
-        from rapm.bench import card
+        from rapm.bench.run import card
 
         path = ROOT / "benchmarks" / "results" / f"full_teacher_{options.model}.json"
         path.write_text(json.dumps({"card": card(), **results}, indent=1) + "\n")
