@@ -11,7 +11,7 @@ demo: .venv/ready  ## distil the embedded teacher into runs/demo
 	$(RUN) rapm.train --output_dir runs/demo
 
 test: .venv/ready  ## all tests
-	$(RUN) pytest
+	$(RUN) pytest -n auto --dist loadfile
 
 lint: .venv/ready  ## ruff: rules and format
 	$(RUN) ruff check .

@@ -52,19 +52,20 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
     from rapm.errors import RunError
     from rapm.export.files import ExportError
-    from rapm.stop import Interrupted
+    from rapm.stop import Interrupted, Terminated, terminable
 
     try:
         arguments = build_parser().parse_args(argv)
-        return arguments.run(arguments) or 0
+        with terminable():
+            return arguments.run(arguments) or 0
     except UserError as error:
         code, message = 2, error
     except (RunError, ExportError) as error:
         code, message = 1, error
     except Interrupted as error:
         code, message = error.code, error
-    except KeyboardInterrupt:
-        code, message = 130, "stopped"
+    except KeyboardInterrupt as stop:
+        code, message = 143 if isinstance(stop, Terminated) else 130, "stopped"
     except torch.OutOfMemoryError as error:
         code, message = 1, f"out of memory ({str(error).splitlines()[0]}); checkpoints and trajectories are kept"
     print(f"rapm: {message}", file=sys.stderr)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from rapm.errors import UserError
+
 TEMPORARY = ".rapm.tmp"
+LOCK = ".lock"  # stays in the folder; the lock itself goes with the process, however that ends
 # What a disk may say in the middle of a run: full, over quota, read-only, not ours, too large, broken.
 TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO")
            if hasattr(errno, name)}  # fmt: skip
@@ -35,6 +41,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def held(folder: Path, wait: float = 0.0) -> Iterator[None]:
+    """`folder` for this process alone, until it is done or dies. UserError if another has it after `wait` seconds."""
+    try:
+        lock = FileLock(folder / LOCK).acquire(timeout=wait)
+    except Timeout:
+        raise UserError(f"{folder}: another run is at work there: wait for it, or take another folder") from None
+    with lock:
+        yield
 
 
 def sweep(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,27 @@ class Interrupted(Exception):
     def __init__(self, number: int, advice: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; {advice}")
         self.code = 128 + number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception where it arrives, like Ctrl-C."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, where this thread may say so."""
+
+    def note(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -48,8 +70,8 @@ def advice(words: str) -> Iterator[None]:
     """What to do after Ctrl-C, or a disk that takes no more, in a phase that keeps its own results."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, words) from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT, words) from None
     except OSError as error:
         if error.errno not in TROUBLE:
             raise

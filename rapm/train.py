@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from tqdm import tqdm
 from rapm.checkpoint import BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, save_best, save_checkpoint
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
-from rapm.disk import sweep, write_atomic
+from rapm.disk import held, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, client_name, write_workflow
@@ -47,12 +50,17 @@ OUTPUTS = (
     WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
     "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST, PLAN,
 )  # fmt: skip
+STORE_PATIENCE = 10.0  # seconds to wait for another run's work on a shared store
 
 
 def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -> Path:
     """The whole job; the output folder. UserError before work for what cannot work, RunError, Interrupted."""
     folder = Path(config.output_dir)
-    _claim(folder)
+    with _claimed(folder):
+        return _train(folder, config, resume, dry_run)
+
+
+def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> Path:
     check_tracker(config.report_to)
     checkpoint = find_checkpoint(folder, resume) if resume else None
     teacher, config, prompts, budget = prepare_run(config)
@@ -80,9 +88,8 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
 
 def solve_only(config: Config) -> Store:
     """Stage 1 alone."""
-    _claim(Path(config.output_dir))
-    teacher, config, prompts = prepare_teacher(config)
-    with advice("the same command goes on"):
+    with _claimed(Path(config.output_dir)), advice("the same command goes on"):
+        teacher, config, prompts = prepare_teacher(config)
         config = _keep_prompts(Path(config.output_dir), config, prompts)
         return solve_all(config, teacher, prompts)
 
@@ -97,15 +104,15 @@ def export_run(
     """
     if not checkpoints(folder):
         raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
-    _claim(folder)
-    checkpoint = find_checkpoint(folder, which)
-    config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
-    repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
-    teacher, config, prompts = prepare_teacher(config)
-    state = load_checkpoint(checkpoint, config)
-    training = Training(teacher, solve_all(config, teacher, prompts), config)
-    training.restore(*state)
-    finish(training, folder, dtype=dtype, merge=merge, repo=repo)
+    with _claimed(folder), advice("the same command does it again"):
+        checkpoint = find_checkpoint(folder, which)
+        config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
+        repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
+        teacher, config, prompts = prepare_teacher(config)
+        state = load_checkpoint(checkpoint, config)
+        training = Training(teacher, solve_all(config, teacher, prompts), config)
+        training.restore(*state)
+        finish(training, folder, dtype=dtype, merge=merge, repo=repo)
 
 
 def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[Row]]:
@@ -149,7 +156,11 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | No
 def solve_all(config: Config, teacher: Teacher, prompts: list[Row]) -> Store:
     """Stage 1: the trajectories to train on and, after them, the held-out ones."""
     total = config.replace(trajectories=config.trajectories + config.validation_prompts)
-    return prepare(config.store or Path(config.output_dir) / "trajectories", teacher, prompts, total)
+    if config.store is None:
+        return prepare(Path(config.output_dir) / "trajectories", teacher, prompts, total)
+    shared = held(Path(config.store), STORE_PATIENCE) if os.access(config.store, os.W_OK) else nullcontext()
+    with shared:  # a finished one may be read-only
+        return prepare(config.store, teacher, prompts, total)
 
 
 def run(training: Training, folder: Path) -> None:
@@ -280,15 +291,19 @@ def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:
     ])  # fmt: skip
 
 
-def _claim(folder: Path) -> None:
-    """Make the output folder. UserError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-        sweep(folder)
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """The output folder, made, held and swept. UserError if it cannot be written, or another run is at work there."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+            stack.enter_context(held(folder))
+            sweep(folder)
+        except OSError as error:
+            raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
+        yield
 
 
 def _set_aside(folder: Path, done: int) -> None:

@@ -19,7 +19,13 @@ if not torch.cuda.is_available():
 # torch lists what a device context redirects when one is first used: let that be before the patches below
 with torch.device("meta"):
     torch.empty(0)
-torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only add overhead
+# Small tensors: more threads only add overhead, and with several workers (make test) they stall each other.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A GPU is for one process; otherwise a few, of some 2 GB each."""
+    return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from rapm.checkpoint import checkpoints, load_checkpoint
+from rapm.checkpoint import STATE, checkpoints, load_checkpoint
 from rapm.cli import main as rapm
 from rapm.config import Config
 from rapm.export.lora_file import WEIGHTS
@@ -39,8 +39,8 @@ from rapm.trajectories import verify
 # Phase -> what is entered, and the seconds it takes: a trap strikes up to that much later.
 PHASES = {
     "encoding": ("rapm.teacher:Teacher.encode", 0.05), "solving": ("rapm.solver:Walk.__call__", 0.05),
-    "training": ("rapm.train:Training.iterate", 0.3), "checkpoint": ("rapm.train:save_checkpoint", 0.05),
-    "validation": ("rapm.train:Training.validate", 0.3), "export": ("rapm.train:finish", 2.0),
+    "training": ("rapm.training:Training.iterate", 0.3), "checkpoint": ("rapm.train:save_checkpoint", 0.05),
+    "validation": ("rapm.training:Training.measure", 0.3), "export": ("rapm.train:finish", 2.0),
 }  # fmt: skip
 FILES = "files"  # the other trap: before the n-th operation on a file of the output folder
 OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
@@ -187,7 +187,7 @@ def contents(path: Path) -> tuple[dict[str, bytes], dict[str, str]]:
 
 def left_over(output: Path) -> list[str]:
     """Temporary files, and folders of checkpoints without one."""
-    empty = [path for path in output.glob("checkpoint-*") if path not in checkpoints(output)]
+    empty = [path for path in output.glob("checkpoint-*") if not (path / STATE).is_file()]
     return [str(path) for path in [*output.rglob("*.tmp"), *empty]]
 
 
