@@ -27,7 +27,7 @@ from rapm.export.files import TARGETS
 from rapm.kernels.disc_head import views
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
 from rapm.schedule import Schedule
-from rapm.step import Slots
+from rapm.step import LOSSES, Slots
 from rapm.trajectories import Trajectory
 from rapm.unet import Text
 
@@ -78,7 +78,7 @@ class Peer:
         self.text = Text(*(None if x is None else x.clone() for x in trajectory.text.to(device, unet.dtype)))
         self.z = self.positions[:1].clone()
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.sums = torch.zeros(8, device=device)  # of rapm.step.LOSSES
+        self.sums = torch.zeros(len(LOSSES), device=device)
 
         def adam(parameters: list[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
             cuda = device.type == "cuda"
@@ -165,7 +165,8 @@ class Peer:
         return norm
 
     def advance(self, z_n: Tensor, *losses: Tensor) -> None:
-        self.sums += torch.stack([x.detach() for x in losses])
+        heads = torch.stack(torch._foreach_norm([p.grad for p in self.heads.parameters()])).norm()
+        self.sums += torch.stack([*(x.detach() for x in losses), heads])
         self.z.copy_(z_n.detach())
         self.slot += 1
 

@@ -58,7 +58,8 @@ SMALL = {
         transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
     ),
 }  # fmt: skip
-BOUNDS = {name: 1e-3 for name in LOSSES} | {"grad_norm": 5e-2}  # a LeakyReLU that crosses zero moves a gradient at once
+# A LeakyReLU that crosses zero moves a gradient at once.
+BOUNDS = {name: 5e-2 if name.endswith("grad_norm") else 1e-3 for name in LOSSES}
 
 
 def model_of(name: str) -> Model:

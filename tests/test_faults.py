@@ -1,17 +1,21 @@
-"""Stops at random moments, in small (tests/faults/kills.py has the whole campaign), and two runs in one folder."""
+"""Stops at random moments, in small (tests/faults/kills.py has the whole campaign); two runs in a folder; no pickle."""
 
 from __future__ import annotations
 
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rapm.cli import main
 from rapm.disk import held
 
-SCRIPT = Path(__file__).parent / "faults" / "kills.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "tests" / "faults" / "kills.py"
 
 
 def test_stopped_runs_end_as_the_uninterrupted_one() -> None:
@@ -30,3 +34,25 @@ def test_a_folder_where_another_run_works_is_refused(
         assert main([command, "--output_dir", str(tmp_path)]) == 2
     assert "another run is at work there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_no_pickle_is_read_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run of the embedded teacher and its export, with every way to unpickle closed."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a pickle")
+
+    for owner, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "dump"), (torch, "load"),
+                        (torch, "save")]:  # fmt: skip
+        monkeypatch.setattr(owner, name, refuse)
+    settings = "trajectories = 2\nvalidation_prompts = 1\nfine_steps = 1\nlora_rank = 1\nmax_train_steps = 1\n"
+    (tmp_path / "settings.toml").write_text(settings)
+    words = ["--config", str(tmp_path / "settings.toml"), "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    assert main(["train", *words]) == 0
+    assert main(["export", "--run", str(tmp_path / "run")]) == 0
+
+
+def test_no_code_of_ours_knows_pickle() -> None:
+    words = re.compile(r"import pickle|pickle\.|torch\.load\(|torch\.save\(|allow_pickle=True|joblib|shelve")
+    for file in [*(ROOT / "rapm").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        assert not words.search(file.read_text(encoding="utf-8")), file

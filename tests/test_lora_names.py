@@ -168,7 +168,7 @@ def test_no_two_layers_share_a_spelling(family: str) -> None:
 
 
 def test_text_encoders_of_both_versions_of_transformers() -> None:
-    encoders = {"text_encoder": tiny._text_encoder(False), "text_encoder_2": tiny._text_encoder(True)}
+    encoders = {"text_encoder": tiny._text_encoder(32), "text_encoder_2": tiny._text_encoder(40, projected=True)}
     spellings = text_encoder_spellings(encoders)
     path = "text_model_encoder_layers_1_mlp_fc1"
     for name, encoder in (

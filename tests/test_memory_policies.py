@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import UNET
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from rapm.lora import LoRA
 from rapm.memory.offload import Offload
-from rapm.memory.saved import KEEP_ALL, LEVELS, Memory, Policy
+from rapm.memory.saved import KEEP_ALL, LEVELS, Memory, Policy, Saved
 from rapm.unet import Text, UNet
 
 POLICIES = [Policy(level, offload) for level in LEVELS for offload in (False, True)][1:]
@@ -52,8 +53,9 @@ def student(unet: UNet, memory: Memory, between: Callable[[], None] = lambda: No
     torch.manual_seed(1)
     z, t, text, lora = example(unet)
     out = unet(z, t, text, lora.views(torch.float32), memory)
+    cotangent = torch.randn(out.shape)  # before: `between` draws numbers too
     between()
-    (gradient,) = torch.autograd.grad(out, lora.flat, torch.randn(out.shape))
+    (gradient,) = torch.autograd.grad(out, lora.flat, cotangent)
     return out.detach(), gradient
 
 
@@ -72,10 +74,14 @@ def kept_bytes(run: Callable[[Memory], object], unet: UNet, policy: Policy, offl
     parameters = {p.untyped_storage()._cdata for p in unet.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
+    class Seen(Saved):
+        def __enter__(self) -> Saved:  # what is kept as it is, is noted too
+            self._stack.enter_context(saved_tensors_hooks(self.pack, self.unpack))
+            return self
+
     class Noting(Memory):
         def layer(self, name: str):
-            saved = super().layer(name)
-            saved = type(saved)(policy, self.offload)
+            saved = Seen(policy, self.offload)
             before = saved.pack
 
             def pack(x: Tensor) -> object:
@@ -118,7 +124,8 @@ def test_each_level_keeps_less(unets, monkeypatch, family):
         assert run is encoder or sizes[0] > sizes[1]
         offload = small_offload(unet, monkeypatch)
         moved = kept_bytes(lambda memory, run=run: run(unet, memory), unet, Policy("keep", True), offload)
-        assert moved < 0.2 * sizes[0] and offload.moved_out > 0.7 * sizes[0]
+        # Views stay: the halves of the feed-forward, which GEGLU's reference keeps, and the LoRA's parts of one buffer.
+        assert moved < 0.35 * sizes[0] and offload.moved_out > 0.65 * sizes[0]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

@@ -186,6 +186,6 @@ def test_evaluate_command(tmp_path, capsys):
 def test_evaluation_needs_a_judge(teacher, monkeypatch):
     from rapm.errors import UserError
 
-    monkeypatch.setattr(teacher, "location", Path("elsewhere/teacher"))
+    monkeypatch.setattr(type(teacher), "location", Path("elsewhere/teacher"))
     with pytest.raises(UserError, match="has no judge beside it"):
         Evaluation(teacher, reference_steps=8, guidance=7.5, pairs=4)
