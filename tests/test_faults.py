@@ -42,8 +42,11 @@ def test_no_pickle_is_read_or_written(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("a pickle")
 
-    for owner, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "dump"), (torch, "load"),
-                        (torch, "save")]:  # fmt: skip
+    class Closed(pickle.Unpickler):  # others derive from it when they are imported
+        __init__ = refuse
+
+    monkeypatch.setattr(pickle, "Unpickler", Closed)
+    for owner, name in [(pickle, "load"), (pickle, "loads"), (pickle, "dump"), (torch, "load"), (torch, "save")]:
         monkeypatch.setattr(owner, name, refuse)
     settings = "trajectories = 2\nvalidation_prompts = 1\nfine_steps = 1\nlora_rank = 1\nmax_train_steps = 1\n"
     (tmp_path / "settings.toml").write_text(settings)
