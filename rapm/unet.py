@@ -92,6 +92,8 @@ SIZES = dict(
 
 def complete(config: Mapping) -> dict:
     """`config` with diffusers' defaults filled in. UserError for what this UNet does not compute."""
+    if not isinstance(config, Mapping):
+        raise UserError("UNet config: not a JSON object")
     config = {**DEFAULTS, **config}
     levels = len(_list(config["block_out_channels"]))
     for key, most in SIZES.items():

@@ -49,3 +49,17 @@ def test_spoilt_files_are_read_or_refused(samples: dict[str, readers.Reader], fo
     assert outcomes.count("refused") > CASES / 10  # the fuzzer does spoil things
     assert sorted(folder.rglob("*")) == before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 256 * 2**10  # KiB
+
+
+@pytest.mark.parametrize(
+    "config", [b"44", b"[]", b'{"block_out_channels": [32], "layers_per_block": 1000000000}', b"{}x"]
+)
+def test_configs_that_are_no_unet(samples: dict[str, readers.Reader], folder: Path, config: bytes) -> None:
+    """What coverage-guided fuzzing has found, and what it would take too long to find."""
+    file, read = samples["UNet config"]
+    sound = (folder / file).read_bytes()
+    (folder / file).write_bytes(config)
+    try:
+        assert readers.outcome(read, folder) == "refused"
+    finally:
+        (folder / file).write_bytes(sound)
