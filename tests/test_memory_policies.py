@@ -126,6 +126,7 @@ def test_each_level_keeps_less(unets, monkeypatch, family):
         moved = kept_bytes(lambda memory, run=run: run(unet, memory), unet, Policy("keep", True), offload)
         # Views stay: the halves of the feed-forward, which GEGLU's reference keeps, and the LoRA's parts of one buffer.
         assert moved < 0.35 * sizes[0] and offload.moved_out > 0.65 * sizes[0]
+        assert moved + offload.moved_out == sizes[0]  # every byte stays or moves, none does both
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
