@@ -13,7 +13,7 @@ from rapm.loading.families import Model
 from rapm.memory import cards
 from rapm.memory.cards import GIB, MIB
 from rapm.memory.offload import Offload
-from rapm.memory.planner import Plan, Planner, grouped
+from rapm.memory.planner import Plan, grouped, planned, precision_words
 from rapm.memory.saved import Memory
 from rapm.step import SlotMemory
 from rapm.teacher import Teacher
@@ -33,8 +33,7 @@ class Budget:
             self.bytes = cards.automatic(device)
         if config.buckets:  # what the largest needs is enough for all
             config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
-        self.planner = Planner(model, config, cards.this_card(device) if cuda else None)
-        self.plan = self.planner.plan(self.bytes)
+        self.planner, self.plan = planned(model, config, cards.this_card(device) if cuda else None, self.bytes)
 
     @staticmethod
     def wanted(config: Config, device: torch.device) -> bool:
@@ -49,7 +48,7 @@ class Budget:
             vae.enable_tiling()
             vae.tile_sample_min_size = cards.TILE  # by default the size that the VAE was trained on: no tile at all
             vae.tile_latent_min_size = cards.TILE // teacher.pipe.vae_scale_factor
-        return config.replace(solve_batch=self.plan.solve_batch)
+        return config.replace(solve_batch=self.plan.solve_batch, frozen_weights=teacher.frozen)
 
     def memory(self, unet: torch.nn.Module) -> SlotMemory:
         """What a slot's passes keep, with a slab for what is moved."""
@@ -118,7 +117,7 @@ def record(budget: Budget) -> dict[str, object]:
 
 
 def words(budget: Budget) -> str:
-    """What a run says of its plan: three lines at most."""
+    """What a run says of its plan: four lines at most."""
     plan = budget.plan
     peak = max(plan.phases, key=plan.phases.get)
     lines = [
@@ -126,6 +125,8 @@ def words(budget: Budget) -> str:
         f"the most is {plan.phases[peak] / GIB:.1f} ({peak}); {plan.slowdown:.2f} times as long as without a limit",
         f"        {summary(plan)}",
     ]
+    if line := precision_words(budget.planner):
+        lines.append(f"        {line}")
     if risk := cards.fallback_risk():
         lines.append(f"note: {risk}")
     return "\n".join(lines)
