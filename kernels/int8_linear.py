@@ -47,7 +47,9 @@ def int8_linear_ref(
     rounded, s = quantise_rows_ref(x.flatten(0, -2))
     y = (s[:, None] * scale * (rounded.float() @ codes.float().t())).view(*x.shape[:-1], -1)
     y = y if bias is None else y + bias
-    return (y if down is None else y + F.linear(F.linear(x.float(), down.float()), up.float())).to(x.dtype)
+    if down is not None and up is not None:
+        y = y + F.linear(F.linear(x.float(), down.float()), up.float())
+    return y.to(x.dtype)
 
 
 @jit
@@ -131,9 +133,7 @@ def _turned(codes: Tensor) -> Tensor:
     return out
 
 
-def _multiply(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor | None, backward: bool
-) -> Tensor:
+def _multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor | None, backward: bool) -> Tensor:
     """[y] + x W^T + bias for x (M K); `backward`: [y] + x W for x (M N). In y's memory where it is given."""
     rounded, s = quantise_rows(x, scale if backward else None)
     if not enabled(x):
@@ -168,7 +168,7 @@ def _int8_linear(
 ) -> tuple[Tensor, Tensor]:  # y, h
     shape, x = (*x.shape[:-1], len(codes)), matrix(x)
     y, h = None, x.new_empty(0)
-    if down is not None:
+    if down is not None and up is not None:
         (y, h), bias = _begin(x, bias, down.t(), up.t()), None
     return _multiply(x, codes, scale, bias, y, False).view(shape), h
 
@@ -180,7 +180,7 @@ def _int8_linear_backward(
 ) -> list[Tensor]:  # fmt: skip
     """dx if it is wanted, ddown if x is given, dup if h is given."""
     shape, dy = (*dy.shape[:-1], codes.shape[1]), matrix(dy)
-    if down is None:
+    if down is None or up is None:
         return [_multiply(dy, codes, scale, None, None, True).view(shape)]
     kernels, x, dx = enabled(dy) and small(len(down)), None if x is None else matrix(x), []
     g = None
@@ -207,7 +207,7 @@ def _(
     up: Tensor | None, wants_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     grads = [dy.new_empty((*dy.shape[:-1], codes.shape[1]))] if wants_x else []
-    return grads + [dy.new_empty(t.shape) for t, given in ((down, x), (up, h)) if given is not None]
+    return grads + [dy.new_empty(t.shape) for t, kept in ((down, x), (up, h)) if t is not None and kept is not None]
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:

@@ -47,7 +47,7 @@ def int8(weight: Tensor) -> Low:
 def nf4(weight: Tensor) -> Low:
     """W (N K), K even, in nf4. ValueError for an odd K."""
     if weight.shape[1] % 2:
-        raise ValueError(f"nf4: two codes are one byte, so a weight of {tuple(weight.shape)} has none for its last column")
+        raise ValueError(f"nf4: two codes a byte: a weight of {tuple(weight.shape)} has an odd width")
     n, k = weight.shape
     w = F.pad(weight.float(), (0, -k % BLOCK)).view(n, -1, BLOCK)
     most = w.abs().amax(2)

@@ -53,8 +53,8 @@ class Config:
     buckets: tuple[tuple[int, int], ...] = ()
     seed: int = 0
     mixed_precision: str = "no"  # dtype of the frozen weights: "no" (fp32), "bf16" or "fp16"; LoRA and heads stay fp32
-    # Of the UNet: "full" (as mixed_precision says), "int8" (linear layers, multiplied in int8) or "nf4" (those in 4 bits,
-    # convolutions in 8). The teacher is then another, if a near one, so "auto" is full unless --vram leaves no other plan.
+    # Of the UNet: "full" (as mixed_precision says), "int8" (linear layers, multiplied in int8) or "nf4" (those in 4
+    # bits, convolutions in 8). The teacher is then another, if a near one: "auto" is full unless no plan fits --vram.
     frozen_weights: str = "auto"
     device: str = "auto"
     vram: str = "auto"  # "12G", "16GB": the most that the process may take of the card; "auto": what is free

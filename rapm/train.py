@@ -147,7 +147,7 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | No
         resolution=config.resolution or teacher.default_resolution, frozen_weights=teacher.frozen
     )  # fmt: skip
     if budget is not None:
-        if budget.planner.sizes.pixels != max(map(math.prod, config.resolutions)):  # the teacher's own is known only now
+        if budget.planner.sizes.pixels != max(map(math.prod, config.resolutions)):  # its own may be known only now
             budget = Budget(budget.planner.model, config, device)
         config = budget.apply(teacher, config)
         print(words(budget))

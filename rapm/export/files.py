@@ -184,7 +184,7 @@ def compare(
 
 @contextmanager
 def _visiting(pipe: DiffusionPipeline, device: torch.device, *, by_block: bool) -> Iterator[None]:
-    """`pipe` on `device`. With `by_block` its UNet's blocks only while each computes, and all on the CPU again after."""
+    """`pipe` on `device`. With `by_block` its UNet's blocks only while each computes, and all of it back after that."""
     if not by_block:
         pipe.to(device)
         yield

@@ -28,20 +28,25 @@ MODES = ("full", "int8", "nf4")  # each takes less memory than the one before
 class LowPrecision(nn.Module):
     """A layer that holds `codes`, `scale` and maybe `blocks` (kernels/quantise.py) where its like holds a weight."""
 
+    name: str
+    codes: Tensor
+    scale: Tensor
+    blocks: Tensor | None
     dtype: torch.dtype  # of the weight that is made of them
     pack = staticmethod(int8)
 
-    @property
-    def weight(self) -> Tensor:
-        """The whole weight, made now."""
+    def whole(self) -> Tensor:
+        """The weight, made now."""
         return dequantise(self.codes, self.scale, self.blocks, self.dtype)
+
+    weight = property(whole)
 
     def parts(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters that stand for `weight`."""
         return {name: x for name, x in type(self).pack(weight)._asdict().items() if x is not None}
 
 
-class Int8Linear(LowPrecision, Linear):
+class Int8Linear(LowPrecision, Linear):  # type: ignore[misc]
     """Multiplied in int8."""
 
     def forward(self, x: Tensor, lora: Lora = None) -> Tensor:  # ... C_in -> ... C_out
@@ -54,9 +59,7 @@ class Transient(LowPrecision):
 
     _made: Tensor | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        return LowPrecision.weight.fget(self) if self._made is None else self._made
+    weight = property(lambda self: self.whole() if self._made is None else self._made)
 
     def forward(self, x: Tensor, *lora: Lora) -> Tensor:
         self._made = self.weight
@@ -67,11 +70,11 @@ class Transient(LowPrecision):
             self._made = None
 
 
-class Nf4Linear(Transient, Linear):
+class Nf4Linear(Transient, Linear):  # type: ignore[misc]
     pack = staticmethod(nf4)
 
 
-class Int8Conv2d(Transient, Conv2d):
+class Int8Conv2d(Transient, Conv2d):  # type: ignore[misc]
     pass
 
 

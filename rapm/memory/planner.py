@@ -247,7 +247,7 @@ def report(planner: Planner, plan: Plan) -> str:
         "train": "" if plan.together else "real features one by one",
         "validate": ", ".join([batch, *(["the UNet waits on the host while the VAE decodes"] if plan.aside else []),
                                *(["decoded in tiles"] if plan.tiled else [])]),
-        "export": "the stock UNet block by block, ours waits on the host" if plan.apart else "ours beside the stock UNet",
+        "export": "ours waits on the host, the stock UNet comes by blocks" if plan.apart else "beside the stock UNet",
     }  # fmt: skip
     lines = [
         f"{model.name}, {height}x{width}, LoRA rank {config.lora_rank}, {config.mixed_precision}, budget {budget}",

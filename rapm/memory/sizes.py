@@ -74,9 +74,9 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     positions = (2 * config.steps + 1) * c * h * w * getattr(torch, config.trajectory_dtype).itemsize
     return Sizes(
         sum(p.nbytes for p in unet.parameters()), whole, block,
-        sum(size for m, size in made.items() if isinstance(m, Transient)), max(made.values(), default=0), lora, len(targets), heads, features, 4 * model.text, 4 * model.vae,
-        h * w * model.factor**2, count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
-        positions + text,
+        sum(size for m, size in made.items() if isinstance(m, Transient)), max(made.values(), default=0), lora,
+        len(targets), heads, features, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
+        count_student(unet, latents, config.lora_rank), count_encoder(unet, latents), positions + text,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def test_real_shapes(case: tuple, rank: int) -> None:
 def test_near_the_whole_layer(case: tuple) -> None:
     """Forward and gradients against the layer whose weight is not quantised."""
     torch.manual_seed(1)
-    lead, k, n, rank = case
+    _, k, n, _ = case
     weight, args = tensor(n, k), inputs(case, torch.float32)
     args = (args[0], *int8(weight)[:2], *args[3:])
 
