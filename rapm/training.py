@@ -68,22 +68,13 @@ class Training:
 
         One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
         """
-        index, size, before = self._choice(self.done)
-        trajectory = self._read(index, then=self._choice(self.done + 1)[0])
+        index, before = self._turn(self.done)
+        trajectory, size = self._read(index, then=self._turn(self.done + 1)[0]), self.store.resolution(index)
         if self.budget is None or self._slots[size] is not self.steps[size]:  # a graph that is there allocates nothing
             self._walk(trajectory, size, before)
         else:
             self._walk_within(self.budget, trajectory, size, before)
         self.done += 1
-
-    def _choice(self, iteration: int) -> tuple[int, tuple[int, int], int]:
-        """The trajectory of an iteration, its size, and how many iterations of that size come before."""
-        trained = self.validation.trained
-        epoch, place = divmod(iteration, trained)
-        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        index, size = int(order[place]), self.store.resolution(int(order[place]))
-        mine = self._mine[size]
-        return index, size, epoch * int(mine.sum()) + int(mine[order[:place]].sum())
 
     def _walk(self, trajectory: Trajectory, size: tuple[int, int], before: int) -> None:
         step = self.steps[size]
@@ -206,6 +197,15 @@ class Training:
         fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
         self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
         self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
+
+    def _turn(self, iteration: int) -> tuple[int, int]:
+        """The trajectory of an iteration, and how many iterations there have been of its size."""
+        trained = self.validation.trained
+        epoch, place = divmod(iteration, trained)
+        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
+        index = int(order[place])
+        mine = self._mine[self.store.resolution(index)]
+        return index, epoch * int(mine.sum()) + int(mine[order[:place]].sum())
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))

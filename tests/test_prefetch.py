@@ -177,7 +177,7 @@ def test_the_order_is_that_of_the_seed(teacher, store: Store, monkeypatch: pytes
     training = Training(teacher, store, CONFIG)
     trained = len(store) - CONFIG.validation_prompts
     count = 2 * trained + 3
-    chosen = [training._choice(i)[0] for i in range(count)]
+    chosen = [training._turn(i)[0] for i in range(count)]
     assert sorted(chosen[:trained]) == sorted(chosen[trained : 2 * trained]) == list(range(trained))
     assert chosen[:trained] != chosen[trained : 2 * trained]
     found = loaded(training, count, monkeypatch)
@@ -194,7 +194,7 @@ def test_pinned_places_give_the_same_bits(tiny_teacher, store: Store, monkeypatc
     """On a GPU that is behind; bf16 rounds there and here alike."""
     teacher = tiny_teacher("sd1", torch.bfloat16, "cuda")
     training = Training(teacher, store, CONFIG)
-    chosen, found = [training._choice(i)[0] for i in range(12)], []
+    chosen, found = [training._turn(i)[0] for i in range(12)], []
     for index, then in pairwise(chosen):
         trajectory = training._read(index, then)
         assert trajectory.positions.is_pinned() and trajectory.text.hidden.is_pinned()
