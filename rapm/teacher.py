@@ -21,13 +21,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rapm.architecture import DEFAULTS
 from rapm.errors import UserError
 from rapm.loading.single_file import config_folder
 from rapm.loading.source import Source, find, first_line, variant
 from rapm.loading.style import Style, read_style, updates_of
 from rapm.loading.weights import Digests, fill, fused
 from rapm.schedule import Schedule, recipe_scheduler
-from rapm.unet import DEFAULTS, Text, UNet
+from rapm.unet import Text, UNet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -17,20 +17,21 @@ import tiny
 import torch
 from full import FULL
 
+from rapm.architecture import DEFAULTS, complete
 from rapm.bench import ops as bench_ops
 from rapm.bench import run as bench
 from rapm.bench.ops import DEVICE, operators
 from rapm.bench.run import MODELS, RAPM, REFERENCE, Provider, check, errors, fresh, results, unet_shapes, wanted
 from rapm.cli import main
 from rapm.config import Config
-from rapm.unet import DEFAULTS, UNet, complete
+from rapm.unet import UNet
 
 ROOT = Path(__file__).parents[1]
 KERNEL_FILES = list((ROOT / "kernels").glob("*.py"))
 # A shape of each operator that a CPU does at once
 SMALL = {
     "group_norm_silu": (64, 5, 3, True, True, True), "layer_norm": (6, 48, True), "geglu": (6, 32),
-    "lora_linear": (6, 32, 48, True), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
+    "lora_linear": (6, 32, 48, True, 3), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
     "attention": (2, 12, 7, 16), "disc_head": ((16, 4, 4), (32, 2, 2)), "position_loss": (6, 4), "renoise": (6, 4),
     "guided_step": (6, 4),
 }  # fmt: skip
@@ -47,7 +48,7 @@ def script(name: str) -> ModuleType:
 def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {
         ("sd15", "attention"): [(2, 12, 7, 16)], ("sd15", "geglu"): [(6, 32), (6, 48)],
-        ("sd15", "lora_linear rank 1"): [(6, 32, 48, True)], ("sd15", "disc_head"): [((16, 4, 4),)],
+        ("sd15", "lora_linear rank 1"): [(6, 32, 48, True, 1)], ("sd15", "disc_head"): [((16, 4, 4),)],
         ("sdxl", "geglu"): [(6, 32)],
     }  # fmt: skip
     tasks = bench.tasks_of(OPS, shapes)
@@ -81,12 +82,14 @@ def test_shapes_of_a_pass(model: str, blocks: int, resnets: int, transformers: i
     with torch.device("meta"):
         targets = UNet(MODELS[model].unet).lora_targets()
     ranks = {name: op.shapes(found) for name, op in OPS.items() if name.endswith("rank 1")}
-    assert sum(sum(shapes.values()) for shapes in ranks.values()) == len(targets)
+    layers = [n * (shape[-1] if "linear" in name else 1) for name, found in ranks.items() for shape, n in found.items()]
+    assert sum(layers) == len(targets)
     assert sum(OPS["frozen_conv"].shapes(found).values()) == counts["conv"]
     # Known from elsewhere: the FLOP of a pass
     flop = sum(n * OPS["frozen_conv"].cost(*shape)[0] for shape, n in OPS["frozen_conv"].shapes(found).items())
     flop += sum(n * OPS["attention"].cost(*shape)[0] for shape, n in found["attention"].items())
-    flop += sum(n * 2 * rows * inputs * outputs for (rows, inputs, outputs, *_), n in found["linear"].items())
+    linear = found["linear"] + found["stack"]
+    flop += sum(n * 2 * rows * inputs * outputs for (rows, inputs, outputs, *_), n in linear.items())
     assert flop == pytest.approx(tflop * 1e12, rel=0.01)
 
 
