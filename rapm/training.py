@@ -19,6 +19,7 @@ from rapm.errors import RunError
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, out_of_memory
 from rapm.memory.snapshot import Snapshot
+from rapm.prefetch import Reader
 from rapm.report.validate import Measured, Validation
 from rapm.step import LOSSES, SlotMemory, Step
 from rapm.teacher import Teacher
@@ -54,6 +55,7 @@ class Training:
         self._slots: dict[tuple[int, int], Callable[[], None]] = dict(self.steps)
         self._eager = dict.fromkeys(self.steps, EAGER)
         self._pool = torch.cuda.graph_pool_handle() if self.step.z.is_cuda else None
+        self._read = Reader(store, self.steps)
         trained = range(self.validation.trained)
         self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
         self._dry = True  # no iteration has shown yet what it takes
@@ -66,12 +68,8 @@ class Training:
 
         One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
         """
-        trained = self.validation.trained
-        epoch, place = divmod(self.done, trained)
-        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        trajectory, size = self.store[int(order[place])], self.store.resolution(int(order[place]))
-        mine = self._mine[size]
-        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())  # iterations of this size
+        index, before = self._turn(self.done)
+        trajectory, size = self._read(index, then=self._turn(self.done + 1)[0]), self.store.resolution(index)
         if self.budget is None or self._slots[size] is not self.steps[size]:  # a graph that is there allocates nothing
             self._walk(trajectory, size, before)
         else:
@@ -84,6 +82,7 @@ class Training:
             self._slots[size] = captured(step, self._pool)
         self._eager[size] = max(0, self._eager[size] - 1)
         step.load(trajectory, self.done, self._uncond(trajectory) if self.config.relative_start == "student" else None)
+        self._read.sent()
         step.draw(self._generator(f"iteration {self.done}"), before)
         self._set_rates()
         for _ in range(self.config.steps):
@@ -198,6 +197,15 @@ class Training:
         fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
         self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
         self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
+
+    def _turn(self, iteration: int) -> tuple[int, int]:
+        """The trajectory of an iteration, and how many iterations there have been of its size."""
+        trained = self.validation.trained
+        epoch, place = divmod(iteration, trained)
+        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
+        index = int(order[place])
+        mine = self._mine[self.store.resolution(index)]
+        return index, epoch * int(mine.sum()) + int(mine[order[:place]].sum())
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))

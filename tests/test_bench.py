@@ -290,6 +290,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     slot_time = dict(card=card, models={model: {"before": mode, "after": after} for model in MODELS})
     for name, report in (("kernels", kernels), ("slot_time", slot_time)):
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = script("readme")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
