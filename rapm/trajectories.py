@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm import distributed
 from rapm.disk import sweep, write_atomic
 from rapm.errors import UserError
 from rapm.prompts import Row
@@ -126,6 +127,7 @@ def prepare(
     """The store of `config.trajectories` trajectories in `folder`: computes the shards that are not there yet.
 
     Trajectory i has prompt i and resolution i, each taken in turn, and the noise of `trajectory_seed(config.seed, i)`.
+    Of several ranks each computes its share of the shards, which are the same whoever does.
     A larger count extends a store, and so do more prompts, if the trajectories that are there would be the same.
     UserError, before any work, if the folder holds others, cannot be written, or the disk is full.
     """
@@ -138,7 +140,8 @@ def prepare(
     negatives = Negatives(teacher, config.negative_prompt)
     sizes = [_trajectory_bytes(shape, negatives(""), config) for shape in shapes]
     metadata = _metadata(teacher, rows, config, resolutions, max(sizes))
-    missing = _claim(folder, metadata, rows, sizes)
+    missing = _claim(folder, metadata, rows, sizes) if distributed.first() else {}
+    missing = _share(distributed.from_first({name: list(indices) for name, indices in missing.items()}), resolutions)
     count, todo = config.trajectories, sum(map(len, missing.values()))
     with tqdm(total=count, initial=count - todo, desc="trajectories", disable=not progress) as bar:
         for bucket, (resolution, shape) in enumerate(zip(resolutions, shapes, strict=True)):
@@ -168,6 +171,7 @@ def prepare(
                 lists = zip(LISTS, ([row.text for row in shard], seeds, unwanted), strict=True)
                 header = {"store": _store_id(metadata), **{key: json.dumps(values) for key, values in lists}}
                 write_atomic(folder / name, _shard_bytes({key: x for key, x in tensors if x is not None}, header))
+    distributed.wait()
     return Store.open(folder)
 
 
@@ -264,6 +268,12 @@ def _claim(folder: Path, metadata: dict, rows: list[Row], sizes: list[int]) -> d
     except OSError as error:
         raise UserError(f"store {folder} cannot be written ({error.strerror}): take another output_dir") from error
     return missing
+
+
+def _share(missing: dict[str, list[int]], resolutions: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+    """Of the missing shards this rank's: of each resolution as many as any other rank's, or one more or less."""
+    ordered = sorted(missing.items(), key=lambda shard: shard[1][0] % len(resolutions))
+    return dict(ordered[distributed.rank() :: distributed.world()])
 
 
 def _refuse_difference(folder: Path, found: dict, wanted: dict) -> None:
