@@ -114,7 +114,8 @@ def _header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path / STATE, framework="pt") as file:
             header = file.metadata() or {}
-        int(header["iterations"]), {**json.loads(header["config"])}, float(header.get("fd", 0)), int(header.get("ranks", 1))
+        int(header["iterations"]), int(header.get("ranks", 1)), float(header.get("fd", 0))
+        {**json.loads(header["config"])}
         return header
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error

@@ -81,7 +81,9 @@ def group(config: Config) -> Iterator[None]:
         yield
         return
     if config.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device {config.device}: of {count} processes each takes the GPU of its LOCAL_RANK: write cuda")
+        raise UserError(
+            f"device {config.device}: each of {count} processes takes the GPU of its LOCAL_RANK: write cuda"
+        )
     if config.prompts == "-":
         raise UserError(f"prompts -: {count} processes cannot share the standard input: give a file")
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())

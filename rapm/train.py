@@ -19,8 +19,15 @@ from tqdm import tqdm
 
 from rapm import distributed
 from rapm.checkpoint import (
-    BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, ranks, save_best, save_checkpoint,
-)  # fmt: skip
+    BEST,
+    checkpoints,
+    find_best,
+    find_checkpoint,
+    load_checkpoint,
+    ranks,
+    save_best,
+    save_checkpoint,
+)
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import held, sweep, write_atomic
@@ -181,7 +188,8 @@ def run(training: Training, folder: Path) -> None:
             training.iterate()
             bar.update()
             pending += config.steps
-            stop, done, last = distributed.largest(max(stopped, default=0)), training.done, training.done == config.max_train_steps
+            stop = distributed.largest(max(stopped, default=0))
+            done, last = training.done, training.done == config.max_train_steps
             measure = done % config.validation_steps == 0 or last
             save = done % config.checkpointing_steps == 0 or last or stop
             if done % config.log_steps == 0 or last or stop:

@@ -67,15 +67,8 @@ class Training:
 
         One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
         """
-        epoch, place = divmod(self.done, self.validation.trained)
-        order = self._order(epoch)
-        size = self.store.resolution(int(order[place]))
-        mine = self._mine[size]
-        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())  # iterations of this size
-        # each size has its own endless shuffle, of which an iteration takes the next, and of W ranks the next W
-        epoch, place = divmod(before * distributed.world() + distributed.rank(), int(mine.sum()))
-        order = self._order(epoch)
-        trajectory = self.store[int(order[mine[order]][place])]
+        index, before = self._turn()
+        trajectory, size = self.store[index], self.store.resolution(index)
         if self.budget is None or self._slots[size] is not self.steps[size]:  # a graph that is there allocates nothing
             self._walk(trajectory, size, before)
         else:
@@ -218,6 +211,19 @@ class Training:
         fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
         self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
         self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
+
+    def _turn(self) -> tuple[int, int]:
+        """This rank's trajectory in this iteration, and how many iterations there have been of its size.
+
+        All ranks have one size at a time. Each size has an endless shuffle, of which W ranks take the next W.
+        """
+        epoch, place = divmod(self.done, self.validation.trained)
+        order = self._order(epoch)
+        mine = self._mine[self.store.resolution(int(order[place]))]
+        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())
+        epoch, place = divmod(before * distributed.world() + distributed.rank(), int(mine.sum()))
+        order = self._order(epoch)
+        return int(order[mine[order]][place]), before
 
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(self.validation.trained, generator=self._generator(f"epoch {epoch}"))

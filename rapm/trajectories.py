@@ -337,8 +337,17 @@ def _problem(path: Path, rows: int, metadata: dict) -> str | None:
 
 
 def _shard_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
-    """A safetensors file whose header holds the sha256 of the file's bytes, taken with 64 zeros in its place."""
+    """A safetensors file whose header holds the sha256 of the file's bytes, taken with 64 zeros in its place.
+
+    Equal contents are equal bytes: `save` itself writes the metadata in an order that changes from process to process.
+    """
     data = save({name: x.contiguous() for name, x in tensors.items()}, {**header, "sha256": BLANK.decode()})
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:end])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    data = len(text).to_bytes(8, "little") + text + data[end:]
     return data.replace(SEAL + BLANK, SEAL + _sha256(data).encode(), 1)
 
 
