@@ -5,8 +5,8 @@ groups over all ranks, none of which shares a thread or a queue with another:
 
     hosts      gloo, blocking: what the processes agree on between iterations
     gradients  NCCL, on a CPU gloo: the one sum of a slot, inside its CUDA graph
-    watch      gloo, in a thread: a ring in which each rank waits for the farewell of the one before it, so that a rank
-               that is lost ends all, whatever a GPU is waiting for
+    watch      gloo, in a thread: a ring in which each rank waits for the exit code of the one before it, so that a
+               rank that fails or is lost ends all, whatever a GPU is waiting for
 
 Rank 0 alone writes, but for the shards of trajectories, and speaks.
 """
@@ -19,9 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,7 @@ class _Run(NamedTuple):
 
 
 _run: _Run | None = None
+_ending = threading.Lock()
 
 
 def rank() -> int:
@@ -81,14 +82,12 @@ def group(config: Config) -> Iterator[None]:
         yield
         return
     if config.device not in ("auto", "cpu", "cuda"):
-        raise UserError(
-            f"device {config.device}: each of {count} processes takes the GPU of its LOCAL_RANK: write cuda"
-        )
+        raise UserError(f"device {config.device}: each of {count} processes takes that of its LOCAL_RANK: write cuda")
     if config.prompts == "-":
         raise UserError(f"prompts -: {count} processes cannot share the standard input: give a file")
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     _run = _meet(_number("RANK"), count, "nccl" if cuda else "gloo")
-    ring = threading.Thread(target=_wait_for_farewell, args=(_run,), daemon=True)
+    ring = threading.Thread(target=_wait_for_the_one_before, args=(_run,), daemon=True)
     ring.start()
     with ExitStack() as stack:
         if not first():
@@ -102,7 +101,7 @@ def group(config: Config) -> Iterator[None]:
             if not isinstance(error, (RunError, torch.OutOfMemoryError)):
                 time.sleep(VERDICT)  # a collective that a lost rank has broken: the ring says it in one line
             raise
-    dist.send(torch.zeros(1), (_run.rank + 1) % _run.world, group=_run.watch)
+    dist.send(torch.tensor([0]), (_run.rank + 1) % _run.world, group=_run.watch)
     ring.join()
     dist.destroy_process_group()
     _run = None
@@ -111,20 +110,32 @@ def group(config: Config) -> Iterator[None]:
 def fail(code: int, message: object) -> int:
     """Say why the command ends, on the standard error, and return its exit code.
 
-    Of several processes the first to know says it, and each ends at once: a GPU may be waiting for one that is gone.
+    Of several processes the first to know says it, and all end with its code, at once: a GPU may be waiting for one
+    that is gone.
     """
     if _run is None:
         if os.environ.get("RANK", "0") == "0" or _count() == 1:
             print(f"rapm: {message}", file=sys.stderr)
         return code
+    _ending.acquire()  # and never release: of two threads of ours the first ends the process
+    mine = said = f"{_run.rank} {code}"
     try:
-        news = _run.store.add("failed", 1) == 1
-    except RuntimeError:  # the launcher, which keeps the store, is gone too
-        news = True
-    if news:
+        said = _run.store.compare_set("failed", "", mine).decode()
+    except RuntimeError:  # whoever kept the store is gone
+        if threading.current_thread() is threading.main_thread():
+            _ending.release()
+            time.sleep(VERDICT)  # and the ring knows why
+            _ending.acquire()
+    if said == mine:
         tqdm.write(f"rapm: {message}", file=sys.__stderr__)
+    _end(_run, int(said.split()[1]))
+
+
+def _end(run: _Run, code: int) -> NoReturn:
+    """End this process and, by the ring, the others, whose exit code will be the same."""
+    with suppress(RuntimeError):
+        dist.send(torch.tensor([code]), (run.rank + 1) % run.world, group=run.watch)
     sys.stdout.flush()
-    sys.__stderr__.flush()
     os._exit(code)
 
 
@@ -223,11 +234,14 @@ def _meet(number: int, count: int, backend: str) -> _Run:
     return _Run(number, count, store, hosts, gradients, watch)
 
 
-def _wait_for_farewell(run: _Run) -> None:
-    """Until the rank before this one ends; if it does so without a word, so does this one."""
-    before = (run.rank - 1) % run.world
+def _wait_for_the_one_before(run: _Run) -> None:
+    """Until the rank before this one is done. If it is lost this one says so; if it has failed, it has said why."""
+    before, code = (run.rank - 1) % run.world, torch.zeros(1, dtype=torch.long)
     try:
-        dist.recv(torch.zeros(1), before, group=run.watch)
+        dist.recv(code, before, group=run.watch)
+        if code:
+            _ending.acquire()
+            _end(run, int(code))
     except RuntimeError:
         words = "what was written is whole; --resume_from_checkpoint latest goes on from the newest checkpoint"
         fail(1, f"rank {before} of {run.world} is lost, so all end; {words}")
