@@ -217,7 +217,6 @@ def _metadata(
     teacher: Teacher, rows: list[Row], config: Config, resolutions: tuple[tuple[int, int], ...], trajectory_bytes: int
 ) -> dict:
     """What the trajectories depend on (plain settings first: the first difference is what a user is told)."""
-    shard_size = max(1, min(SHARD_MAX, SHARD_BYTES // trajectory_bytes))
     sizes = [list(resolution) for resolution in resolutions]
     return {
         "format": FORMAT,
@@ -232,9 +231,15 @@ def _metadata(
         "prompts": _prompts_id(rows, config.trajectories),
         "schedule": f"{teacher.schedule.prediction} {_sha256(teacher.schedule.abar.numpy().tobytes())}",
         "teacher": teacher.fingerprint,
-        "shard_size": 1 << (shard_size.bit_length() - 1),
+        "shard_size": shard_size(trajectory_bytes),
         "count": config.trajectories,
     }
+
+
+def shard_size(trajectory_bytes: int) -> int:
+    """How many trajectories a shard holds: a power of two."""
+    most = max(1, min(SHARD_MAX, SHARD_BYTES // trajectory_bytes))
+    return 1 << (most.bit_length() - 1)
 
 
 def _prompts_id(rows: list[Row], count: int) -> str:
