@@ -1,18 +1,17 @@
-"""Write the figures of docs/scaling.md: `python benchmarks/scaling.py` (`--check` only compares). No GPU is needed.
+"""The figures of docs/scaling.md, which `python benchmarks/readme.py` writes. No GPU is needed.
 
-What a slot sends is counted from the code: the buffer of `distributed.Gradients` on meta tensors. What sending takes is
-computed, not measured: NCCL's own model of its ring and tree (src/graph/tuning.cc: a base latency, one for each step,
-and bytes over bandwidth; protocol Simple, which is that of large buffers), with the links' data sheets. A slot's time is
-the measured one of results/slot_time.json.
+What a slot sends is counted from the code: the buffer of `distributed.Gradients` on meta tensors. What sending takes
+is computed, not measured: NCCL's own model of its ring and tree (src/graph/tuning.cc: a base latency, one for each
+step, and bytes over bandwidth; protocol Simple, which is that of large buffers), with the links' data sheets. A slot's
+time is the measured one of results/slot_time.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
-import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +24,17 @@ from rapm.memory.sizes import Sizes, sizes_of
 from rapm.trajectories import shard_size
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "scaling.md"
 MODELS = {"sd15": "SD1.5, 512x512", "sdxl": "SDXL, 1024x1024"}
 RANKS = (1, 64)  # of the LoRA
 MIB = 2**20
+SLOTS = """
+A slot takes {sd15:.1f} ms for SD1.5 and {sdxl:.1f} ms for SDXL on one {device} at rank 1 (measured; at rank 64 more, so
+that less is lost there than the table says). Milliseconds of the all-reduce by ring and by tree, and what is left of
+the speed of a slot that sends nothing, by the faster:
+"""
 BASE = {"ring": 8.4e-6, "tree": 8.4e-6}  # seconds, NCCL's for Simple
-NVLINK = {"ring": 3.4e-6, "tree": 28e-6}  # a step within a machine
-NETWORK = {"ring": 14e-6, "tree": 28e-6}  # a step between two
+NVLINK = {"ring": 3.4e-6, "tree": 4e-6}  # a step within a machine
+NETWORK = {"ring": 14e-6, "tree": 14e-6}  # a step between two
 
 
 class Fabric(NamedTuple):
@@ -88,47 +91,31 @@ def figures() -> str:
             numbers = f"{rank * found.lora:,}", f"{found.heads:,}"
             rows.append([name, str(rank), *numbers, f"{sent(found, rank) / MIB:.1f}"])
     parts = [table(rows)]
-    device = measured["card"]["device"]
-    parts.append(
-        f"A slot takes {measured['models']['sd15']['after']['gpu_ms']:.1f} ms for SD1.5 and "
-        f"{measured['models']['sdxl']['after']['gpu_ms']:.1f} ms for SDXL on one {device} at rank 1 (measured; at rank 64\n"
-        "more, so its shares below are a little better than they say). Milliseconds of the all-reduce by ring and by\n"
-        "tree, and what is left of the speed of a slot that sends nothing, by the faster of the two:"
-    )
+    slots = {model: measured["models"][model]["after"]["gpu_ms"] for model in MODELS}
+    paragraph = SLOTS.format(device=measured["card"]["device"], **slots)
+    parts.append(textwrap.fill(" ".join(paragraph.split()), 118))
     rows = [["", "LoRA rank", *(fabric.name for fabric in FABRICS)]]
     for model, name in MODELS.items():
-        slot = measured["models"][model]["after"]["gpu_ms"] * 1e-3
         for rank in RANKS:
             cells = []
             for fabric in FABRICS:
-                ring, tree = (seconds(sent(sizes[model], rank), fabric, algorithm) for algorithm in BASE)
-                cells.append(f"{1e3 * ring:.2f}, {1e3 * tree:.2f}: {slot / (slot + min(ring, tree)):.0%}")
+                times = [1e3 * seconds(sent(sizes[model], rank), fabric, algorithm) for algorithm in BASE]
+                share = slots[model] / (slots[model] + min(times))
+                cells.append(f"{times[0]:.2f}, {times[1]:.2f}: {share:.1%}")
             rows.append([name, str(rank), *cells])
     parts.append(table(rows))
-    rows = [["", "KiB a trajectory", "in a shard", "shards of a default run", "full rounds at 64 ranks"]]
+    rows = [["", "KiB a trajectory", "in a shard", "shards of a default run"]]
     for model, name in MODELS.items():
         config = Config.preset(model)
         count, size = config.trajectories + config.validation_prompts, shard_size(sizes[model].trajectory)
         shards = math.ceil(count / size)
-        rows.append(
-            [name, f"{sizes[model].trajectory / 1024:,.0f}", str(size), str(shards), str(math.ceil(shards / 64))]
-        )
+        rows.append([name, f"{sizes[model].trajectory / 1024:,.0f}", str(size), str(shards)])
     parts.append("Stage 1, the trajectories:")
     parts.append(table(rows))
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
+def render(text: str) -> str:
+    """The page with its figures written anew."""
     section = f"<!-- figures:begin -->\n\n{figures()}\n\n<!-- figures:end -->"
-    new = re.sub("<!-- figures:begin -->.*<!-- figures:end -->", lambda match: section, text, flags=re.S)
-    if arguments.check and new != text:
-        sys.exit(f"{PAGE.name} differs from the code: python benchmarks/scaling.py")
-    PAGE.write_text(new, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return re.sub("<!-- figures:begin -->.*<!-- figures:end -->", lambda match: section, text, flags=re.S)
