@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rapm import distributed
 from rapm.config import Config
 from rapm.disk import write_atomic
 from rapm.errors import UserError
@@ -82,10 +83,17 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     return state, done
 
 
+def ranks(path: Path) -> int:
+    """How many processes made the checkpoint. UserError for a damaged one."""
+    return int(_header(path).get("ranks", 1))
+
+
 def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extra: dict[str, str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
     header = {"format": FORMAT, "iterations": str(done), "config": json.dumps(asdict(config)), **extra}
+    if distributed.world() > 1:
+        header["ranks"] = str(distributed.world())
     try:
         write_atomic(path / STATE, save(tensors, header))
     except OSError:
@@ -107,7 +115,8 @@ def _header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path / STATE, framework="pt") as file:
             header = file.metadata() or {}
-        int(header["iterations"]), {**json.loads(header["config"])}, float(header.get("fd", 0))
+        int(header["iterations"]), int(header.get("ranks", 1)), float(header.get("fd", 0))
+        {**json.loads(header["config"])}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error
     if header.get("format") != FORMAT:
