@@ -129,7 +129,7 @@ def slots(name: str, check: bool) -> dict[str, dict]:
         config, side = {**config, **SMALL[name]}, 16
     torch.manual_seed(0)
     whole = random_unet(config, device)
-    exact, half = (one_slot(unet, name, side) for unet in (copy.deepcopy(whole).float(), whole))
+    exact, half = (one_slot(unet, name, side) for unet in (copy.deepcopy(whole).float().join(), whole))
     rows = {}
     for mode in MODES:
         torch.manual_seed(0)

@@ -34,6 +34,7 @@ from step import SMALL
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from rapm.architecture import complete
 from rapm.bench.run import MODELS, Model, card, need_gpu
 from rapm.config import Config
 from rapm.device import captured
@@ -47,7 +48,6 @@ from rapm.memory.planner import Planner
 from rapm.memory.saved import Memory, Saved
 from rapm.schedule import Schedule
 from rapm.step import SlotMemory
-from rapm.unet import complete
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {"sdxl": ("none", "24G", "16G", "12G", "8G", "6G"), "sd15": ("none", "24G", "16G", "12G", "8G", "6G", "4G")}

@@ -84,7 +84,7 @@ def random_unet(config: Mapping, device: str, dtype: torch.dtype = torch.bfloat1
             x.normal_(0, 0.02)
         else:
             x.fill_(name.endswith(".weight"))  # of a norm: 1; a bias: 0
-    unet = unet.to(memory_format=torch.channels_last)
+    unet = unet.to(memory_format=torch.channels_last).join()
     if device == "cuda":
         torch.cuda.synchronize()  # other streams will read it
     return unet

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rapm.architecture import DEFAULTS
 from rapm.errors import UserError
 from rapm.loading.families import Model
 from rapm.loading.single_file import config_folder
@@ -28,7 +29,7 @@ from rapm.loading.source import Source, find, first_line, variant
 from rapm.loading.style import Style, read_style, updates_of
 from rapm.loading.weights import Digests, Update, fill, fused
 from rapm.schedule import Schedule, recipe_scheduler
-from rapm.unet import DEFAULTS, Text, UNet
+from rapm.unet import Text, UNet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -177,6 +178,8 @@ class Teacher:
             self.unet.to("cpu")
         yield
         self.unet.to(device)
+        if aside:
+            self.unet.join()
 
 
 def load_teacher(

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rapm.stacks import add_low_rank, product
+
 KERNELS = (
     "group_norm_silu", "layer_norm", "geglu", "lora_linear", "lora_conv", "frozen_conv", "attention", "disc_head",
     "position_loss", "renoise", "guided_step", "int8_linear", "quantise",
@@ -149,9 +151,12 @@ def peft_layer(peft: ModuleType) -> Callable:
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride=1, padding=0) -> Tensor:
         names = "base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight"
-        given = {k: v for k, v in zip(names, (weight, bias, down, up), strict=True) if v is not None}
-        layer = module(tuple(weight.shape), bias is not None, len(down), stride, padding)
-        return torch.func.functional_call(layer, given, (x,))
+        count = len(down) // up.shape[1]
+        layer = module((len(weight) // count, *weight.shape[1:]), bias is not None, up.shape[1], stride, padding)
+        parts = [(None,) * count if t is None else t.chunk(count) for t in (weight, bias, down, up)]
+        given = [{k: v for k, v in zip(names, part, strict=True) if v is not None} for part in zip(*parts, strict=True)]
+        outs = [torch.func.functional_call(layer, part, (x,)) for part in given]
+        return outs[0] if count == 1 else torch.cat(outs, -1)  # layers in one: each on its own here
 
     return run
 
@@ -167,10 +172,20 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
     def all_convs(found: Shapes) -> Counter:
         return sum((Counter({shape[:-1]: n}) for shape, n in found["conv"].items()), Counter())
 
-    def make_linear(rank: int, rows: int, inputs: int, outputs: int, bias: bool) -> list:
+    def make_linear(rank: int, rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> list:
         x, weight = random(1, rows, inputs, grad=True), random_weight(outputs, inputs)
-        low_rank = random_weight(rank, inputs, grad=True), random_weight(outputs, rank, grad=True)
+        low_rank = random_weight(layers * rank, inputs, grad=True), random_weight(outputs, rank, grad=True)
         return [x, weight, random(outputs) if bias else None, *low_rank]
+
+    def make_stack(rank: int, rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> list:
+        _, *weights = make_linear(rank, 1, inputs, outputs, bias, layers)
+        return [random(rows, inputs), *weights]  # of the time and the text no gradient is wanted
+
+    def run_stack(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        """As rapm.stacks has it, but with the frozen product, which an iteration does once for all its passes."""
+        count = linear.groups(down, up)
+        down, up = (part.unflatten(0, (count, -1)) for part in (down, up))
+        return add_low_rank(product(x, weight, bias, count), x, down, up).transpose(0, 1).flatten(1)
 
     def make_conv(inputs: int, outputs: int, k: int, stride: int, h: int, w: int) -> list:
         x, weight = random(1, inputs, h, w, grad=True), random_weight(outputs, inputs, k, k)
@@ -181,8 +196,11 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
         low_rank = random_weight(rank, inputs, k, k, grad=True), random_weight(outputs, rank, 1, 1, grad=True)
         return [x, weight, bias, *low_rank, *geometry]
 
-    def linear_cost(rows: int, inputs: int, outputs: int, bias: bool) -> tuple[float, float]:
+    def linear_cost(rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> tuple[float, float]:
         return (2.0 * rows * inputs * outputs,) * 2
+
+    def stack_cost(*shape: int) -> tuple[float, float]:
+        return linear_cost(*shape)[0], 0.0
 
     def conv_cost(inputs: int, outputs: int, k: int, stride: int, h: int, w: int) -> tuple[float, float]:
         return (2.0 * inputs * outputs * k * k * math.ceil(h / stride) * math.ceil(w / stride),) * 2
@@ -193,6 +211,10 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
         ops[f"lora_linear rank {rank}"] = Op(
             targets("linear"), partial(make_linear, rank), linear_cost, linear.lora_linear_ref, linear.lora_linear,
             {FROZEN: alone, **peers}, "flop",
+        )  # fmt: skip
+        ops[f"lora_linear stack rank {rank}"] = Op(
+            lambda found: found["stack"], partial(make_stack, rank), stack_cost, linear.lora_linear_ref, run_stack,
+            {FROZEN: alone}, "flop",
         )  # fmt: skip
     for rank in RANKS:
         alone = Provider(F.conv2d, lambda x, weight, bias, down, up, *rest: (x, weight, bias, *rest), checked=False)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from rapm.architecture import complete
 from rapm.errors import UserError
 from rapm.loading.source import local_family
-from rapm.unet import complete
 from rapm.zoo import EMBEDDED
 
 if TYPE_CHECKING:

@@ -156,7 +156,8 @@ def fill(
                 state[name] = y
             del x, y  # before the next is read
     unet.requires_grad_(False).load_state_dict(state, assign=True)
-    return unet.eval()
+    del state  # or it would hold the stacks' parts beside the stacks
+    return unet.join().eval()
 
 
 def check_fit(unet: UNet, places: Mapping[Path, Mapping[str, str]]) -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from rapm import distributed
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
 from rapm.loading.families import Model
 from rapm.memory import cards
-from rapm.memory.cards import GIB, MIB
+from rapm.memory.cards import GIB, MIB, Card
 from rapm.memory.offload import Offload
 from rapm.memory.planner import Plan, grouped, planned, precision_words
 from rapm.memory.saved import Memory
@@ -19,6 +20,8 @@ from rapm.step import SlotMemory
 from rapm.teacher import Teacher
 
 RUNG = 0.85  # of the bytes kept, after an out-of-memory
+# What is said of memory without torch.OutOfMemoryError: by the driver, by cuBLAS and cuDNN, by Triton
+EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "[CUDA]: out of memory")
 CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
 
 
@@ -31,9 +34,11 @@ class Budget:
         self.bytes = parse_vram(config.vram)
         if self.bytes is None:  # auto: what is free now; the context is there already
             self.bytes = cards.automatic(device)
+        self.bytes = distributed.smallest(self.bytes)  # several ranks have one plan
         if config.buckets:  # what the largest needs is enough for all
             config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
-        self.planner, self.plan = planned(model, config, cards.this_card(device) if cuda else None, self.bytes)
+        card = Card(*distributed.from_first(cards.this_card(device))) if cuda else None
+        self.planner, self.plan = planned(model, config, card, self.bytes)
 
     @staticmethod
     def wanted(config: Config, device: torch.device) -> bool:
@@ -71,9 +76,11 @@ class Budget:
         if self.corrected or self.stepped:
             return None
         self.corrected, planner, before = True, self.planner, self.plan
-        measured = torch.cuda.max_memory_reserved(self.device)
-        if (process := cards.process_memory()) is not None:
-            planner.context = process - torch.cuda.memory_reserved(self.device)
+        measured = distributed.largest(torch.cuda.max_memory_reserved(self.device))
+        process = cards.process_memory()
+        context = -1 if process is None else process - torch.cuda.memory_reserved(self.device)
+        if (context := distributed.largest(context)) >= 0:
+            planner.context = context
             cards.cap(self.device, self.bytes, planner.context)
         error = planner.context + measured - before.phases["train"]
         if abs(error) < CHANGE:
@@ -92,9 +99,15 @@ class Budget:
 
 
 def out_of_memory(error: RuntimeError) -> str | None:
-    """The first line of an out-of-memory; None for any other error. A capture that it ends may raise one of its own."""
-    found = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
-    return None if found is None else str(found).splitlines()[0]
+    """The first line of an out-of-memory; None for any other error. A capture that it ends may raise one of its own.
+
+    Where the driver or a library finds none, for a graph or a workspace, its words are all that tells.
+    """
+    for e in (error, error.__context__):
+        known = isinstance(e, RuntimeError) and any(words in str(e) for words in EXHAUSTED)
+        if isinstance(e, torch.OutOfMemoryError) or known:
+            return str(e).splitlines()[0]
+    return None
 
 
 def summary(plan: Plan) -> str:

@@ -10,17 +10,21 @@ backward: autograd gets a note of how to make it again in its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rapm.kernels.int8_linear import int8_linear
+from rapm.kernels.lora_linear import lora_linear
 from rapm.kernels.quantise import Low, dequantise, int8, nf4
-from rapm.unet import Conv2d, Linear, Lora, UNet
+from rapm.stacks import Lora, Stack, join, together
+from rapm.unet import Conv2d, Linear, UNet
 
 MODES = ("full", "int8", "nf4")  # each takes less memory than the one before
 
@@ -64,7 +68,7 @@ class Transient(LowPrecision):
     def forward(self, x: Tensor, *lora: Lora) -> Tensor:
         self._made = self.weight
         try:
-            with _not_kept(self):
+            with _not_kept(self._made, self.whole):
                 return super().forward(x, *lora)
         finally:
             self._made = None
@@ -78,30 +82,57 @@ class Int8Conv2d(Transient, Conv2d):  # type: ignore[misc]
     pass
 
 
-class Note(NamedTuple):
-    """In the place of a layer's weight, or of a view of it."""
+class LowStack(Stack):
+    """A stack of such layers: those of the text one by one, once an iteration; q, k and v as one product."""
 
-    layer: Transient
+    def join(self) -> None:
+        for name in (*Low._fields, "bias"):
+            if getattr(self.layers[0], name) is not None:
+                join([getattr(layer, name) for layer in self.layers])
+
+    def base(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers])
+
+    def wide(self, x: Tensor, lora: Lora) -> Tensor:
+        first, names = self.layers[0], (*Low._fields, "bias")
+        missing = [name for name in names if getattr(first, name) is None]
+        codes, scale, blocks, bias = (
+            None if name in missing else together([getattr(layer, name) for layer in self.layers]) for name in names
+        )
+        pair = self.low_rank(lora)
+        updates = () if pair is None else tuple(part.flatten(0, 1) for part in pair)
+        if isinstance(first, Int8Linear):
+            return int8_linear(x, codes, scale, bias, *updates)
+        made = partial(dequantise, codes, scale, blocks, first.dtype)
+        weight = made()
+        with _not_kept(weight, made):
+            return lora_linear(x, weight, bias, *updates) if updates else F.linear(x, weight, bias)
+
+
+class Note(NamedTuple):
+    """In the place of a weight, or of a view of it."""
+
+    make: Callable[[], Tensor]
     geometry: tuple
 
     def weight(self) -> Tensor:
         with torch.no_grad():
-            return self.layer.weight.as_strided(*self.geometry)
+            return self.make().as_strided(*self.geometry)
 
 
 @contextmanager
-def _not_kept(layer: Transient) -> Iterator[None]:
-    """Autograd keeps a Note of the layer's weight; whatever else it keeps goes where it went without this."""
+def _not_kept(weight: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Autograd keeps a Note of the weight; whatever else it keeps goes where it went without this."""
     if not torch.is_grad_enabled():
         yield
         return
-    weight = layer.weight.untyped_storage()._cdata
+    storage = weight.untyped_storage()._cdata
     # Only the innermost hooks are called, so those of the layer's policy must be called from here.
     outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (Tensor.detach, None)
 
     def pack(x: Tensor) -> object:
-        if x.untyped_storage()._cdata == weight:
-            return Note(layer, (x.size(), x.stride(), x.storage_offset()))
+        if x.untyped_storage()._cdata == storage:
+            return Note(make, (x.size(), x.stride(), x.storage_offset()))
         return outer_pack(x)
 
     def unpack(kept: object) -> Tensor:
@@ -130,7 +161,10 @@ def low_precision(unet: UNet, mode: str, dtype: torch.dtype | None = None) -> UN
             module.register_parameter(name, None)
         for name, x in module.parts(weight).items():
             setattr(module, name, nn.Parameter(x, requires_grad=False))
-    return unet
+    for stack in unet.stacks:
+        if isinstance(stack.layers[0], LowPrecision):
+            stack.__class__ = LowStack
+    return unet.join()
 
 
 def _kind(module: nn.Module, mode: str) -> type[LowPrecision] | None:

@@ -114,6 +114,29 @@ def test_near_the_whole_layer(case: tuple) -> None:
     assert error(int8_linear_ref(*args), layer(*args)) < 2 * QUANTISED
 
 
+@pytest.mark.parametrize("rank", [1, 3, 20])
+@pytest.mark.parametrize("count", [2, 3])
+def test_layers_side_by_side(count: int, rank: int) -> None:
+    """G layers in one give each one's y and low-rank gradients; dx is their sum, but dy is rounded by other steps."""
+    case = (33,), 96, 40, rank
+    each = [inputs(case, torch.float32) for _ in range(count)]
+    x = each[0][0]
+    together = (x, *(torch.cat([args[i] for args in each]).detach() for i in range(1, 6)))
+    for t in together[4:]:
+        t.requires_grad_()
+    y, dx, ddown, dup = step(together)
+    dy = cotangent(y)
+    alone = []
+    for i, args in enumerate(each):
+        out = op(x, *args[1:])
+        part = dy[:, i * 40 : (i + 1) * 40].contiguous()
+        alone.append([out.detach(), *torch.autograd.grad(out, (x, *args[4:]), part)])
+    ys, dxs, ddowns, dups = zip(*alone, strict=True)
+    for a, e in ((y, torch.cat(ys, 1)), (ddown, torch.cat(ddowns)), (dup, torch.cat(dups))):
+        assert a.shape == e.shape and error(a, e) <= SUMS * ROUNDOFF[torch.float32]
+    assert error(dx, sum(dxs)) < 2 * QUANTISED
+
+
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("shape", [(5, 12), (9, 320), (3, 5000)])
 def test_rows(shape: tuple[int, int], columns: bool) -> None:
