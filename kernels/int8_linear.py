@@ -160,7 +160,7 @@ def _begin(
 ) -> tuple[Tensor, Tensor]:
     """y = [bias] + t b and t = x a, for x (M K), a (K R) and b (R N), either the blocks of a diagonal where grouped."""
     if enabled(x) and small(a.shape[1] * groups_a):
-        y = x.new_empty(len(x), b.shape[1] * groups_b)
+        y = x.new_empty(len(x), b.shape[1])
         return y, rows(x, a, b, bias, y, groups_a=groups_a, groups_b=groups_b)
     t = blocks(x, a, groups_a, 0)
     y = blocks(t, b, groups_b, 1)
