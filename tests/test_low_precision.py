@@ -99,7 +99,7 @@ def test_kernels_and_references_agree_on_a_gpu(mode: str, monkeypatch: pytest.Mo
 def test_the_card_holds_fewer_bytes() -> None:
     """A student's pass at SDXL's widths: less in all, by what the weights are smaller."""
     config = {**tiny.UNET["sdxl"], "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048}
-    peaks = {}
+    peaks, weights = {}, {}
     for mode in ("full", *LOW):
         torch.manual_seed(0)
         unet = UNet(config).requires_grad_(False).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
@@ -108,14 +108,10 @@ def test_the_card_holds_fewer_bytes() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step(unet)
-        peaks[mode] = torch.cuda.max_memory_allocated()
-        weights = nbytes(unet)
-        assert peaks[mode] > weights
-        if mode != "full":
-            assert peaks["full"] - peaks[mode] > 0.7 * (whole - weights) > 0
-        else:
-            whole = weights
+        peaks[mode], weights[mode] = torch.cuda.max_memory_allocated(), nbytes(unet)
         del unet
+    for mode in LOW:  # what is made for a product is there again, for its time
+        assert peaks["full"] - peaks[mode] > 0.7 * (weights["full"] - weights[mode]) > 0
 
 
 @pytest.mark.parametrize("mode", LOW)
