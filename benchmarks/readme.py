@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results/: `python benchmarks/readme.py` (`--check` only compares)."""
+"""Write the tables of README and docs/ from benchmarks/results/: `python benchmarks/readme.py` (`--check` compares)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import readme_runs
+import scaling
 from tables import fill, rows_table
 
 ROOT = Path(__file__).parents[1]
@@ -363,6 +364,7 @@ def main() -> None:
     files = [(ROOT / "README.md", render), (ROOT / "docs" / "hinge.svg", lambda text: hinge_svg())]
     if there("slot_time"):
         files.append((ROOT / "docs" / "slot_time.svg", lambda text: slot_svg()))
+        files.append((ROOT / "docs" / "scaling.md", scaling.render))
     for path, write in files:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         new = write(text)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rapm.config import Config
 from rapm.discriminators import Discriminators, Replay
+from rapm.distributed import Gradients, world
 from rapm.kernels.disc_head import disc_head
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
@@ -90,6 +91,8 @@ class Step:
 
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
+        shared = [lora.flat, self.discriminators.flat] if self.used else [lora.flat]
+        self.exchange = Gradients(*shared) if world() > 1 else None
         self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
         self._allocate(example, uncond)
@@ -211,10 +214,16 @@ class Step:
         if offload is not None:
             offload.finish()
         flat /= self.scale  # in place, here and below: at high ranks a copy more is the peak of the whole slot
-        norm = flat.norm()
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
-        good = torch.isfinite(loss + norm + discriminator.sum())
+        sound = loss + discriminator.sum()
+        if self.exchange is not None:  # before the test: all ranks must come to the same
+            heads = [self.discriminators.flat.grad] if self.used else []
+            sound, flat, *heads = self.exchange(sound, flat, *heads)
+            if heads:
+                self.discriminators.flat.grad = heads[0]
+        norm = flat.norm()
+        good = torch.isfinite(norm + sound)
         self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:

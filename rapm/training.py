@@ -1,7 +1,7 @@
 """The state of a training: what an iteration changes, saves and restores, and the figures it leaves.
 
-Every random number of iteration i comes from (seed, i), so a checkpoint needs no generator state and a resumed run goes
-on bit for bit.
+Every random number of iteration i of rank r of W comes from (seed, i W + r), so a checkpoint needs no generator state
+and a resumed run goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm import distributed
 from rapm.config import Config
 from rapm.device import Fetched, captured
 from rapm.errors import RunError
@@ -65,7 +66,7 @@ class Training:
         self.done = 0
 
     def iterate(self) -> None:
-        """One iteration: one trajectory, N slots, both updates in each.
+        """One iteration: one trajectory for each rank, all of one size, N slots, both updates in each.
 
         One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
         """
@@ -82,9 +83,10 @@ class Training:
         if self._eager[size] == 0 and step.z.is_cuda and self._slots[size] is step:
             self._slots[size] = captured(step, self._pool)
         self._eager[size] = max(0, self._eager[size] - 1)
-        step.load(trajectory, self.done, self._uncond(trajectory) if self.config.relative_start == "student" else None)
+        number = self.done * distributed.world() + distributed.rank()
+        step.load(trajectory, number, self._uncond(trajectory) if self.config.relative_start == "student" else None)
         self._read.sent()
-        step.draw(self._generator(f"iteration {self.done}"), before)
+        step.draw(self._generator(f"iteration {number}"), before)
         self._set_rates()
         for _ in range(self.config.steps):
             self._slots[size]()
@@ -102,6 +104,11 @@ class Training:
             except RuntimeError as error:
                 if (message := out_of_memory(error)) is None:
                     raise
+            if distributed.world() > 1:  # the others wait in the middle of this slot
+                raise RunError(
+                    f"rank {distributed.rank()} ran out of memory in iteration {self.done} ({message}), and several "
+                    "ranks cannot take another plan: give a smaller --vram, and --resume_from_checkpoint latest goes on"
+                )
             as_it_was.restore()
             self._step_down(budget, message)
         if self._dry and self.step.z.is_cuda and (line := budget.correct()):
@@ -152,7 +159,7 @@ class Training:
         return self.step.z.is_cuda
 
     def losses(self, slots: int) -> Callable[[], dict[str, float]]:
-        """Asks the device for the figures of the last `slots` slots; the call that is returned waits for them.
+        """Asks the device for the figures of the ranks' last `slots` slots; the call that is returned waits for them.
 
         The mean losses, without those whose update was skipped; how many were, ever; the learning rate.
         """
@@ -166,7 +173,8 @@ class Training:
             skipped, self._worst, lr = found[len(LOSSES) :].tolist()
             counted = max(1.0, slots - (skipped - self._reported))
             self._reported = skipped
-            means = dict(zip(LOSSES, (found[: len(LOSSES)] / counted).tolist(), strict=True))
+            sums = distributed.mean(found[: len(LOSSES)])
+            means = dict(zip(LOSSES, (sums / counted).tolist(), strict=True))
             return {**means, "skipped": skipped, "lr": lr}
 
         return read
@@ -180,13 +188,21 @@ class Training:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name."""
+        """All that a resumed run needs, by name; all ranks ask together, and the first gets it."""
+        return self._shared() | distributed.gathered(self._own())
+
+    def _own(self) -> dict[str, Tensor]:
+        """What each rank has for itself."""
+        found = {}
+        for i, own in enumerate(self.steps.values()):
+            if own.replay is not None:
+                found |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
+        return found
+
+    def _shared(self) -> dict[str, Tensor]:
         step = self.step
         tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
         tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
-        for i, own in enumerate(self.steps.values()):
-            if own.replay is not None:
-                tensors |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
         for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
             for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
                 tensors |= {f"adam.{label}.{i}.{name}": x for name, x in optimizer.state[parameter].items()}
@@ -200,8 +216,10 @@ class Training:
             for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
                 moments = ("step", "exp_avg", "exp_avg_sq")
                 optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
-        for name, mine in self.state().items():
+        for name, mine in self._shared().items():
             mine.copy_(state[name])
+        for name, mine in self._own().items():
+            mine.copy_(state[distributed.owned(name)])
         self._reported = float(step.skipped)
         self.done = done
 
@@ -216,13 +234,20 @@ class Training:
         self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
 
     def _turn(self, iteration: int) -> tuple[int, int]:
-        """The trajectory of an iteration, and how many iterations there have been of its size."""
-        trained = self.validation.trained
-        epoch, place = divmod(iteration, trained)
-        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        index = int(order[place])
-        mine = self._mine[self.store.resolution(index)]
-        return index, epoch * int(mine.sum()) + int(mine[order[:place]].sum())
+        """This rank's trajectory in an iteration, and how many iterations of its size there were before.
+
+        All ranks have one size at a time. Each size has an endless shuffle, of which W ranks take the next W.
+        """
+        epoch, place = divmod(iteration, self.validation.trained)
+        order = self._order(epoch)
+        mine = self._mine[self.store.resolution(int(order[place]))]
+        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())
+        epoch, place = divmod(before * distributed.world() + distributed.rank(), int(mine.sum()))
+        order = self._order(epoch)
+        return int(order[mine[order]][place]), before
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(self.validation.trained, generator=self._generator(f"epoch {epoch}"))
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))

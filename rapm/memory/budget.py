@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from rapm import distributed
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
 from rapm.loading.families import Model
 from rapm.memory import cards
-from rapm.memory.cards import GIB, MIB
+from rapm.memory.cards import GIB, MIB, Card
 from rapm.memory.offload import Offload
 from rapm.memory.planner import Plan, Planner, grouped
 from rapm.memory.saved import Memory
@@ -33,9 +34,11 @@ class Budget:
         self.bytes = parse_vram(config.vram)
         if self.bytes is None:  # auto: what is free now; the context is there already
             self.bytes = cards.automatic(device)
+        self.bytes = distributed.smallest(self.bytes)  # several ranks have one plan
         if config.buckets:  # what the largest needs is enough for all
             config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
-        self.planner = Planner(model, config, cards.this_card(device) if cuda else None)
+        card = Card(*distributed.from_first(cards.this_card(device))) if cuda else None
+        self.planner = Planner(model, config, card)
         self.plan = self.planner.plan(self.bytes)
 
     @staticmethod
@@ -74,9 +77,11 @@ class Budget:
         if self.corrected or self.stepped:
             return None
         self.corrected, planner, before = True, self.planner, self.plan
-        measured = torch.cuda.max_memory_reserved(self.device)
-        if (process := cards.process_memory()) is not None:
-            planner.context = process - torch.cuda.memory_reserved(self.device)
+        measured = distributed.largest(torch.cuda.max_memory_reserved(self.device))
+        process = cards.process_memory()
+        context = -1 if process is None else process - torch.cuda.memory_reserved(self.device)
+        if (context := distributed.largest(context)) >= 0:
+            planner.context = context
             cards.cap(self.device, self.bytes, planner.context)
         error = planner.context + measured - before.phases["train"]
         if abs(error) < CHANGE:
