@@ -26,7 +26,6 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from rapm.config import Config
 from rapm.errors import RunError, UserError
@@ -117,17 +116,19 @@ def fail(code: int, message: object) -> int:
         if os.environ.get("RANK", "0") == "0" or _count() == 1:
             print(f"rapm: {message}", file=sys.stderr)
         return code
+    ours = threading.current_thread() is threading.main_thread()  # not the ring's
     _ending.acquire()  # and never release: of two threads of ours the first ends the process
     mine = said = f"{_run.rank} {code}"
     try:
         said = _run.store.compare_set("failed", "", mine).decode()
     except RuntimeError:  # whoever kept the store is gone
-        if threading.current_thread() is threading.main_thread():
+        if ours:
             _ending.release()
             time.sleep(VERDICT)  # and the ring knows why
             _ending.acquire()
     if said == mine:
-        tqdm.write(f"rapm: {message}", file=sys.__stderr__)
+        line = "" if ours else "\n"  # from a thread: the main one's progress bar is still on its line
+        print(f"{line}rapm: {message}", file=sys.__stderr__, flush=True)
     _end(_run, int(said.split()[1]))
 
 
