@@ -218,10 +218,7 @@ class Step:
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
         sound = loss + discriminator.sum()
         if self.exchange is not None:  # before the test: all ranks must come to the same
-            heads = [self.discriminators.flat.grad] if self.used else []
-            sound, flat, *heads = self.exchange(sound, flat, *heads)
-            if heads:
-                self.discriminators.flat.grad = heads[0]
+            sound, flat = self._shared(sound, flat)
         norm = flat.norm()
         good = torch.isfinite(norm + sound)
         self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -238,6 +235,15 @@ class Step:
         self.z.copy_(torch.where(good, z_n, ztilde))
         self.slot += 1
         self.key[1] += 1
+
+    def _shared(self, number: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The means over the ranks of both, and of the heads' gradient, in its place."""
+        heads = self.discriminators.flat
+        if not self.used:
+            number, flat = self.exchange(number, flat)
+        else:
+            number, flat, heads.grad = self.exchange(number, flat, heads.grad)
+        return number, flat
 
     @torch.no_grad()
     def held_out(

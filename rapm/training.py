@@ -172,13 +172,14 @@ class Training:
 
     def _own(self) -> dict[str, Tensor]:
         """What each rank has for itself."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for i, own in enumerate(self.steps.values()):
             if own.replay is not None:
                 found |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
         return found
 
     def _shared(self) -> dict[str, Tensor]:
+        """What all ranks have alike."""
         step = self.step
         tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
         tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
