@@ -150,10 +150,10 @@ class Training:
         return self._measured[1]
 
     def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the ranks' last `slots` slots, without those whose update was skipped; how many, ever."""
+        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
         skipped = float(self.step.skipped)
         counted = max(1.0, slots - (skipped - self._reported))
-        means = dict(zip(LOSSES, (distributed.mean(self.step.sums) / counted).tolist(), strict=True))
+        means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
         self.step.sums.zero_()
         self._reported = skipped
         return {**means, "skipped": skipped}
