@@ -6,11 +6,12 @@ import argparse
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import readme_runs
 import scaling
+from tables import fill, rows_table
 
 ROOT = Path(__file__).parents[1]
 WATCHING = "discriminators that only watch"  # benchmarks/quality.py
@@ -84,17 +85,6 @@ COLUMNS = {
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def fill(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False)
-
-
-def rows_table(rows: list[tuple[str, dict[str, str]]]) -> str:
-    """A Markdown table with the columns of its first row."""
-    columns = [*rows[0][1]]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(cells[c] for c in columns) + " |" for name, cells in rows])
 
 
 def figures(row: dict, spread: dict | None = None) -> dict[str, str]:
@@ -332,11 +322,19 @@ def slot() -> str:
     return "\n\n".join([fill(SLOT.format(card=report["card"], summary=summary)), picture, rows_table(rows)])
 
 
+def full() -> str:
+    """The README's section on full-size teachers, of the models that are there."""
+    return readme_runs.full({m: load(f"full_teacher_{m}") for m in MODELS if there(f"full_teacher_{m}")})
+
+
 # Section -> what writes it, the results without which it stays as it is
 SECTIONS = {
     "quality": (quality, "ablation"), "teacher": (teacher, "teacher"), "kernels": (kernels, "kernels"),
-    "slot": (slot, "slot_time"),
+    "slot": (slot, "slot_time"), "full": (full, "full_teacher_sdxl"),
 }  # fmt: skip
+# Those that show the report of their own name
+RUNS = ("step", "trajectories", "memory", "job", "soak", "crowd", "distributed")
+SECTIONS |= {name: (lambda name=name: getattr(readme_runs, name)(load(name)), name) for name in RUNS}
 
 
 def there(name: str) -> bool:

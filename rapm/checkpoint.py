@@ -22,6 +22,7 @@ from rapm.errors import UserError
 
 STATE = "state.safetensors"
 BEST = "checkpoint-best"
+FORMAT = "2"  # of the state: raised whenever a tensor's layout changes
 # Settings that a resumed run may change: they decide where, how far and how often, not what is computed. The prompts'
 # words are in the store, which refuses others.
 FREE = {
@@ -90,7 +91,7 @@ def ranks(path: Path) -> int:
 def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extra: dict[str, str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    header = {"iterations": str(done), "config": json.dumps(asdict(config)), **extra}
+    header = {"format": FORMAT, "iterations": str(done), "config": json.dumps(asdict(config)), **extra}
     if distributed.world() > 1:
         header["ranks"] = str(distributed.world())
     try:
@@ -116,6 +117,8 @@ def _header(path: Path) -> dict[str, str]:
             header = file.metadata() or {}
         int(header["iterations"]), int(header.get("ranks", 1)), float(header.get("fd", 0))
         {**json.loads(header["config"])}
-        return header
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error
+    if header.get("format") != FORMAT:
+        raise UserError(f"resume: {path} was written by another version of rapm-fast: finish the run with that one")
+    return header

@@ -20,6 +20,7 @@ from rapm.errors import RunError
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, out_of_memory
 from rapm.memory.snapshot import Snapshot
+from rapm.prefetch import Reader
 from rapm.report.validate import Measured, Validation
 from rapm.step import LOSSES, SlotMemory, Step
 from rapm.teacher import Teacher
@@ -55,6 +56,7 @@ class Training:
         self._slots: dict[tuple[int, int], Callable[[], None]] = dict(self.steps)
         self._eager = dict.fromkeys(self.steps, EAGER)
         self._pool = torch.cuda.graph_pool_handle() if self.step.z.is_cuda else None
+        self._read = Reader(store, self.steps)
         trained = range(self.validation.trained)
         self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
         self._dry = True  # no iteration has shown yet what it takes
@@ -67,8 +69,8 @@ class Training:
 
         One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
         """
-        index, before = self._turn()
-        trajectory, size = self.store[index], self.store.resolution(index)
+        index, before = self._turn(self.done)
+        trajectory, size = self._read(index, then=self._turn(self.done + 1)[0]), self.store.resolution(index)
         if self.budget is None or self._slots[size] is not self.steps[size]:  # a graph that is there allocates nothing
             self._walk(trajectory, size, before)
         else:
@@ -82,6 +84,7 @@ class Training:
         self._eager[size] = max(0, self._eager[size] - 1)
         number = self.done * distributed.world() + distributed.rank()
         step.load(trajectory, number, self._uncond(trajectory) if self.config.relative_start == "student" else None)
+        self._read.sent()
         step.draw(self._generator(f"iteration {number}"), before)
         self._set_rates()
         for _ in range(self.config.steps):
@@ -213,12 +216,12 @@ class Training:
         self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
         self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
 
-    def _turn(self) -> tuple[int, int]:
-        """This rank's trajectory in this iteration, and how many iterations there have been of its size.
+    def _turn(self, iteration: int) -> tuple[int, int]:
+        """This rank's trajectory in an iteration, and how many iterations of its size there were before.
 
         All ranks have one size at a time. Each size has an endless shuffle, of which W ranks take the next W.
         """
-        epoch, place = divmod(self.done, self.validation.trained)
+        epoch, place = divmod(iteration, self.validation.trained)
         order = self._order(epoch)
         mine = self._mine[self.store.resolution(int(order[place]))]
         before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())

@@ -150,11 +150,12 @@ def peft_layer(peft: ModuleType) -> Callable:
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride=1, padding=0) -> Tensor:
         names = "base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight"
-        given = {k: v for k, v in zip(names, (weight, bias, down, up), strict=True) if v is not None}
-        if len(down) > up.shape[1]:
-            raise NotImplementedError("peft has each layer on its own")
-        layer = module(tuple(weight.shape), bias is not None, len(down), stride, padding)
-        return torch.func.functional_call(layer, given, (x,))
+        count = len(down) // up.shape[1]
+        layer = module((len(weight) // count, *weight.shape[1:]), bias is not None, up.shape[1], stride, padding)
+        parts = [(None,) * count if t is None else t.chunk(count) for t in (weight, bias, down, up)]
+        given = [{k: v for k, v in zip(names, part, strict=True) if v is not None} for part in zip(*parts, strict=True)]
+        outs = [torch.func.functional_call(layer, part, (x,)) for part in given]
+        return outs[0] if count == 1 else torch.cat(outs, -1)  # layers in one: each on its own here
 
     return run
 

@@ -96,7 +96,8 @@ def unet_shapes(model: str) -> Shapes:
     """The shapes of one UNet pass, by kind.
 
     group_norm: C H W, SiLU, shift, residual. layer_norm: N C, residual. geglu: N F.
-    attention: heads N L d. linear: rows, in, out, bias, layers in one, LoRA. stack: rows, in, out, bias, layers. conv: in, out, k, stride, H, W of x, LoRA.
+    attention: heads N L d. linear: rows, in, out, bias, layers in one, LoRA. stack: rows, in, out, bias, layers in one.
+    conv: in, out, k, stride, H, W of x, LoRA.
     taps: the C H W that a discriminator reads. latents: H W.
     """
     found: Shapes = defaultdict(Counter)

@@ -20,6 +20,8 @@ from rapm.step import SlotMemory
 from rapm.teacher import Teacher
 
 RUNG = 0.85  # of the bytes kept, after an out-of-memory
+# What is said of memory without torch.OutOfMemoryError: by the driver, by cuBLAS and cuDNN, by Triton
+EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "[CUDA]: out of memory")
 CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
 
 
@@ -98,9 +100,15 @@ class Budget:
 
 
 def out_of_memory(error: RuntimeError) -> str | None:
-    """The first line of an out-of-memory; None for any other error. A capture that it ends may raise one of its own."""
-    found = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
-    return None if found is None else str(found).splitlines()[0]
+    """The first line of an out-of-memory; None for any other error. A capture that it ends may raise one of its own.
+
+    Where the driver or a library finds none, for a graph or a workspace, its words are all that tells.
+    """
+    for e in (error, error.__context__):
+        known = isinstance(e, RuntimeError) and any(words in str(e) for words in EXHAUSTED)
+        if isinstance(e, torch.OutOfMemoryError) or known:
+            return str(e).splitlines()[0]
+    return None
 
 
 def summary(plan: Plan) -> str:
