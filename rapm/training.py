@@ -159,7 +159,7 @@ class Training:
         return self.step.z.is_cuda
 
     def losses(self, slots: int) -> Callable[[], dict[str, float]]:
-        """Asks the device for the figures of the ranks' last `slots` slots; the call that is returned waits for them.
+        """Asks the device for the figures of the last `slots` slots; the call that is returned waits for them.
 
         The mean losses, without those whose update was skipped; how many were, ever; the learning rate.
         """
@@ -173,8 +173,7 @@ class Training:
             skipped, self._worst, lr = found[len(LOSSES) :].tolist()
             counted = max(1.0, slots - (skipped - self._reported))
             self._reported = skipped
-            sums = distributed.mean(found[: len(LOSSES)])
-            means = dict(zip(LOSSES, (sums / counted).tolist(), strict=True))
+            means = dict(zip(LOSSES, (found[: len(LOSSES)] / counted).tolist(), strict=True))
             return {**means, "skipped": skipped, "lr": lr}
 
         return read
@@ -193,13 +192,14 @@ class Training:
 
     def _own(self) -> dict[str, Tensor]:
         """What each rank has for itself."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for i, own in enumerate(self.steps.values()):
             if own.replay is not None:
                 found |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
         return found
 
     def _shared(self) -> dict[str, Tensor]:
+        """What all ranks have alike."""
         step = self.step
         tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
         tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
