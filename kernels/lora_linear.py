@@ -43,16 +43,16 @@ def _product(
     if small(a.shape[1] * groups_a):
         t = rows(x, a, b, bias, y, groups_a=groups_a, groups_b=groups_b)
         return y.addmm_(x, frozen), t
-    t = _blocks(x, a, groups_a, 0)
+    t = blocks(x, a, groups_a, 0)
     if groups_b > 1:
-        y = _blocks(t, b, groups_b, 1)
+        y = blocks(t, b, groups_b, 1)
         y = y if bias is None else y.add_(bias)
     else:
         y = t @ b if bias is None else torch.addmm(bias, t, b)
     return y.addmm_(x, frozen), t
 
 
-def _blocks(x: Tensor, a: Tensor, count: int, along: int) -> Tensor:
+def blocks(x: Tensor, a: Tensor, count: int, along: int) -> Tensor:
     """x times the block diagonal matrix whose `count` blocks lie in a along its first or its second dimension."""
     if count == 1:
         return x @ a
@@ -79,7 +79,7 @@ def _lora_linear_backward(
         y, g = _product(dy, weight, None, up, down, groups_a=count)
         dx = [y.view(shape)]
     elif x is not None:
-        g = rows(dy, up, groups_a=count) if small(rank) else _blocks(dy, up, count, 0)
+        g = rows(dy, up, groups_a=count) if small(rank) else blocks(dy, up, count, 0)
     return dx + sums(g, x, h, dy, small(rank), count)
 
 

@@ -146,12 +146,23 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | No
     planned = Budget.wanted(config, device)
     if planned and (config.teacher == "embedded" or (Path(config.teacher).expanduser() / "unet").is_dir()):
         budget = Budget(model_of(config.teacher), config, device)
+
+    def frozen(model: Model) -> str:
+        nonlocal budget
+        if not planned:
+            return config.frozen_weights.replace("auto", "full")
+        budget = budget or Budget(model, config, device)
+        return budget.planner.config.frozen_weights
+
     dtype = DTYPES[config.mixed_precision]
-    teacher = load_teacher(config.teacher, device=device, dtype=dtype, loras=config.teacher_lora)
+    teacher = load_teacher(config.teacher, device=device, dtype=dtype, loras=config.teacher_lora, frozen=frozen)
     teacher.unet.use_attention(config.attention)
-    config = config.replace(resolution=config.resolution or teacher.default_resolution)
-    if planned:
-        budget = budget or Budget(Model.of(teacher), config, device)
+    config = config.replace(
+        resolution=config.resolution or teacher.default_resolution, frozen_weights=teacher.frozen
+    )  # fmt: skip
+    if budget is not None:
+        if budget.planner.sizes.pixels != max(map(math.prod, config.resolutions)):  # its own may be known only now
+            budget = Budget(budget.planner.model, config, device)
         config = budget.apply(teacher, config)
         print(words(budget))
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)

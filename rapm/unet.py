@@ -181,13 +181,7 @@ class Attention(nn.Module):
         return self.to_out[0](attention(q, k, v, self.backend).transpose(1, 2).flatten(2), lora)
 
     def _qkv(self, x: Tensor, lora: Lora) -> tuple[Tensor, ...]:  # B N C, three times
-        weight, bias = self.qkv.frozen()
-        pair = self.qkv.low_rank(lora)
-        if pair is None:
-            y = F.linear(x, weight, bias)
-        else:
-            y = lora_linear(x, weight, bias, *(part.flatten(0, 1) for part in pair))
-        return y.unflatten(-1, (3, -1)).unbind(-2)
+        return self.qkv.wide(x, lora).unflatten(-1, (3, -1)).unbind(-2)
 
 
 class FeedForward(nn.Module):
