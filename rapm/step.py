@@ -92,7 +92,7 @@ class Step:
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
         shared = [lora.flat, self.discriminators.flat] if self.used else [lora.flat]
-        self.exchange = Gradients(*shared) if world() > 1 else None
+        self.exchange = Gradients(len(LOSSES) - 2, *shared) if world() > 1 else None  # norms are taken afterwards
         self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
         self._allocate(example, uncond)
@@ -216,21 +216,18 @@ class Step:
         flat /= self.scale  # in place, here and below: at high ranks a copy more is the peak of the whole slot
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
-        sound = loss + discriminator.sum()
+        row = torch.cat([loss[None], distances, generator, discriminator])
         if self.exchange is not None:  # before the test: all ranks must come to the same
-            heads = [self.discriminators.flat.grad] if self.used else []
-            sound, flat, *heads = self.exchange(sound, flat, *heads)
-            if heads:
-                self.discriminators.flat.grad = heads[0]
+            row, flat = self._shared(row, flat)
         norm = flat.norm()
-        good = torch.isfinite(norm + sound)
+        good = torch.isfinite(norm + row.sum())
         self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
                 optimizer.step()
         heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
-        row = torch.cat([loss[None], distances, generator, discriminator, norm[None], heads[None]])
+        row = torch.cat([row, norm[None], heads[None]])
         self.sums += row.where(good, 0.0)
         self.skipped += (~good).float()
         self.streak.copy_(torch.where(good, 0.0, self.streak + 1))
@@ -238,6 +235,15 @@ class Step:
         self.z.copy_(torch.where(good, z_n, ztilde))
         self.slot += 1
         self.key[1] += 1
+
+    def _shared(self, row: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The means over the ranks of both, and of the heads' gradient, in its place."""
+        heads = self.discriminators.flat
+        if not self.used:
+            row, flat = self.exchange(row, flat)
+        else:
+            row, flat, heads.grad = self.exchange(row, flat, heads.grad)
+        return row, flat
 
     @torch.no_grad()
     def held_out(
