@@ -165,7 +165,10 @@ def test_what_is_counted_is_what_there_is() -> None:
         assert sizes["full"].weights == sizes["int8"].whole and sizes["full"].made == sizes["int8"].made == 0
         for mode in LOW:
             assert sizes[mode].weights == nbytes(low_precision(meta_unet(model_of(family).unet, torch.bfloat16), mode))
-            assert sizes[mode].student == sizes["full"].student and sizes[mode].encoder == sizes["full"].encoder
+            assert sizes[mode].encoder == sizes["full"].encoder
+            for level in LEVELS:  # a LoRA's updates are added elsewhere, which takes some of its ranks' columns
+                kept = [sum(x.kept[level] for x in sizes[m].student.layers.values()) for m in ("full", mode)]
+                assert kept[1] == pytest.approx(kept[0], rel=0.01)
             assert 0 < sizes[mode].largest < 0.1 * sizes[mode].whole
     assert sizes["int8"].weights / GIB == pytest.approx(2.70, rel=0.02)  # as counted elsewhere: NUMBERS
     real = tiny_unet("sdxl")
