@@ -9,6 +9,7 @@ Shapes: B batch, C channels, h w latents.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rapm.lora import LoRA
 from rapm.memory.offload import worth_moving
 from rapm.memory.saved import LEVELS, Memory, Policy, Saved
-from rapm.unet import Attention, Text, UNet
+from rapm.unet import Attention, FeedForward, Text, UNet
 
 REST = "rest"  # what is kept outside the layers: first and last convolution, resamplers
 TOKENS = 77
@@ -160,20 +161,24 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
     up: dict[str, float] = defaultdict(float)
     widest = 0
 
+    def product(rows: int, *layers: nn.Module) -> int:
+        shapes = [(layer.weight.shape[0], math.prod(layer.weight.shape[1:])) for layer in layers]
+        return sum(2 * rows * (n * k + rank * (n + k)) for n, k in shapes)
+
     def see(module: nn.Module, args: tuple, out: Tensor) -> None:
         nonlocal widest
         x, name = args[0], names[module]
+        rows = x.numel() // x.shape[-1]  # of a sequence
         if isinstance(module, Attention):
-            batch, rows, channels = x.shape
-            flops[_layer(name)] += 4 * batch * rows * channels * (TOKENS if module.cross else rows)
-            if not module.cross:
-                flops[_layer(name)] += 2 * batch * rows * (module.qkv.size + 3 * rank * 2 * channels)
-            return
-        rows = out.numel() // module.weight.shape[0]
-        work = 2 * rows * (module.weight.numel() + rank * (module.weight[0].numel() + module.weight.shape[0]))
-        flops[_layer(name)] += work
-        if name.endswith("ff.net.0.proj"):
-            up[_layer(name)] += work
+            layers = [module.to_q, *module.to_out] if module.cross else [*module.qkv.layers, *module.to_out]
+            context = TOKENS if module.cross else x.shape[1]
+            flops[_layer(name)] += product(rows, *layers) + 4 * rows * context * x.shape[-1]
+        elif isinstance(module, FeedForward):
+            first = product(rows, module.net[0]["proj"])
+            up[_layer(name)] += first
+            flops[_layer(name)] += first + product(rows, module.net[2])
+        elif ".transformer_blocks." not in name:  # those in there are seen above
+            flops[_layer(name)] += product(out.numel() // module.weight.shape[0], module)
         if isinstance(module, nn.Conv2d):
             widest = max(widest, x.nbytes)
 
@@ -183,7 +188,8 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
             for layer in (module.to_k, module.to_v):
                 ledger.note(REST, 0, args[1][layer.name], None)
 
-    names = {m: name for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, Attention))}
+    kinds = nn.Linear, nn.Conv2d, Attention, FeedForward
+    names = {m: name for name, m in unet.named_modules() if isinstance(m, kinds)}
     ledgers = {}
     early = [m.register_forward_pre_hook(see_text) for m in names if isinstance(m, Attention)]
     handles = [module.register_forward_hook(see) for module in names]
