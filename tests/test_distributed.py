@@ -190,7 +190,7 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @needs_two
 def test_two_gpus_learn_what_one_process_does(bench):
     """NCCL's sum inside the captured slots, on the embedded teacher: losses and LoRA within 1e-4."""
-    assert bench.check()["iterations"] > 1
+    assert bench.check().keys() == {"losses", "lora"}
 
 
 @pytest.mark.gpu

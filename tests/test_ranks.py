@@ -316,11 +316,11 @@ def test_ranks_share_a_size_and_every_epoch(store, monkeypatch):
     def turns(iterations: int, world: int) -> list[list[tuple[int, int]]]:
         monkeypatch.setattr(distributed, "world", lambda: world)
         rows = []
-        for training.done in range(iterations):
+        for iteration in range(iterations):
             row = []
             for rank in range(world):
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-                row.append(training._turn())
+                row.append(training._turn(iteration))
             rows.append(row)
         return rows
 
