@@ -113,7 +113,7 @@ def fail(code: int, message: object) -> int:
     that is gone.
     """
     if _run is None:
-        if os.environ.get("RANK", "0") == "0" or _count() == 1:
+        if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
             print(f"rapm: {message}", file=sys.stderr)
         return code
     ours = threading.current_thread() is threading.main_thread()  # not the ring's

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 
-from rapm import distributed
+from rapm import distributed, trajectories
 from rapm.checkpoint import checkpoints
 from rapm.cli import main
 from rapm.config import Config
@@ -270,6 +270,32 @@ def test_an_error_of_ours_is_shown_once(place, tmp_path, monkeypatch):
     monkeypatch.setattr(Training, "iterate", broken)
     ranks = Ranks(tmp_path, train(place, tmp_path / "run"))
     assert ranks.codes() == [1, 1] and ranks.said.count("Traceback") == ranks.said.count("LookupError: at") == 1
+
+
+def test_both_solve_a_store_of_two_sizes(place, tmp_path, monkeypatch):
+    """Each its share of the shards of each size; what one of them writes is what one process writes."""
+    monkeypatch.setattr("rapm.trajectories.SHARD_MAX", 2)
+    words = ["--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt"), "--report_to", "none"]
+    words += ["--config", str(place / "settings.toml"), "--resolution", "32x32,32x48"]
+
+    def solve(rank: int) -> int:
+        write = trajectories.write_atomic
+
+        def noted(path: Path, data: bytes) -> None:
+            print(f"rank {rank} writes {path.name}", file=sys.__stderr__, flush=True)
+            write(path, data)
+
+        trajectories.write_atomic = noted
+        return main(["trajectories", *words, "--output_dir", str(tmp_path / "two")])
+
+    ranks = Ranks(tmp_path / "ranks", solve)
+    assert ranks.codes() == [0, 0] and ranks.said.count("6 trajectories in") == 1, ranks.said
+    assert sorted(re.findall(r"rank (\d) writes shard", ranks.said)) == ["0", "0", "1", "1"]
+    assert re.findall(r"rank (\d) writes metadata", ranks.said) == ["0"]
+    assert main(["trajectories", *words, "--output_dir", str(tmp_path / "one")]) == 0
+    mine, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name / "trajectories").iterdir()}
+                    for name in ("two", "one"))  # fmt: skip
+    assert mine == theirs and len(mine) == 5
 
 
 @pytest.fixture
