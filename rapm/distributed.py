@@ -217,12 +217,15 @@ class Gradients:
 
 
 def _meet(number: int, count: int, backend: str) -> _Run:
-    """The groups. UserError if the launcher's variables are not complete."""
+    """The groups. UserError if the launcher's variables are not complete, or the others do not come."""
     try:
         store, _, _ = next(iter(rendezvous("env://", number, count, timeout=MEETING)))
-    except ValueError as error:
-        raise UserError(f"WORLD_SIZE is {count}, but {error}: start the processes with torchrun") from error
-    dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=MEETING)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=MEETING)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"{count} processes cannot meet ({why}): start them with torchrun, or unset WORLD_SIZE"
+        ) from error
     hosts, gradients, watch = (dist.new_group(backend=kind, timeout=FOREVER) for kind in ("gloo", backend, "gloo"))
     return _Run(number, count, store, hosts, gradients, watch)
 
