@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapm.kernels.lora_linear import lora_linear
+
 if TYPE_CHECKING:
     from rapm.unet import Linear
 
@@ -100,6 +102,13 @@ class Stack:
     def base(self, x: Tensor) -> Tensor:
         """The frozen layers of x (M K): n M C, a view."""
         return product(x, *self.frozen(), len(self.layers))
+
+    def wide(self, x: Tensor, lora: Lora) -> Tensor:
+        """The layers of x (... K) beside one another, with their updates: ... nC."""
+        pair = self.low_rank(lora)
+        if pair is None:
+            return F.linear(x, *self.frozen())
+        return lora_linear(x, *self.frozen(), *(part.flatten(0, 1) for part in pair))
 
     def __call__(self, x: Tensor, lora: Lora, base: Tensor | None = None) -> dict[str, Tensor]:
         """Each layer of x (M K), by name: M C. `base` is what the method of that name has made of x before."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rapm import distributed
 from rapm.config import Config
-from rapm.device import captured
+from rapm.device import Fetched, captured
 from rapm.errors import RunError
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, out_of_memory
@@ -61,6 +61,7 @@ class Training:
         self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
         self._dry = True  # no iteration has shown yet what it takes
         self._reported = 0.0  # skipped updates of earlier reports
+        self._worst = 0.0  # the most in a row, by the last report
         self._measured: tuple[int, Measured] | None = None
         self.done = 0
 
@@ -152,18 +153,34 @@ class Training:
             self._measured = self.done, self.validation(self.steps)
         return self._measured[1]
 
-    def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
-        skipped = float(self.step.skipped)
-        counted = max(1.0, slots - (skipped - self._reported))
-        means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
-        self.step.sums.zero_()
-        self._reported = skipped
-        return {**means, "skipped": skipped}
+    @property
+    def behind(self) -> bool:
+        """Whether the device is still at work on what the host has given it."""
+        return self.step.z.is_cuda
+
+    def losses(self, slots: int) -> Callable[[], dict[str, float]]:
+        """Asks the device for the figures of the last `slots` slots; the call that is returned waits for them.
+
+        The mean losses, without those whose update was skipped; how many were, ever; the learning rate.
+        """
+        step = self.step
+        rate = step.optimizer.param_groups[0]["lr"]
+        fetched = Fetched(torch.cat([step.sums, torch.stack([step.skipped, step.worst, rate])]))
+        step.sums.zero_()
+
+        def read() -> dict[str, float]:
+            found = fetched()
+            skipped, self._worst, lr = found[len(LOSSES) :].tolist()
+            counted = max(1.0, slots - (skipped - self._reported))
+            self._reported = skipped
+            means = dict(zip(LOSSES, (found[: len(LOSSES)] / counted).tolist(), strict=True))
+            return {**means, "skipped": skipped, "lr": lr}
+
+        return read
 
     def check(self) -> None:
-        """RunError after too many updates in a row that were not finite."""
-        if float(self.step.worst) >= PATIENCE:
+        """RunError after too many updates in a row that were not finite, by the last figures that were read."""
+        if self._worst >= PATIENCE:
             raise RunError(
                 f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
                 "lower learning_rate, or use mixed_precision bf16 or no"

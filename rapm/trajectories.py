@@ -227,6 +227,7 @@ def _metadata(
         "negative_prompt": config.negative_prompt,
         "resolution": sizes if len(sizes) > 1 else sizes[0],
         "dtype": str(teacher.unet.dtype).removeprefix("torch."),
+        **({} if teacher.frozen == "full" else {"frozen_weights": teacher.frozen}),
         "trajectory_dtype": config.trajectory_dtype,
         "seed": config.seed,
         "prompts": _prompts_id(rows, config.trajectories),
@@ -258,7 +259,12 @@ def _claim(folder: Path, metadata: dict, rows: list[Row], sizes: list[int]) -> d
         sweep(folder)
         if (folder / METADATA).exists() and any(folder.glob("shard-*")):
             found = _read_metadata(folder)
-            _refuse_difference(folder, found, {**metadata, "prompts": _prompts_id(rows, found["count"])})
+            enough = found["count"] >= metadata["count"] and _complete(folder, found)
+            if "frozen_weights" not in found and enough:  # of the whole teacher: all the better
+                metadata.pop("frozen_weights", None)
+            whole = {"frozen_weights": "full"}  # what a store does not say
+            wanted = {**metadata, "prompts": _prompts_id(rows, found["count"])}
+            _refuse_difference(folder, {**whole, **found}, {**whole, **wanted})
         shards = _shards(metadata).items()
         missing = {name: indices for name, indices in shards if _rows(folder / name, metadata) != len(indices)}
         if not missing:
@@ -304,6 +310,11 @@ def _shards(metadata: dict) -> dict[str, range]:
     starts = [group + bucket for group in range(0, count, size * buckets) for bucket in range(buckets)]
     shards = [range(start, min(start - start % buckets + size * buckets, count), buckets) for start in starts]
     return {_shard_name(i): indices for i, indices in enumerate(shards) if indices}
+
+
+def _complete(folder: Path, metadata: dict) -> bool:
+    """Whether all of its shards are there."""
+    return all(_rows(folder / name, metadata) == len(indices) for name, indices in _shards(metadata).items())
 
 
 def _shard_name(shard: int) -> str:

@@ -62,7 +62,7 @@ def free(teacher: Teacher, store: Store) -> dict[str, torch.Tensor]:
 
 
 def budget_of(teacher: Teacher, vram: str = "4G") -> Budget:
-    return Budget(Model.of(teacher), CONFIG.replace(vram=vram), CPU)
+    return Budget(Model.of(teacher.source, teacher.unet.config, teacher.pipe), CONFIG.replace(vram=vram), CPU)
 
 
 def same(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:

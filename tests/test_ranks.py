@@ -325,7 +325,7 @@ def test_a_rank_that_is_not_finite_makes_all_skip(store, tmp_path):
             Step.load = poisoned if bad and rank == 1 else sound
             training.iterate()
             weights.append([float(x.double().sum()) for x in (training.lora.flat, training.step.discriminators.flat)])
-        return [weights, training.losses(6)["skipped"]]
+        return [weights, training.losses(6)()["skipped"]]
 
     first, second = results(Ranks(tmp_path / "ranks", together(work)))
     assert first == second

@@ -22,9 +22,10 @@ from rapm.stacks import add_low_rank, product
 
 KERNELS = (
     "group_norm_silu", "layer_norm", "geglu", "lora_linear", "lora_conv", "frozen_conv", "attention", "disc_head",
-    "position_loss", "renoise", "guided_step",
+    "position_loss", "renoise", "guided_step", "int8_linear", "quantise",
 )  # fmt: skip
 RANKS = 1, 64
+WHOLE = "whole weight"  # a quantised layer's baseline: lora_linear with the weight that its codes stand for
 FROZEN = "frozen layer"  # a LoRA layer's baseline: the layer alone, forward and the gradient of x
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -225,6 +226,48 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
     return ops
 
 
+def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
+    """Layers of frozen weights in fewer bits, for the linear layers that a LoRA extends."""
+    linear, low, quantise = (kernels[name] for name in ("lora_linear", "int8_linear", "quantise"))
+
+    def shapes(found: Shapes) -> Counter:
+        return Counter({shape[:-1]: n for shape, n in found["linear"].items() if shape[-1]})
+
+    def weights(found: Shapes) -> Counter:
+        return sum((Counter({(k, n): count}) for (_, k, n, _), count in shapes(found).items()), Counter())
+
+    def make(rank: int, rows: int, k: int, n: int, bias: bool) -> list:
+        codes, scale, _ = quantise.int8(random_weight(n, k))
+        pair = random_weight(rank, k, grad=True), random_weight(n, rank, grad=True)
+        return [random(1, rows, k, grad=True), codes, scale, random(n) if bias else None, *pair]
+
+    def whole(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *pair: Tensor) -> tuple:
+        return x, (codes.to(scale.dtype) * scale[:, None]).to(x.dtype), bias, *pair
+
+    def alone(*args: Tensor) -> tuple:
+        return whole(*args)[:3]
+
+    def reference(*args: Tensor) -> Tensor:
+        return linear.lora_linear_ref(*whole(*args))
+
+    def make_codes(k: int, n: int) -> list:
+        return [*quantise.nf4(random_weight(n, k)), torch.bfloat16]
+
+    ops = {
+        f"int8_linear rank {rank}": Op(
+            shapes, partial(make, rank), lambda m, k, n, bias: (2.0 * m * k * n,) * 2, reference, low.int8_linear,
+            {FROZEN: Provider(F.linear, alone, checked=False), WHOLE: Provider(linear.lora_linear, whole)}, "flop",
+            slack=0.03,  # x and dy in 127 steps of a row's largest, which is off by some 1%
+        )
+        for rank in RANKS
+    }  # fmt: skip
+    ops["quantise"] = Op(  # half a byte and a 64th read, two written
+        weights, make_codes, lambda k, n: (k * n * (0.5 + 1 / 64 + 2), 0.0), quantise.dequantise_ref,
+        quantise.dequantise, {}, activations=0,
+    )  # fmt: skip
+    return ops
+
+
 def attention_ops(kernels: dict[str, ModuleType], xformers: ModuleType | None) -> dict[str, Op]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -373,5 +416,5 @@ def operators(left_out: dict[str, str], peers: bool = True) -> dict[str, Op]:
         left_out |= {"xformers": problem} if problem else {}
     return {
         **norm_ops(kernels, liger), **layer_ops(kernels, peft), **attention_ops(kernels, xformers),
-        **slot_ops(kernels),
+        **slot_ops(kernels), **low_precision_ops(kernels),
     }  # fmt: skip

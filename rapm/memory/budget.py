@@ -14,7 +14,7 @@ from rapm.loading.families import Model
 from rapm.memory import cards
 from rapm.memory.cards import GIB, MIB, Card
 from rapm.memory.offload import Offload
-from rapm.memory.planner import Plan, Planner, grouped
+from rapm.memory.planner import Plan, grouped, planned, precision_words
 from rapm.memory.saved import Memory
 from rapm.step import SlotMemory
 from rapm.teacher import Teacher
@@ -38,8 +38,7 @@ class Budget:
         if config.buckets:  # what the largest needs is enough for all
             config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
         card = Card(*distributed.from_first(cards.this_card(device))) if cuda else None
-        self.planner = Planner(model, config, card)
-        self.plan = self.planner.plan(self.bytes)
+        self.planner, self.plan = planned(model, config, card, self.bytes)
 
     @staticmethod
     def wanted(config: Config, device: torch.device) -> bool:
@@ -54,7 +53,7 @@ class Budget:
             vae.enable_tiling()
             vae.tile_sample_min_size = cards.TILE  # by default the size that the VAE was trained on: no tile at all
             vae.tile_latent_min_size = cards.TILE // teacher.pipe.vae_scale_factor
-        return config.replace(solve_batch=self.plan.solve_batch)
+        return config.replace(solve_batch=self.plan.solve_batch, frozen_weights=teacher.frozen)
 
     def memory(self, unet: torch.nn.Module) -> SlotMemory:
         """What a slot's passes keep, with a slab for what is moved."""
@@ -131,7 +130,7 @@ def record(budget: Budget) -> dict[str, object]:
 
 
 def words(budget: Budget) -> str:
-    """What a run says of its plan: three lines at most."""
+    """What a run says of its plan: four lines at most."""
     plan = budget.plan
     peak = max(plan.phases, key=plan.phases.get)
     lines = [
@@ -139,6 +138,8 @@ def words(budget: Budget) -> str:
         f"the most is {plan.phases[peak] / GIB:.1f} ({peak}); {plan.slowdown:.2f} times as long as without a limit",
         f"        {summary(plan)}",
     ]
+    if line := precision_words(budget.planner):
+        lines.append(f"        {line}")
     if risk := cards.fallback_risk():
         lines.append(f"note: {risk}")
     return "\n".join(lines)

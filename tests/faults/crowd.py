@@ -65,7 +65,7 @@ def start(output: Path) -> subprocess.Popen:
     """The run in `output`, or what is left of it; its words go to `output`.txt and its errors to `output`.err."""
     words = ["train", "--config", str(output.parent / "settings.toml"), "--output_dir", str(output)]
     words += ["--resume_from_checkpoint", "latest"] * bool(checkpoints(output))
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": os.pathsep.join(sys.path)}
     with output.with_suffix(".txt").open("w") as out, output.with_suffix(".err").open("w") as err:
         return subprocess.Popen([sys.executable, "-c", DETERMINISTIC, *words], stdout=out, stderr=err, env=environment)
 
