@@ -67,19 +67,26 @@ def solved(teacher: Teacher, shape: tuple, prompts: list[str], monkeypatch: pyte
     return [Trajectory(positions[i], fine[i], text.rows(i, i + 1), prompt, i) for i, prompt in enumerate(prompts)]
 
 
-def compare(teacher: Teacher, trajectories: list[Trajectory], slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def compare(
+    teacher: Teacher, trajectories: list[Trajectory], slots: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The LoRA with the kernels and with the references; the losses are compared here."""
     mine, lora = trained(teacher, trajectories, "triton", slots, monkeypatch)
     theirs, wanted_lora = trained(teacher, trajectories, "reference", slots, monkeypatch)
     # On 4x4 latents one activation that crosses the kink of a LeakyReLU moved a gradient's norm by up to 0.7%.
     bounds = torch.tensor([5e-2 if name.endswith("grad_norm") else 1e-3 for name in LOSSES], device=mine.device)
     assert ((mine - theirs).abs() <= bounds * theirs.abs() + 1e-6).all(), (mine / theirs - 1).abs().amax(0)
-    assert (lora - wanted_lora).norm() <= 1e-4 * wanted_lora.norm()
+    return lora, wanted_lora
 
 
 def test_one_slot(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.tiny_pipeline("sd1", tmp_path / "sd1")
     teacher = load_teacher(str(folder), device=DEVICE, dtype=torch.float32)
-    compare(teacher, solved(teacher, (4, 4, 4), ["a red seven"], monkeypatch), 1, monkeypatch)
+    lora, wanted = compare(teacher, solved(teacher, (4, 4, 4), ["a red seven"], monkeypatch), 1, monkeypatch)
+    # Adam's first step goes by a gradient's sign, so where that is rounding error alone the step is the other way.
+    difference = (lora - wanted).abs()
+    turned = difference > 0.1 * SETTINGS["learning_rate"]
+    assert turned.float().mean() <= 1e-3 and difference[~turned].norm() <= 1e-4 * wanted.norm()
 
 
 @pytest.mark.gpu
