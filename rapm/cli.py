@@ -216,8 +216,7 @@ def run_trajectories(arguments: argparse.Namespace) -> int:
         problems = verify(arguments.verify)
         print("\n".join(problems) or f"{arguments.verify}: every byte is as it was written")
         return 1 if problems else 0
-    store = solve_only(settings(arguments))
-    print(f"{len(store)} trajectories in {store.folder}")
+    solve_only(settings(arguments))
     return 0
 
 

@@ -21,11 +21,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from rapm.config import Config
 from rapm.errors import RunError, UserError
@@ -40,7 +41,7 @@ Value = TypeVar("Value")
 class _Run(NamedTuple):
     rank: int
     world: int
-    store: dist.Store
+    store: Any  # a torch.distributed.Store
     hosts: dist.ProcessGroup
     gradients: dist.ProcessGroup
     watch: dist.ProcessGroup
@@ -113,7 +114,7 @@ def fail(code: int, message: object) -> int:
     that is gone.
     """
     if _run is None:
-        if os.environ.get("RANK", "0") == "0" or _count() == 1:
+        if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
             print(f"rapm: {message}", file=sys.stderr)
         return code
     ours = threading.current_thread() is threading.main_thread()  # not the ring's
@@ -167,7 +168,8 @@ def from_first(value: Value) -> Value:
     size = largest(len(data) if first() else 0)
     x = torch.frombuffer(bytearray(data), dtype=torch.uint8) if first() else torch.zeros(size, dtype=torch.uint8)
     dist.broadcast(x, 0, group=_run.hosts)
-    return json.loads(bytes(x.tolist()))
+    found: Value = json.loads(bytes(x.tolist()))
+    return found
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,13 +217,15 @@ class Gradients:
 
 
 def _meet(number: int, count: int, backend: str) -> _Run:
-    """The groups. UserError if the launcher's variables are not complete."""
+    """The groups. UserError if the launcher's variables are not complete, or the others do not come."""
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", number, count, timeout=MEETING)))
-    except ValueError as error:
-        raise UserError(f"WORLD_SIZE is {count}, but {error}: start the processes with torchrun") from error
-    dist.init_process_group("gloo", store=dist.PrefixStore("rapm", store), rank=number, world_size=count,
-                            timeout=MEETING)  # fmt: skip
+        store, _, _ = next(iter(rendezvous("env://", number, count, timeout=MEETING)))
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=MEETING)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"{count} processes cannot meet ({why}): start them with torchrun, or unset WORLD_SIZE"
+        ) from error
     hosts, gradients, watch = (dist.new_group(backend=kind, timeout=FOREVER) for kind in ("gloo", backend, "gloo"))
     return _Run(number, count, store, hosts, gradients, watch)
 

@@ -105,7 +105,9 @@ def solve_only(config: Config) -> Store:
     with distributed.group(config), _claimed(Path(config.output_dir)), advice("the same command goes on"):
         teacher, config, prompts = prepare_teacher(config)
         config = _keep_prompts(Path(config.output_dir), config, prompts)
-        return solve_all(config, teacher, prompts)
+        store = solve_all(config, teacher, prompts)
+        print(f"{len(store)} trajectories in {store.folder}")
+        return store
 
 
 def export_run(

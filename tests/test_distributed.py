@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from rapm.checkpoint import STATE, checkpoints
-from rapm.cli import main
+from rapm.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
@@ -183,6 +184,16 @@ def test_a_lost_rank_ends_all_and_nothing_is_lost(place, run, tmp_path, bench):
     assert load_file(newest / STATE).keys() == load_file(run / "checkpoint-4" / STATE).keys()
 
 
+def test_the_page_has_commands_that_parse():
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/scaling.md").read_text(encoding="utf-8"), re.S | re.M)
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    assert {words[0] for words in commands} == {"torchrun", "accelerate"}
+    for words in commands:
+        module = words.index("-m") + 1
+        ours = {"rapm.train": ["train"], "rapm": []}[words[module]] + words[module + 1 :]
+        assert build_parser().parse_args(ours).teacher
+
+
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 
 
@@ -190,7 +201,7 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @needs_two
 def test_two_gpus_learn_what_one_process_does(bench):
     """NCCL's sum inside the captured slots, on the embedded teacher: losses and LoRA within 1e-4."""
-    assert bench.check()["iterations"] > 1
+    assert bench.check().keys() == {"losses", "lora"}
 
 
 @pytest.mark.gpu

@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
-from rapm import distributed
+from rapm import distributed, trajectories
 from rapm.checkpoint import checkpoints
 from rapm.cli import main
 from rapm.config import Config
@@ -172,7 +171,7 @@ def test_each_takes_its_own_gpu(tmp_path):
 
 def test_the_smallest_budget_is_everyones(tmp_path, monkeypatch):
     """So that all take one plan, which follows from it."""
-    monkeypatch.setattr("rapm.memory.budget.Planner", lambda *_: SimpleNamespace(plan=lambda size: size >> 30))
+    monkeypatch.setattr("rapm.memory.budget.planned", lambda model, config, card, size: (None, size >> 30))
 
     def work(rank: int) -> int:
         return Budget(None, CPU.replace(vram=f"{9 - rank}G"), torch.device("cpu")).plan
@@ -272,6 +271,32 @@ def test_an_error_of_ours_is_shown_once(place, tmp_path, monkeypatch):
     assert ranks.codes() == [1, 1] and ranks.said.count("Traceback") == ranks.said.count("LookupError: at") == 1
 
 
+def test_both_solve_a_store_of_two_sizes(place, tmp_path, monkeypatch):
+    """Each its share of the shards of each size; what one of them writes is what one process writes."""
+    monkeypatch.setattr("rapm.trajectories.SHARD_MAX", 2)
+    words = ["--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt"), "--report_to", "none"]
+    words += ["--config", str(place / "settings.toml"), "--resolution", "32x32,32x48"]
+
+    def solve(rank: int) -> int:
+        write = trajectories.write_atomic
+
+        def noted(path: Path, data: bytes) -> None:
+            print(f"rank {rank} writes {path.name}", file=sys.__stderr__, flush=True)
+            write(path, data)
+
+        trajectories.write_atomic = noted
+        return main(["trajectories", *words, "--output_dir", str(tmp_path / "two")])
+
+    ranks = Ranks(tmp_path / "ranks", solve)
+    assert ranks.codes() == [0, 0] and ranks.said.count("6 trajectories in") == 1, ranks.said
+    assert sorted(re.findall(r"rank (\d) writes shard", ranks.said)) == ["0", "0", "1", "1"]
+    assert re.findall(r"rank (\d) writes metadata", ranks.said) == ["0"]
+    assert main(["trajectories", *words, "--output_dir", str(tmp_path / "one")]) == 0
+    mine, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name / "trajectories").iterdir()}
+                    for name in ("two", "one"))  # fmt: skip
+    assert mine == theirs and len(mine) == 5
+
+
 @pytest.fixture
 def store(place, tmp_path, tiny_teacher):
     """Of two sizes: seven trajectories to train on, one held out."""
@@ -316,11 +341,11 @@ def test_ranks_share_a_size_and_every_epoch(store, monkeypatch):
     def turns(iterations: int, world: int) -> list[list[tuple[int, int]]]:
         monkeypatch.setattr(distributed, "world", lambda: world)
         rows = []
-        for training.done in range(iterations):
+        for iteration in range(iterations):
             row = []
             for rank in range(world):
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-                row.append(training._turn(training.done))
+                row.append(training._turn(iteration))
             rows.append(row)
         return rows
 
