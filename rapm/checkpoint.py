@@ -18,6 +18,7 @@ from torch import Tensor
 from rapm.config import Config
 from rapm.disk import write_atomic
 from rapm.errors import UserError
+from rapm.finite import finite
 
 STATE = "state.safetensors"
 BEST = "checkpoint-best"
@@ -71,13 +72,18 @@ def find_checkpoint(folder: Path, which: str) -> Path:
 
 
 def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]:
-    """The state and the number of iterations done. UserError for a damaged file or one made with other settings."""
+    """The state and the number of iterations done. UserError for a damaged file or one made with other settings.
+
+    Numbers that are not finite are damage.
+    """
     state, done, then = _open(path)
     # A decaying rate depends on where it ends.
     free = FREE | ({"max_train_steps"} if config.lr_schedule == "constant" else set())
     for name, value in asdict(config).items():
         if name not in free and then.get(name) != json.loads(json.dumps(value)):
             raise UserError(f"resume: {path} was made with {name} = {then.get(name)!r}, not {value!r}")
+    if bad := next((name for name, x in state.items() if not finite(x)), None):
+        raise UserError(f"resume: {path}: {bad} holds numbers that are not finite: give an earlier checkpoint")
     return state, done
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rapm.errors import UserError
+from rapm.errors import RunError, UserError
+from rapm.finite import finite
 from rapm.loading.single_file import config_folder
 from rapm.loading.source import Source, find, first_line, variant
 from rapm.loading.style import Style, read_style, updates_of
@@ -79,21 +80,25 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: tuple[int, int] | None = None) -> Text:
-        """The prompts' embeddings as the stock pipeline computes them, B = len(prompts); fp32 on the CPU."""
+        """The prompts' embeddings as the stock pipeline computes them, B = len(prompts); fp32 on the CPU.
+
+        RunError for one that is not finite in the UNet's dtype.
+        """
         with self._visiting(*self._text_encoders.values()):
             batches = [prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH)]
             encoded = [self._encode_prompt(batch, do_classifier_free_guidance=False) for batch in batches]
-            return Text.cat([self._text(resolution, *out[::2]) for out in encoded])
+            return self._proven(Text.cat([self._text(resolution, *out[::2]) for out in encoded]), prompts)
 
     @torch.no_grad()
     def encode_negative(self, prompt: str = "", resolution: tuple[int, int] | None = None) -> Text:
         """What guidance moves away from, B = 1; fp32 on the CPU.
 
         An empty prompt is the stock pipeline's `negative_prompt=None`: zeros where an SDXL teacher asks for them.
+        RunError as in `encode`.
         """
         with self._visiting(*self._text_encoders.values()):
             out = self._encode_prompt("", do_classifier_free_guidance=True, negative_prompt=prompt or None)
-            return self._text(resolution, *out[1::2])
+            return self._proven(self._text(resolution, *out[1::2]), [prompt])
 
     def count_truncated(self, prompts: list[str]) -> int:
         """How many prompts have more tokens than the text encoder reads: it will not see their ends."""
@@ -154,6 +159,17 @@ class Teacher:
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)  # original, crop, target
         return Text(hidden.cpu(), pooled.cpu(), time_ids.repeat(len(hidden), 1))
 
+    def _proven(self, text: Text, prompts: list[str]) -> Text:
+        """`text`, the rows of which are `prompts`, once every number has proven to be finite for the UNet."""
+        for name, x in zip(Text._fields, text, strict=True):
+            for prompt, row in zip(prompts, x if x is not None else (), strict=False):
+                if not finite(row.to(self.unet.dtype)):
+                    raise RunError(
+                        f"teacher {self.source}: not finite: the embeddings ({name}) of the prompt {prompt!r} in "
+                        f"{self.unet.dtype}: use mixed_precision bf16 or no, or get the text encoder again"
+                    )
+        return text
+
     @contextmanager
     def _visiting(self, *modules: nn.Module) -> Iterator[None]:
         """`modules` on the UNet's device for a while: between uses they would only take its memory."""
@@ -192,6 +208,7 @@ def load_teacher(source: str, *, device: torch.device | str, dtype: torch.dtype,
         for layer, updates in updates_of(styles, name).items():
             part = encoder.get_submodule(layer)
             part.weight = nn.Parameter(fused(part.weight, updates), requires_grad=False)
+    _check_parts(source, {**encoders, "vae.decoder": pipe.vae.decoder})
     places = found.places(list(unet.state_dict()), dtype)
     fill(unet, places, dtype=dtype, device=device, updates=updates_of(styles, "unet"), digests=digests)
     teacher = Teacher(source, found, unet, Schedule.from_config(found.parts["scheduler"]), pipe, digests, styles)
@@ -204,6 +221,17 @@ def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """By their names in the pipeline: one, or SDXL's two."""
     encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
     return {name: encoder for name, encoder in encoders.items() if encoder is not None}
+
+
+def _check_parts(source: str, parts: Mapping[str, nn.Module]) -> None:
+    """UserError for weights that are not finite; the UNet's are looked at while they are read."""
+    for part, module in parts.items():
+        for name, x in module.state_dict().items():
+            if not finite(x):
+                raise UserError(
+                    f"teacher: {source}: {part}.{name} holds numbers that are not finite: the file is damaged, or a "
+                    "merge that failed"
+                )
 
 
 @torch.no_grad()

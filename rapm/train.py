@@ -184,6 +184,8 @@ def run(training: Training, folder: Path) -> None:
                     values["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
                 log.write(done, values)
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
+                if training.fault:
+                    log.warn(*training.fault)
                 for warning in watch(values, pending):
                     log.warn(done, warning)
                 training.check()
@@ -202,7 +204,7 @@ def validate(training: Training, folder: Path, log: Log, watch: Watch, losses: d
     """Measure the student, keep it if it is the best yet, draw the grid, and say it all."""
     done, measured = training.done, training.measure()
     fd, best = measured.figures.get("val_fd"), find_best(folder)
-    if fd is not None and (best is None or fd < best[1]):
+    if fd is not None and fd < (best[1] if best else math.inf):  # NaN is not
         save_best(folder, training.state(), done, training.config, fd)
         best = done, fd
     log.write(done, measured.figures)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import RunError
+from rapm.finite import describe
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, out_of_memory
 from rapm.memory.snapshot import Snapshot
@@ -58,6 +59,7 @@ class Training:
         self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
         self._dry = True  # no iteration has shown yet what it takes
         self._reported = 0.0  # skipped updates of earlier reports
+        self.fault: tuple[int, str] | None = None  # the first skipped update of the last report: iteration, stage
         self._measured: tuple[int, Measured] | None = None
         self.done = 0
 
@@ -147,8 +149,15 @@ class Training:
         return self._measured[1]
 
     def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever."""
+        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever.
+
+        Sets `fault`.
+        """
         skipped = float(self.step.skipped)
+        self.fault = None
+        if skipped > self._reported:
+            self.fault = describe(self.step.fault.tolist(), self.config.steps)
+            self.step.fault.zero_()
         counted = max(1.0, slots - (skipped - self._reported))
         means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
         self.step.sums.zero_()
@@ -158,8 +167,9 @@ class Training:
     def check(self) -> None:
         """RunError after too many updates in a row that were not finite."""
         if float(self.step.worst) >= PATIENCE:
+            last = f" (iteration {self.fault[0]}: {self.fault[1]})" if self.fault else ""
             raise RunError(
-                f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
+                f"{PATIENCE} updates in a row were not finite, up to iteration {self.done}{last}: "
                 "lower learning_rate, or use mixed_precision bf16 or no"
             )
 

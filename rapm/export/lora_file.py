@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rapm.errors import UserError
 from rapm.export.lora_names import WIDTHS, foreign_kind, text_encoder_spellings, unet_spellings
+from rapm.finite import finite
 from rapm.unet import UNet
 
 if TYPE_CHECKING:
@@ -182,7 +183,11 @@ def _pair(
     down, up = parts["down"].float(), parts["up"].float()
     _check_shapes(path, name, layer.weight, down, up)
     alpha = parts["alpha"].item() if "alpha" in parts else alphas(name)
-    return down, up if alpha is None else up * (alpha / len(down))
+    up = up if alpha is None else up * (alpha / len(down))
+    for part, x in (("down", down), ("up", up)):
+        if not finite(x):
+            raise UserError(f"LoRA: {path}: {part} of {name} holds numbers that are not finite: get or export it again")
+    return down, up
 
 
 def _adapter_alpha(path: Path, header: Mapping[str, str], part: str) -> Callable[[str], float | None]:

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rapm.errors import RunError
 from rapm.evaluate.embedded import frechet_distance
+from rapm.finite import finite
 from rapm.sample import sample
 from rapm.step import SIDES, Step
 from rapm.trajectories import Negatives, Store, Trajectory, noise, trajectory_seed
@@ -51,9 +53,11 @@ class Features:
     """Pictures as K numbers, fitted so that the teacher's own have mean 0 and covariance 1."""
 
     def __init__(self, teacher: Teacher, reference: Iterable[tuple[Tensor, Text]]) -> None:
-        """`reference`: batches of the teacher's latents, B C h w, with their text."""
+        """`reference`: batches of the teacher's latents, B C h w, with their text. RunError if it cannot see them."""
         self.teacher = teacher
         raw = torch.cat([self._raw(z, text) for z, text in reference])
+        if not finite(raw):
+            raise RunError("validation: not finite: the teacher's features of its own pictures: set fd_samples 0")
         self.mean = raw.mean(0)
         scale = raw.std(0) + 1e-6 * raw.std()  # the taps' units have nothing to do with each other
         _, sizes, directions = torch.linalg.svd((raw - self.mean) / scale, full_matrices=False)
