@@ -72,6 +72,12 @@ SLOT = """
 GPU milliseconds of one slot by family of kernels, LoRA rank 1, batch 1, bf16, as one CUDA graph, on one {card[device]}:
 before, with `RAPM_KERNELS=reference`, and after. {summary}
 """
+STOPS = """
+`tests/faults/kills.py` stopped runs {stops[stops]} times ({signals}) at random moments of every phase ({phases}): what
+lay on the disk was whole each time, and each of the {stops[runs_finished]} runs, started again until it got through,
+ended with the uninterrupted run's LoRA files, byte for byte. The slowest exit after SIGINT or SIGTERM took
+{stops[slowest_exit_seconds]:.1f} s.
+"""
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = {
     "calls": ("calls", "{:.0f}"), "fd": ("FD", "{:.2f}"), "d": ("d", "{:.2f}"), "prompt": ("prompt", "{:.1%}"),
@@ -330,10 +336,20 @@ def slot() -> str:
     return "\n\n".join([fill(SLOT.format(card=report["card"], summary=summary)), picture, rows_table(rows)])
 
 
+def stops() -> str:
+    """The campaign of stops."""
+    found = load("stops")
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+
+    return fill(STOPS.format(stops=found, signals=listed(found["by_signal"]), phases=listed(found["by_phase"])))
+
+
 # Section -> what writes it, the results without which it stays as it is
 SECTIONS = {
     "quality": (quality, "ablation"), "teacher": (teacher, "teacher"), "kernels": (kernels, "kernels"),
-    "slot": (slot, "slot_time"),
+    "slot": (slot, "slot_time"), "stops": (stops, "stops"),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -99,7 +100,7 @@ def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extr
         raise
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], int, dict]:
+def _open(path: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     header = _header(path)
     with safe_open(path / STATE, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from rapm import __version__
 from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions
@@ -41,7 +43,7 @@ HELP = {
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     from rapm.export.files import ExportError
     from rapm.stop import Interrupted, Terminated, terminable
 
+    message: object
     try:
         arguments = build_parser().parse_args(argv)
         with terminable():
@@ -77,7 +80,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"rapm-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
@@ -162,8 +165,8 @@ def settings(arguments: argparse.Namespace) -> Config:
     changes |= {field: value for field, value in given.items() if value is not None}
     if arguments.teacher_lora:
         changes["teacher_lora"] = tuple(arguments.teacher_lora)
-    if isinstance(changes.get("resolution"), str):
-        changes |= parse_resolutions(changes["resolution"])
+    if isinstance(sizes := changes.get("resolution"), str):
+        changes |= parse_resolutions(sizes)
     teacher = changes.get("teacher", "embedded")
     config = Config.preset(pick_preset(str(teacher), arguments.preset))
     return config.replace(**changes)

@@ -150,7 +150,10 @@ class Teacher:
     def _encode_prompt(self, prompt: str | list[str], **options: object) -> tuple[Tensor, ...]:
         """SD: (positive, negative) embeddings; SDXL: these, then the pooled (positive, negative)."""
         device = self.pipe.text_encoder.device
-        return self.pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, **options)
+        found: tuple[Tensor, ...] = self.pipe.encode_prompt(
+            prompt=prompt, device=device, num_images_per_prompt=1, **options
+        )
+        return found
 
     def _text(self, resolution: tuple[int, int] | None, hidden: Tensor, pooled: Tensor | None = None) -> Text:
         if pooled is None:
@@ -207,7 +210,7 @@ def load_teacher(source: str, *, device: torch.device | str, dtype: torch.dtype,
         digests.add_module(name, encoder)
         for layer, updates in updates_of(styles, name).items():
             part = encoder.get_submodule(layer)
-            part.weight = nn.Parameter(fused(part.weight, updates), requires_grad=False)
+            part.weight = nn.Parameter(fused(part.get_parameter("weight"), updates), requires_grad=False)
     _check_parts(source, {**encoders, "vae.decoder": pipe.vae.decoder})
     places = found.places(list(unet.state_dict()), dtype)
     fill(unet, places, dtype=dtype, device=device, updates=updates_of(styles, "unet"), digests=digests)

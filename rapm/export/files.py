@@ -81,7 +81,9 @@ def export_lora(
     weights = {name: [x.to("cpu", dtype).contiguous() for x in pair] for name, pair in lora.items()}
     rank = len(next(iter(weights.values()))[0])
     headers = _headers(teacher, config, rank, steps_done)
-    stems, kohya, peft = kohya_names(teacher.unet), {}, {}
+    stems = kohya_names(teacher.unet)
+    kohya: dict[str, Tensor] = {}
+    peft: dict[str, Tensor] = {}
     for name, (down, up) in weights.items():
         kohya |= {
             f"{stems[name]}.lora_down.weight": down,
@@ -90,11 +92,11 @@ def export_lora(
         }
         peft |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     adapter = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "rank_pattern": {}, "alpha_pattern": {}}
-    adapter = json.dumps({f"unet.{key}": value for key, value in adapter.items()}, indent=2, sort_keys=True)
+    settings = json.dumps({f"unet.{key}": value for key, value in adapter.items()}, indent=2, sort_keys=True)
     with writing(folder):
         (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / FILES[0], save(kohya, headers | _hashes(kohya)))
-        write_atomic(folder / FILES[1], save(peft, headers | _hashes(peft) | {"lora_adapter_metadata": adapter}))
+        write_atomic(folder / FILES[1], save(peft, headers | _hashes(peft) | {"lora_adapter_metadata": settings}))
 
 
 @contextmanager
@@ -169,7 +171,7 @@ def compare(
             if teacher.apart:
                 pipe.to("cpu")
     error = (theirs.float() - ours) / ours.std()
-    size = (error.abs().max() if dtype == torch.float32 else error.square().mean().sqrt()).item()
+    size = float(error.abs().max() if dtype == torch.float32 else error.square().mean().sqrt())
     if not size <= TOLERANCE[dtype]:  # a NaN fails too
         raise ExportError(
             f"{path}: the stock pipeline's latents differ from the student's by {size:.2e} of their standard "
@@ -288,7 +290,7 @@ def _load_in_stock(pipe: DiffusionPipeline, path: Path, weights: Weights) -> Non
 @contextmanager
 def _exact_products() -> Iterator[None]:
     """fp32 products without TF32 on a GPU: its ten bits would hide what is compared here."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]  # not in its stubs
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

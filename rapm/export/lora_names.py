@@ -56,8 +56,9 @@ def original_names(layers: Iterable[str]) -> dict[str, str]:
             _, kind, index, *rest = words
             block = "middle_block.1" if kind == "attentions" else f"middle_block.{2 * int(index)}"
         else:
-            part, level, kind, index, *rest = words
-            level, size, down = int(level), sizes[part, int(level)], part == "down_blocks"
+            part, number, kind, index, *rest = words
+            level, down = int(number), part == "down_blocks"
+            size = sizes[part, level]
             first = sum(sizes[part, below] + down for below in range(level)) + down
             if kind == "downsamplers":
                 return f"input_blocks.{first + size}.0.op"
@@ -84,7 +85,7 @@ def kohya_names(unet: UNet) -> dict[str, str]:
 def unet_spellings(unet: UNet) -> dict[str, str]:
     """What LoRA files call a UNet's layers -> the layer: kohya's and the original code's names, peft's, diffusers'."""
     layers = unet.lora_targets()
-    spellings = {}
+    spellings: dict[str, str] = {}
     for layer, original in original_names(layers).items():
         processor = re.sub(r"\.to_(out\.0|\w)$", lambda m: ".processor.to_" + m[1].removesuffix(".0"), layer)
         names = [kohya_name(layer), kohya_name(original), f"diffusion_model.{original}", processor, f"unet.{processor}"]
@@ -99,7 +100,7 @@ def text_encoder_spellings(encoders: Mapping[str, nn.Module]) -> dict[str, tuple
     `encoders` by diffusers' names, text_encoder and text_encoder_2. transformers 5 leaves out the prefix `text_model`.
     """
     kohya = {"text_encoder": ("lora_te1_", "lora_te_"), "text_encoder_2": ("lora_te2_",)}
-    spellings = {}
+    spellings: dict[str, tuple[str, str]] = {}
     for encoder, module in encoders.items():
         for layer, part in module.named_modules():
             if isinstance(part, nn.Linear):

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,14 @@ def merged_pipeline(teacher: Teacher, lora: Weights, dtype: torch.dtype) -> Diff
         unet = UNet2DConditionModel.from_config(teacher.unet.config)
     unet.load_state_dict(state, assign=True)
     pipe = copy.copy(teacher.pipe)
-    parts = {name: _cast(copy.deepcopy(x), dtype) for name, x in pipe.components.items() if isinstance(x, nn.Module)}
-    for part in parts.values():  # where it was loaded from is nobody else's business
-        if hasattr(part, "register_to_config"):
-            part.register_to_config(_name_or_path="")
+    parts: dict[str, Any] = {
+        name: _cast(copy.deepcopy(x), dtype) for name, x in pipe.components.items() if isinstance(x, nn.Module)
+    }
+    for module in parts.values():  # where it was loaded from is nobody else's business
+        if hasattr(module, "register_to_config"):
+            module.register_to_config(_name_or_path="")
         else:
-            part.config._name_or_path = ""
+            module.config._name_or_path = ""
     # means nothing to "trailing" timesteps, but the stock pipeline warns of another offset
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
     pipe.register_modules(**parts, unet=unet.eval(), scheduler=scheduler)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -63,9 +64,9 @@ def family_of(path: Path, header: Header) -> str:
     return family
 
 
-def base_parts(family: str, header: Header) -> dict[str, dict]:
+def base_parts(family: str, header: Header) -> dict[str, dict[str, Any]]:
     """The configs of the family's base by part, the UNet's sample size as the header gives it."""
-    parts = json.loads((BASES / f"{family}.json").read_text("utf-8"))
+    parts: dict[str, dict[str, Any]] = json.loads((BASES / f"{family}.json").read_text("utf-8"))
     size = re.fullmatch(r"(\d+)x(\d+)", header.metadata.get("modelspec.resolution", ""))  # W x H, in pixels
     if size and all(int(side) % 8 == 0 for side in size.groups()):
         width, height = (int(side) // 8 for side in size.groups())
@@ -92,7 +93,7 @@ def header_statements(header: Header) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def config_folder(parts: Mapping[str, Mapping]) -> Iterator[Path]:
+def config_folder(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
     """`parts` and the tokenizers as the config folder that diffusers' from_single_file reads, for a while."""
     merges = (BASES / "merges.txt").read_text("utf-8")
     vocabulary = json.dumps(_vocabulary(merges.splitlines()[1:]), ensure_ascii=False)
@@ -112,7 +113,9 @@ def config_folder(parts: Mapping[str, Mapping]) -> Iterator[Path]:
         yield folder
 
 
-def unet_places(path: Path, header: Header, names: Iterable[str], config: Mapping) -> dict[Path, dict[str, str]]:
+def unet_places(
+    path: Path, header: Header, names: Iterable[str], config: Mapping[str, Any]
+) -> dict[Path, dict[str, str]]:
     """Where the UNet's weights `names` lie, as `fill` takes it; what the file has beyond them keeps its own name."""
     places = {name: UNET + original_name(name, config) for name in names}
     theirs = set(places.values())
@@ -120,7 +123,7 @@ def unet_places(path: Path, header: Header, names: Iterable[str], config: Mappin
     return {path: {name: place for name, place in places.items() if place in header.shapes} | beyond}
 
 
-def original_name(name: str, config: Mapping) -> str:
+def original_name(name: str, config: Mapping[str, Any]) -> str:
     """A UNet parameter's or layer's name in the original code, which numbers all blocks through."""
     for ours, original in TOP.items():
         if name == ours or name.startswith(ours + "."):

@@ -91,8 +91,8 @@ class Chooser:
                 after[better], pick[better] = candidate[better], i
             best = after
             self.picks.append(pick)
-        moved = np.arange(shape[1]) * self.moved_grain / self.link
-        unhidden = np.maximum(0, moved - self.hidden) + np.maximum(0, moved - 2 * self.hidden)
+        link = np.arange(shape[1]) * self.moved_grain / self.link
+        unhidden = np.maximum(0, link - self.hidden) + np.maximum(0, link - 2 * self.hidden)
         self.total = best + unhidden[None, :]
 
     @property

@@ -67,7 +67,8 @@ class Features:
 
     def __call__(self, z: Tensor, text: Text) -> Tensor:
         """n C h w with n rows of text -> n K, fp64 on the CPU."""
-        return (self._raw(z, text) - self.mean) @ self.map
+        found: Tensor = (self._raw(z, text) - self.mean) @ self.map
+        return found
 
     @torch.no_grad()
     def _raw(self, z: Tensor, text: Text) -> Tensor:
@@ -123,7 +124,8 @@ class Validation:
 
     def _held_out(self, steps: Mapping[tuple[int, int], Step]) -> tuple[dict[str, float], list[Tensor]]:
         """The heads' hinge (2 is chance) and accuracy, the latents' RMSE, and the student's latents."""
-        config, count, hinges, rights, ends, error, numbers = self.config, len(self.held_out), [], [], {}, 0.0, 0
+        config, count, hinges, rights, error, numbers = self.config, len(self.held_out), [], [], 0.0, 0
+        ends: dict[int, Tensor] = {}
         for indices, batch in self._batches(self.held_out):
             # Training counts up from 0; the same numbers at every validation.
             counter = -(indices[0] - self.held_out.start + 1) * config.steps
@@ -193,8 +195,9 @@ class Validation:
         return sample(self.teacher.unet, self.teacher.schedule, text, start, self.config.steps, lora=weights)
 
     def _teacher(self, like: Trajectory, start: Tensor, steps: int) -> Tensor:
-        guided = dict(guidance=self.config.guidance, uncond=self.negatives(like.negative, like.text))
-        return sample(self.teacher.unet, self.teacher.schedule, like.text, start, steps, **guided)
+        uncond, guidance = self.negatives(like.negative, like.text), self.config.guidance
+        unet, schedule = self.teacher.unet, self.teacher.schedule
+        return sample(unet, schedule, like.text, start, steps, guidance=guidance, uncond=uncond)
 
     def _decode(self, latents: list[Tensor]) -> list[Tensor]:
         stacks = (torch.stack(list(same)).float() for _, same in groupby(latents, key=lambda z: z.shape))
