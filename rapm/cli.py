@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """UserError with argparse's own words."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
+    """The whole command line; `run` of the parsed arguments is the function of the command."""
     parser = Parser(prog="rapm", description="Distil a text-to-image diffusion model into a 4-step LoRA.")
     parser.add_argument("--version", action="version", version=f"rapm-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -186,18 +188,21 @@ def pick_preset(teacher: str, wanted: str | None) -> str:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
+    """`rapm train`."""
     from rapm.train import train
 
     train(settings(arguments), resume=arguments.resume_from_checkpoint, dry_run=arguments.dry_run)
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
+    """`rapm plan`."""
     from rapm.memory.planner import plan_for
 
     print(plan_for(settings(arguments)))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
+    """`rapm doctor`; 1 where something does not work."""
     from rapm.doctor import examine
 
     lines, works = examine(arguments.output_dir)
@@ -206,6 +211,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def run_trajectories(arguments: argparse.Namespace) -> int:
+    """`rapm trajectories`; 1 for a damaged store."""
     from rapm.train import solve_only
     from rapm.trajectories import verify
 
@@ -219,6 +225,7 @@ def run_trajectories(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
+    """`rapm sample`: the pictures' paths."""
     from rapm.draw import draw
     from rapm.prompts import read_prompts
 
@@ -243,6 +250,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
+    """`rapm evaluate`: the embedded teacher by its judge, every other by FID, KID and CLIP score."""
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
     embedded = Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded"
     judged = arguments.captions is None and embedded
@@ -276,6 +284,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
+    """`rapm export`."""
     import torch
 
     from rapm.train import export_run
@@ -287,12 +296,14 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
+    """`rapm report`."""
     from rapm.report.page import write_report
 
     print(write_report(arguments.folder))
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
+    """`rapm bench`."""
     from rapm.bench.run import run
 
     return run(arguments.ops, arguments.models, arguments.quick, arguments.output)

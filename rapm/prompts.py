@@ -47,6 +47,7 @@ class Prompts:
 
     @property
     def texts(self) -> list[str]:
+        """Without the negative ones."""
         return [row.text for row in self.rows]
 
     def __str__(self) -> str:

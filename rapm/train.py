@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -323,7 +324,6 @@ def _set_aside(folder: Path, done: int) -> None:
             path.replace(folder / f"previous-{number}" / path.name)
 
 
-if __name__ == "__main__":
-    from rapm.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
+if __name__ == "__main__":  # the command line knows this module, not the other way round
+    sys.argv.insert(1, "train")
+    runpy.run_module("rapm", run_name="__main__")

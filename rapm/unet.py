@@ -324,6 +324,7 @@ class Block(nn.Module):
         self.add_module(self.resampler, nn.ModuleList(nn.ModuleDict({"conv": conv}) for conv in convs))
 
     def layer(self, i: int, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, memory: Memory) -> Tensor:
+        """The i-th resnet and, where the block has them, attention: B C H W to B C' H W."""
         with memory.layer(f"{self.name}.{i}") as saved:
             h, x = saved.run(self.resnets[i], x, emb, lora)
             return self.attentions[i](h, x, hidden, lora, saved) if i < len(self.attentions) else h + x

@@ -230,10 +230,12 @@ def base_name(teacher: Teacher) -> str:
 
 
 def title(teacher: Teacher, config: Config) -> str:
+    """What clients show as the LoRA's name."""
     return f"RAPM {config.steps}-step LoRA of {base_name(teacher)}"
 
 
 def recipe(config: Config) -> str:
+    """How to sample, in words."""
     return f"DDIM with trailing timesteps, {config.steps} steps, guidance (CFG) 1.0"
 
 

@@ -89,6 +89,7 @@ def variant(folder: Path) -> str | None:
 
 
 def first_line(error: Exception) -> str:
+    """Of a library's message, 160 letters at most."""
     return textwrap.shorten(str(error).strip().partition("\n")[0], 160)
 
 

@@ -20,6 +20,8 @@ MOVED_CELLS = 96  # over all that can be moved to the host
 
 
 class Option(NamedTuple):
+    """A policy of one layer: bytes kept and moved, seconds added to a slot."""
+
     policy: Policy
     kept: int
     moved: int
@@ -48,6 +50,8 @@ def options(name: str, sizes: Sizes, card: Card, last: bool) -> list[Option]:
 
 
 class Choice(NamedTuple):
+    """A policy for every layer, and what they keep, move and cost together."""
+
     policies: dict[str, Policy]
     kept: int
     moved: int

@@ -59,6 +59,8 @@ class Pass(NamedTuple):
 
 
 class Note(NamedTuple):
+    """One tensor that a forward keeps, its size in bytes."""
+
     layer: str
     unit: int  # 0 outside resnets and transformer blocks
     size: int
@@ -77,6 +79,7 @@ class Ledger(Memory):
         self.notes: list[Note] = []
 
     def layer(self, name: str) -> Noted:
+        """As `Memory.layer`, and noting."""
         return Noted(self, name)
 
     @contextmanager
@@ -86,6 +89,7 @@ class Ledger(Memory):
             yield
 
     def note(self, layer: str, unit: int, x: Tensor, level: str | None) -> Tensor:
+        """Count the storage of `x`, once."""
         storage = x.untyped_storage()
         if storage._cdata not in self._seen:
             self._refs.append(StorageWeakRef(storage))
@@ -104,6 +108,7 @@ class Noted(Saved):
         self.ledger, self.name, self.unit, self.units, self.depth = ledger, name, 0, 0, 0
 
     def run(self, module: nn.Module, *args: object) -> object:
+        """As `Saved.run`, a unit of its own."""
         self.units += 1
         self.unit = self.units
         try:
@@ -112,6 +117,7 @@ class Noted(Saved):
             self.unit = 0
 
     def pack(self, x: Tensor) -> object:
+        """As `Saved.pack`, and noted."""
         self.depth += 1
         kept = super().pack(x)
         self.depth -= 1
@@ -129,6 +135,7 @@ def meta_unet(config: dict, dtype: torch.dtype) -> UNet:
 
 
 def meta_text(config: dict, batch: int = 1) -> Text:
+    """Embeddings of `batch` prompts on the meta device."""
     with torch.device("meta"):
         contexts = config["cross_attention_dim"]
         hidden = torch.empty(batch, TOKENS, contexts[-1] if isinstance(contexts, (list, tuple)) else contexts)
