@@ -25,7 +25,7 @@ from rapm.disk import held, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, client_name, write_workflow
-from rapm.export.files import export_lora, verify_export, writing
+from rapm.export.files import export_lora, verify_export
 from rapm.export.hub import claim_repo, upload
 from rapm.export.lora_file import WEIGHTS
 from rapm.export.merge import export_merged, verify_merged
@@ -229,14 +229,13 @@ def finish(
     export_lora(folder, lora, teacher, config=config, steps_done=training.done, dtype=dtype)
     verify_export(folder, teacher, lora, **proof)
     measured = training.measure()
-    with writing(folder):
-        picture(training, measured.pictures, folder / "samples.png")
-        write_workflow(folder, teacher, config=config, prompt=prompts[0])
-        write_model_card(
-            folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
-            metrics={"held-out trajectories": card_figures(measured.figures)},
-        )  # fmt: skip
-        report = write_report(folder)
+    picture(training, measured.pictures, folder / "samples.png")
+    write_workflow(folder, teacher, config=config, prompt=prompts[0])
+    write_model_card(
+        folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
+        metrics={"held-out trajectories": card_figures(measured.figures)},
+    )  # fmt: skip
+    report = write_report(folder)
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
     print(best_line(folder, training.done, measured.figures.get("val_fd"), find_best(folder)))
     print(f"report: {report}")

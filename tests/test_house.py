@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can see: imports go one way, files stay short, public names say what they do."""
+"""The rules of the house that a machine can see: imports go one way, files are short, public names are documented."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 def test_a_circle_is_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
-    late = ast.parse("if TYPE_CHECKING:\n from rapm.train import train\ndef f():\n from rapm import cli\n import rapm.step")
+    late = ast.parse(
+        "if TYPE_CHECKING:\n from rapm.train import train\ndef f():\n from rapm import cli\n import rapm.step"
+    )
     assert [*imports(late)] == ["rapm.cli", "rapm.step"]
 
 

@@ -335,6 +335,7 @@ def test_a_disk_that_fills_up_loses_nothing(place, finished, tmp_path, monkeypat
         if refused:
             assert code == (2 if refused == "metadata.json" else 1), refused  # a store that cannot begin is no run yet
             assert len(errors) == 1 and "No space left on device" in errors[0], errors
+            assert ("rapm export --run" in errors[0]) == (refused == "diffusers/pytorch_lora")
         else:
             assert code == 0
     mine, theirs = (load_checkpoint_of(folder / "checkpoint-6") for folder in (tmp_path / "run", finished))

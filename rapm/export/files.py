@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -60,7 +59,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
 class ExportError(RuntimeError):
-    """An export that could not be written, or does not do in stock software what the student does here."""
+    """An export that does not do in stock software what the student does here, or that the hub does not take."""
 
 
 def export_lora(
@@ -74,7 +73,7 @@ def export_lora(
 ) -> None:
     """Writes both files of `FILES` from `LoRA.export()`, each whole or not at all; alpha is the rank, the scale 1.
 
-    `dtype` is the files': fp32 loses nothing, and at the ranks used here is small. ExportError where nothing can be
+    `dtype` is the files': fp32 loses nothing, and at the ranks used here is small. OSError where nothing can be
     written.
     """
     folder = Path(folder)
@@ -93,23 +92,9 @@ def export_lora(
         peft |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     adapter = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "rank_pattern": {}, "alpha_pattern": {}}
     settings = json.dumps({f"unet.{key}": value for key, value in adapter.items()}, indent=2, sort_keys=True)
-    with writing(folder):
-        (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / FILES[0], save(kohya, headers | _hashes(kohya)))
-        write_atomic(folder / FILES[1], save(peft, headers | _hashes(peft) | {"lora_adapter_metadata": settings}))
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What writes to a run's folder: a full disk or a folder that is not ours becomes an ExportError of one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
-        raise ExportError(
-            f"{where or folder} cannot be written ({why or error}); the checkpoints and what was "
-            f"written before are kept: once there is room, `rapm export --run {folder}`"
-        ) from error
+    (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FILES[0], save(kohya, headers | _hashes(kohya)))
+    write_atomic(folder / FILES[1], save(peft, headers | _hashes(peft) | {"lora_adapter_metadata": settings}))
 
 
 def verify_export(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rapm.export.files import base_name, compare, writing
+from rapm.export.files import base_name, compare
 from rapm.export.lora_file import Weights, folded
 
 if TYPE_CHECKING:
@@ -27,24 +29,25 @@ def export_merged(folder: str | Path, lora: Weights, teacher: Teacher, *, dtype:
 
     Weights in safetensors of `dtype`, the scheduler the recipe's. The sum is rounded to `dtype` once: fp32 loses
     nothing, bf16 keeps 8 bits of a weight, and with them not all of a small update. Needs host memory for a second
-    UNet. ExportError where it cannot be written.
+    UNet. OSError where it cannot be written.
     """
     folder = Path(folder)
     path, new, old = (folder / name for name in (MERGED, f"{MERGED}.tmp", f"{MERGED}.old"))
-    with writing(folder):
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            merged_pipeline(teacher, lora, dtype).save_pretrained(new, safe_serialization=True)
-            for file in new.rglob("*.*"):
-                with open(file, "rb+") as written:
-                    os.fsync(written.fileno())
-            if path.exists():
-                path.replace(old)
-            new.replace(path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        merged_pipeline(teacher, lora, dtype).save_pretrained(new, safe_serialization=True)
+        for file in new.rglob("*.*"):
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        if path.exists():
+            path.replace(old)
+        new.replace(path)
+    except SafetensorError as error:  # its way to say what the disk said
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return path
 
 
