@@ -51,6 +51,13 @@ def save_best(folder: Path, state: dict[str, Tensor], done: int, config: Config,
     _write(folder / BEST, state, done, config, {"fd": repr(fd)})
 
 
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove the empty folders that a kill leaves between making or removing one and its file."""
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
 def find_best(folder: Path) -> tuple[int, float] | None:
     """The iteration and the FD of `checkpoint-best`; None where there is none. UserError for a damaged one."""
     if not (folder / BEST / STATE).is_file():

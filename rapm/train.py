@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rapm.checkpoint import BEST, checkpoints, find_best, find_checkpoint, load_checkpoint, save_best, save_checkpoint
+from rapm.checkpoint import (
+    BEST,
+    checkpoints,
+    find_best,
+    find_checkpoint,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+    sweep_checkpoints,
+)
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import held, sweep, write_atomic
@@ -303,6 +312,7 @@ def _claimed(folder: Path) -> Iterator[None]:
             (folder / ".writable").unlink()
             stack.enter_context(held(folder))
             sweep(folder)
+            sweep_checkpoints(folder)
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
         yield
