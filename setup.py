@@ -14,6 +14,7 @@ EVAL = ["torchmetrics>=1.9", "torch-fidelity>=0.3"]
 TEST = [
     "pytest",
     "pytest-benchmark",
+    "pytest-cov",
     "pytest-timeout",
     "pytest-xdist",
     "hypothesis",
