@@ -34,6 +34,7 @@ from step import SMALL
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from rapm.architecture import complete
 from rapm.bench.run import MODELS, Model, card, need_gpu
 from rapm.config import Config
 from rapm.device import captured
@@ -42,11 +43,11 @@ from rapm.loading.families import Model as Planned
 from rapm.memory import cards
 from rapm.memory.budget import Budget, summary
 from rapm.memory.cards import GIB, MIB
+from rapm.memory.low_precision import low_precision
 from rapm.memory.planner import Planner
 from rapm.memory.saved import Memory, Saved
 from rapm.schedule import Schedule
 from rapm.step import SlotMemory
-from rapm.unet import complete
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {"sdxl": ("none", "24G", "16G", "12G", "8G", "6G"), "sd15": ("none", "24G", "16G", "12G", "8G", "6G", "4G")}
@@ -102,12 +103,15 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
     device, (model, planned) = device_of(check), model_of(name, check)
     config = Config.preset(name).replace(lora_rank=rank, vram="auto" if vram == "none" else vram)
     budget = None if vram == "none" else Budget(planned, config, device)
-    if budget is not None and device.type == "cuda":
+    mode = "full" if budget is None else budget.planner.config.frozen_weights
+    unet = low_precision(random_unet(model.unet, device.type), mode)
+    if budget is not None and device.type == "cuda":  # now: a run loads its weights layer by layer
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         cards.cap(device, budget.bytes)
-    unet = random_unet(model.unet, device.type)
     trajectory = random_trajectory(unet, config, model.side)
     step, notes = make_step(unet, config, trajectory), []
-    row: dict = {}
+    row: dict = {"frozen_weights": mode}
     if budget is None:
         row["predicted_mib"] = Planner(planned, config, cards.CARDS[-1]).plan(None).phases["train"] / MIB
     else:

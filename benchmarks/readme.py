@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results/: `python benchmarks/readme.py` (`--check` only compares)."""
+"""Write the tables of README and docs/ from benchmarks/results/: `python benchmarks/readme.py` (`--check` compares)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import argparse
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
+
+import readme_runs
+import scaling
+from tables import fill, rows_table
 
 ROOT = Path(__file__).parents[1]
 WATCHING = "discriminators that only watch"  # benchmarks/quality.py
@@ -88,17 +91,6 @@ COLUMNS = {
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def fill(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False)
-
-
-def rows_table(rows: list[tuple[str, dict[str, str]]]) -> str:
-    """A Markdown table with the columns of its first row."""
-    columns = [*rows[0][1]]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(cells[c] for c in columns) + " |" for name, cells in rows])
 
 
 def figures(row: dict, spread: dict | None = None) -> dict[str, str]:
@@ -346,11 +338,19 @@ def stops() -> str:
     return fill(STOPS.format(stops=found, signals=listed(found["by_signal"]), phases=listed(found["by_phase"])))
 
 
+def full() -> str:
+    """The README's section on full-size teachers, of the models that are there."""
+    return readme_runs.full({m: load(f"full_teacher_{m}") for m in MODELS if there(f"full_teacher_{m}")})
+
+
 # Section -> what writes it, the results without which it stays as it is
 SECTIONS = {
     "quality": (quality, "ablation"), "teacher": (teacher, "teacher"), "kernels": (kernels, "kernels"),
-    "slot": (slot, "slot_time"), "stops": (stops, "stops"),
+    "slot": (slot, "slot_time"), "stops": (stops, "stops"), "full": (full, "full_teacher_sdxl"),
 }  # fmt: skip
+# Those that show the report of their own name
+RUNS = ("step", "trajectories", "memory", "job", "soak", "crowd", "distributed")
+SECTIONS |= {name: (lambda name=name: getattr(readme_runs, name)(load(name)), name) for name in RUNS}
 
 
 def there(name: str) -> bool:
@@ -380,6 +380,7 @@ def main() -> None:
     files = [(ROOT / "README.md", render), (ROOT / "docs" / "hinge.svg", lambda text: hinge_svg())]
     if there("slot_time"):
         files.append((ROOT / "docs" / "slot_time.svg", lambda text: slot_svg()))
+        files.append((ROOT / "docs" / "scaling.md", scaling.render))
     for path, write in files:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         new = write(text)

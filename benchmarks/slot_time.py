@@ -54,7 +54,7 @@ FAMILIES = (
 REPLACES = {
     "group_norm": "norm", "layer_norm": "norm", "geglu": "elementwise", "attention": "attention", "frozen": "conv",
     "lora_gemm": "gemm", "lora": "lora", "low_rank": "lora", "disc_head": "heads", "position": "elementwise",
-    "renoise": "elementwise", "guided": "elementwise",
+    "renoise": "elementwise", "guided": "elementwise", "int8": "gemm", "quantise": "copy",
 }  # fmt: skip
 PROFILED = 2  # slots; all are the same graph
 OTHER_LIMIT = 0.03  # a larger share of `other` means that the table above is out of date
@@ -84,7 +84,7 @@ def random_unet(config: Mapping, device: str, dtype: torch.dtype = torch.bfloat1
             x.normal_(0, 0.02)
         else:
             x.fill_(name.endswith(".weight"))  # of a norm: 1; a bias: 0
-    unet = unet.to(memory_format=torch.channels_last)
+    unet = unet.to(memory_format=torch.channels_last).join()
     if device == "cuda":
         torch.cuda.synchronize()  # other streams will read it
     return unet

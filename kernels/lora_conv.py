@@ -64,7 +64,7 @@ def _gather_kernel(
     tl.store(h + m * R + r, t, mask=exists & (r < R) & (tl.program_id(1) == 0))
     begin = tl.program_id(1) * SPAN
     y += m.to(tl.int64) * N
-    update(t, up, 1, R, None, y, exists, begin, tl.minimum(begin + SPAN, N), R, True, BN, BR)
+    update(t, up, 1, R, None, y, exists, begin, tl.minimum(begin + SPAN, N), R, R, 0, True, BN, BR)
 
 
 @jit
@@ -95,7 +95,7 @@ def _spread_kernel(
         begin = tl.program_id(1) * SPAN
         dx += m.to(tl.int64) * C
         end = tl.minimum(begin + SPAN, C)
-        update(t, d, C, 1, None, dx, m < M, begin, end, R * SIDE * SIDE, True, BN, BR)
+        update(t, d, C, 1, None, dx, m < M, begin, end, R * SIDE * SIDE, R, 0, True, BN, BR)
 
 
 def _positions(x: Tensor) -> Tensor:

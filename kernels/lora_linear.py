@@ -7,7 +7,11 @@ The frozen product is cuBLAS's in both directions, and adds to what it finds in 
 (low_rank.rows) reads x, writes h and begins y = b + h up^T; backward, the same launch reads dy and begins dx = g down.
 ddown and dup are one or two more (low_rank.sums). Above rank 16 cuBLAS does all.
 
-Shapes: M rows of x (all leading dimensions), K inputs, N outputs, R rank; x: ... K, W: N K, b: N, down: R K, up: N R.
+G layers of one size that share x are one: their W, b, down and up lie below one another, so down has more rows than up
+columns. R columns of h and N / G of y belong to each: the product with up is block diagonal.
+
+Shapes: M rows of x (all its leading dimensions), K inputs, N outputs, R rank; x: ... K, W: N K, b: N, down: GR K,
+up: N R.
 """
 
 from __future__ import annotations
@@ -22,20 +26,37 @@ from rapm.kernels.runtime import enabled
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
+    parts = zip(F.linear(x, down).split(up.shape[1], -1), up.chunk(groups(down, up)), strict=True)
+    return F.linear(x, weight, bias) + torch.cat([F.linear(h, part) for h, part in parts], -1)
+
+
+def groups(down: Tensor, up: Tensor) -> int:
+    """The number of layers in one."""
+    return len(down) // up.shape[1]
 
 
 def _product(
-    x: Tensor, frozen: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    x: Tensor, frozen: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, groups_a: int = 1, groups_b: int = 1
 ) -> tuple[Tensor, Tensor]:  # (M K) (K N) (N) (K R) (R N) -> M N, M R
     """y = x frozen + bias + t b, and t = x a."""
-    if small(a.shape[1]):
-        y = x.new_empty(len(x), frozen.shape[1])
-        t = rows(x, a, b, bias, y)
+    y = x.new_empty(len(x), frozen.shape[1])
+    if small(a.shape[1] * groups_a):
+        t = rows(x, a, b, bias, y, groups_a=groups_a, groups_b=groups_b)
+        return y.addmm_(x, frozen), t
+    t = blocks(x, a, groups_a, 0)
+    if groups_b > 1:
+        y = blocks(t, b, groups_b, 1)
+        y = y if bias is None else y.add_(bias)
     else:
-        t = x @ a
         y = t @ b if bias is None else torch.addmm(bias, t, b)
     return y.addmm_(x, frozen), t
+
+
+def blocks(x: Tensor, a: Tensor, count: int, along: int) -> Tensor:
+    """x times the block diagonal matrix whose `count` blocks lie in a along its first or its second dimension."""
+    if count == 1:
+        return x @ a
+    return torch.cat([part @ block for part, block in zip(x.chunk(count, 1), a.chunk(count, along), strict=True)], 1)
 
 
 @torch.library.custom_op("rapm::lora_linear", mutates_args=())
@@ -43,7 +64,7 @@ def _lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor]:  # y, h
     shape, x = (*x.shape[:-1], len(weight)), matrix(x)
-    y, h = _product(x, weight.t(), bias, down.t(), up.t())
+    y, h = _product(x, weight.t(), bias, down.t(), up.t(), groups_b=groups(down, up))
     return y.view(shape), h
 
 
@@ -53,13 +74,13 @@ def _lora_linear_backward(
 ) -> list[Tensor]:
     """dx if it is wanted, ddown if x is given, dup if h is given."""
     shape, dy, rank = (*dy.shape[:-1], down.shape[1]), matrix(dy), len(down)
-    x, g, dx = None if x is None else matrix(x), None, []
+    x, g, dx, count = None if x is None else matrix(x), None, [], groups(down, up)
     if wants_x:
-        y, g = _product(dy, weight, None, up, down)
+        y, g = _product(dy, weight, None, up, down, groups_a=count)
         dx = [y.view(shape)]
     elif x is not None:
-        g = rows(dy, up) if small(rank) else dy @ up
-    return dx + sums(g, x, h, dy, small(rank))
+        g = rows(dy, up, groups_a=count) if small(rank) else blocks(dy, up, count, 0)
+    return dx + sums(g, x, h, dy, small(rank), count)
 
 
 @_lora_linear.register_fake
@@ -99,6 +120,7 @@ _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
     """x W^T + b + (x down^T) up^T for x (... K), frozen W (N K) and b (N or None), down (R K), up (N R): ... N.
 
+    G layers of one size in one where down is GR K: the i-th N/G columns are x W_i^T + b_i + (x down_i^T) up_i^T.
     Gradients for x, down and up. TypeError where W or b requires one.
     """
     if not enabled(x):

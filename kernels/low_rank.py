@@ -6,7 +6,11 @@ sums: g^T x and dy^T h, the low-rank weights' gradients: each program has some c
 of them, and then a second launch adds up the parts, in fp32 and in a fixed order. With ranks of 1 these are products of
 vectors, else tensor cores at 16 columns and more.
 
-Shapes: M rows, K and N columns, R rank; x: M K, a: K R, b: R N, y: M N, t, g and h: M R.
+Several layers may share x: their groups of t's columns, R each, belong to equal parts of y's. Then the matrix on the
+side of y is block diagonal, and only its blocks are in memory, below one another.
+
+Shapes: M rows, K and N columns, R rank in all, RANK that of a group; x: M K, a: K R, b: R N, y: M N, t, g and h: M R.
+A grouped a is K RANK, a grouped b RANK N; SEG columns of the long side belong to a group, 0 where there are none.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ STAGES = 4  # tiles in flight: 64 KiB of shared memory at most
 # Matrices are addressed as pointer + row * stride + column. Offsets into x, y, dy and dx are int64; those into the
 # low-rank matrices, at most 128 columns wide, fit in 31 bits. A rank of 1 is BR = 1: products and sums of vectors.
 @jit
-def _project(x, exists, a, a_k, a_r, K, R, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr):
+def _project(
+    x, exists, a, a_k, a_r, K, R, RANK, SEG: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Rows at x (BM 1 pointers) times a (K R): BM BR in fp32."""
     r = tl.arange(0, BR)[None, :]
     t = tl.zeros((BM, BK if BR == 1 else BR), tl.float32)
@@ -35,19 +42,28 @@ def _project(x, exists, a, a_k, a_r, K, R, BM: tl.constexpr, BK: tl.constexpr, B
         if BR == 1:
             t += tile.to(tl.float32) * tl.load(a + k * a_k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         else:
-            at = tl.load(a + k[:, None] * a_k + r * a_r, mask=(k < K)[:, None] & (r < R), other=0.0)
+            mask, column = (k < K)[:, None] & (r < R), r
+            if SEG:
+                mask, column = mask & (k[:, None] // SEG == r // RANK), r % RANK
+            at = tl.load(a + k[:, None] * a_k + column * a_r, mask=mask, other=0.0)
             t = tl.dot(tile, at, t, input_precision="ieee")
     return tl.sum(t, axis=1, keep_dims=True) if BR == 1 else t
 
 
 @jit
-def update(t, b, b_r, b_n, bias, y, exists, begin, end, R, ADD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+def update(
+    t, b, b_r, b_n, bias, y, exists, begin, end, R, RANK, SEG: tl.constexpr,
+    ADD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """Columns begin..end of rows at y (BM 1 pointers) = [y if ADD] + [bias] + t b, for t (BM BR) and b (R N)."""
     r = tl.arange(0, BR)[:, None]
     for start in range(begin, end, BN):
         n = start + tl.arange(0, BN)[None, :]
         mask = exists & (n < end)
-        bt = tl.load(b + r * b_r + n * b_n, mask=(r < R) & (n < end), other=0.0)
+        mask_b, row = (r < R) & (n < end), r
+        if SEG:
+            mask_b, row = mask_b & (n // SEG == r // RANK), r % RANK
+        bt = tl.load(b + row * b_r + n * b_n, mask=mask_b, other=0.0)
         if BR == 1:
             tile = t.to(tl.float32) * bt.to(tl.float32)
         else:
@@ -61,24 +77,25 @@ def update(t, b, b_r, b_n, bias, y, exists, begin, end, R, ADD: tl.constexpr, BN
 
 @jit
 def _rows_kernel(
-    x, x_row, a, a_k, a_r, h, b, b_r, b_n, bias, y, M, K, N, R, SPAN,
+    x, x_row, a, a_k, a_r, h, b, b_r, b_n, bias, y, M, K, N, R, RANK, SPAN, SEG_A: tl.constexpr, SEG_B: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h = x a, and y (M N) = [bias] + h b. A program has BM rows and SPAN columns of y: the first of a row stores h."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     exists = m < M
-    t = _project(x + m.to(tl.int64) * x_row, exists, a, a_k, a_r, K, R, BM, BK, BR, STAGES).to(h.dtype.element_ty)
+    x += m.to(tl.int64) * x_row
+    t = _project(x, exists, a, a_k, a_r, K, R, RANK, SEG_A, BM, BK, BR, STAGES).to(h.dtype.element_ty)
     r = tl.arange(0, BR)[None, :]
     tl.store(h + m * R + r, t, mask=exists & (r < R) & (tl.program_id(1) == 0))
     begin = tl.program_id(1) * SPAN
     if y is not None:
         end = tl.minimum(begin + SPAN, N)
-        update(t, b, b_r, b_n, bias, y + m.to(tl.int64) * N, exists, begin, end, R, False, BN, BR)
+        update(t, b, b_r, b_n, bias, y + m.to(tl.int64) * N, exists, begin, end, R, RANK, SEG_B, False, BN, BR)
 
 
 @jit
 def _sums(
-    t, v, v_row, out, out_c, out_r, block, begin, end, C, R,
+    t, v, v_row, out, out_c, out_r, block, begin, end, C, R, RANK, SEG: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Columns of v (M C) from block * BC on: out[c, r] = sum over rows m in begin..end of v[m, c] t[m, r]."""
@@ -96,25 +113,29 @@ def _sums(
     if BR == 1:
         tl.store(out + c * out_c, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=c < C)
     else:
-        out += c[:, None] * out_c + r * out_r
-        tl.store(out, total.to(out.dtype.element_ty), mask=(c < C)[:, None] & (r < R))
+        mask, column = (c < C)[:, None] & (r < R), r
+        if SEG:
+            mask, column = mask & (c[:, None] // SEG == r // RANK), r % RANK
+        tl.store(out + c[:, None] * out_c + column * out_r, total.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
 def _sums_kernel(
-    g, x, x_row, ddown, MX, ROWS_X, K, RG, h, dy, dy_row, dup, MY, ROWS_Y, N, RH,
+    g, x, x_row, ddown, MX, ROWS_X, K, RG, h, dy, dy_row, dup, MY, ROWS_Y, N, RH, RANK, SEG: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ddown (RG K) = g^T x and dup (N RH) = dy^T h over a part of the rows; the parts' results follow one another."""
+    """ddown (RG K) = g^T x and dup (N RANK) = dy^T h over a part of the rows; the parts' results follow one another."""
     part = tl.program_id(1)
     block = tl.program_id(0)
     blocks = tl.cdiv(K, BC)
     if block < blocks:
         end = tl.minimum((part + 1) * ROWS_X, MX)
-        _sums(g, x, x_row, ddown + part * RG * K, 1, K, block, part * ROWS_X, end, K, RG, BM, BC, BG, STAGES)
+        _sums(g, x, x_row, ddown + part * RG * K, 1, K, block, part * ROWS_X, end, K, RG, RG, 0, BM, BC, BG, STAGES)
     else:
         end = tl.minimum((part + 1) * ROWS_Y, MY)
-        _sums(h, dy, dy_row, dup + part * RH * N, RH, 1, block - blocks, part * ROWS_Y, end, N, RH, BM, BC, BH, STAGES)
+        dup += part * RANK * N
+        begin = part * ROWS_Y
+        _sums(h, dy, dy_row, dup, RANK, 1, block - blocks, begin, end, N, RH, RANK, SEG, BM, BC, BH, STAGES)
 
 
 @jit
@@ -155,9 +176,15 @@ def tile_of(m: int, rank: int, x: Tensor) -> dict[str, int]:
     return dict(BM=16 if width == 16 else 32, BK=wide, BN=wide, num_warps=4)
 
 
-def rows(x: Tensor, a: Tensor, b: Tensor | None = None, bias: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-    """h = x a for x (M K) and a (K R), and where y (M N, contiguous) is given, y = [bias] + h b (R N)."""
-    m, k, rank, n = *x.shape, a.shape[1], 0 if y is None else y.shape[1]
+def rows(
+    x: Tensor, a: Tensor, b: Tensor | None = None, bias: Tensor | None = None, y: Tensor | None = None, *,
+    groups_a: int = 1, groups_b: int = 1,
+) -> Tensor:  # fmt: skip
+    """h = x a for x (M K) and a (K R), and where y (M N, contiguous) is given, y = [bias] + h b (R N).
+
+    With `groups_a`, a (K R/groups) are the blocks of a diagonal, and with `groups_b` b (R/groups N) are.
+    """
+    m, k, rank, n = *x.shape, a.shape[1] * groups_a, 0 if y is None else y.shape[1]
     tile = tile_of(m, rank, x)
     blocks = triton.cdiv(m, tile["BM"])
     # Programs that share rows each compute h: only as many as would be idle, and as y is worth
@@ -165,21 +192,29 @@ def rows(x: Tensor, a: Tensor, b: Tensor | None = None, bias: Tensor | None = No
     span = triton.cdiv(triton.cdiv(max(n, 1), share), tile["BN"]) * tile["BN"]
     h = x.new_empty(m, rank)
     _rows_kernel[(blocks, triton.cdiv(max(n, 1), span))](
-        x, x.stride(0), a, *a.stride(), h, b, *((0, 0) if b is None else b.stride()), bias, y, m, k, n, rank, span,
-        BR=width_of(rank), STAGES=STAGES, **tile,
+        x, x.stride(0), a, *a.stride(), h, b, *((0, 0) if b is None else b.stride()), bias, y, m, k, n, rank,
+        rank // max(groups_a, groups_b), span, 0 if groups_a == 1 else k // groups_a,
+        0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=STAGES, **tile,
     )  # fmt: skip
     return h
 
 
-def sums(g: Tensor | None, x: Tensor | None, h: Tensor | None, dy: Tensor | None, kernels: bool) -> list[Tensor]:
+def sums(
+    g: Tensor | None, x: Tensor | None, h: Tensor | None, dy: Tensor | None, kernels: bool, groups: int = 1
+) -> list[Tensor]:
     """g^T x for g (M R) and x (M K), unless x is None, and dy^T h for h (M' R') and dy (M' N), unless h is None.
 
-    By cuBLAS without `kernels`.
+    With `groups`, the second is that product's diagonal blocks, N R'/groups. By cuBLAS without `kernels`.
     """
     if x is None and h is None:
         return []
     if not kernels:
-        return ([] if x is None else [g.t() @ x]) + ([] if h is None else [dy.t() @ h])
+        out = [] if x is None else [g.t() @ x]
+        if h is not None:
+            pairs = zip(dy.chunk(groups, 1), h.chunk(groups, 1), strict=True)
+            blocks = [part.t() @ columns for part, columns in pairs]
+            out.append(blocks[0] if groups == 1 else torch.cat(blocks))
+        return out
     none = (g if h is None else h).new_empty(0, 0)
     (g, x), (h, dy) = (none, none) if x is None else (g, x), (none, none) if h is None else (h, dy)
     widths = width_of(g.shape[1]), width_of(h.shape[1])
@@ -194,13 +229,15 @@ def sums(g: Tensor | None, x: Tensor | None, h: Tensor | None, dy: Tensor | None
         wanted = triton.cdiv(WAVES * processors(x.device) * columns, x.shape[1] + dy.shape[1])
     blocks = triton.cdiv(x.shape[1], columns) + triton.cdiv(dy.shape[1], columns)
     parts = max(1, min(PARTS, triton.cdiv(longest, tile["BM"]), wanted))
-    out = found = [x.new_empty(g.shape[1], x.shape[1]), x.new_empty(dy.shape[1], h.shape[1])]
+    rank = h.shape[1] // groups
+    out = found = [x.new_empty(g.shape[1], x.shape[1]), x.new_empty(dy.shape[1], rank)]
     if parts > 1:
         found = [o.new_empty(parts, *o.shape, dtype=torch.float32) for o in out]
     args = []
     for t, v, o in zip((g, h), (x, dy), found, strict=True):
         args += [t, v, v.stride(0), o, len(v), triton.cdiv(len(v), parts), v.shape[1], t.shape[1]]
-    _sums_kernel[(blocks, parts)](*args, BG=widths[0], BH=widths[1], STAGES=STAGES, **tile)
+    seg = 0 if groups == 1 else dy.shape[1] // groups
+    _sums_kernel[(blocks, parts)](*args, rank, seg, BG=widths[0], BH=widths[1], STAGES=STAGES, **tile)
     if parts > 1:
         sizes, pad = [o.numel() for o in out], triton.next_power_of_2(parts)
         grid = (triton.cdiv(sum(sizes), 4096 // pad),)

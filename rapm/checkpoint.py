@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rapm import distributed
 from rapm.config import Config
 from rapm.disk import write_atomic
 from rapm.errors import UserError
@@ -23,6 +24,7 @@ from rapm.finite import finite
 
 STATE = "state.safetensors"
 BEST = "checkpoint-best"
+FORMAT = "2"  # of the state: raised whenever a tensor's layout changes
 # Settings that a resumed run may change: they decide where, how far and how often, not what is computed. The prompts'
 # words are in the store, which refuses others.
 FREE = {
@@ -95,10 +97,17 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     return state, done
 
 
+def ranks(path: Path) -> int:
+    """How many processes made the checkpoint. UserError for a damaged one."""
+    return int(_header(path).get("ranks", 1))
+
+
 def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extra: dict[str, str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    header = {"iterations": str(done), "config": json.dumps(asdict(config)), **extra}
+    header = {"format": FORMAT, "iterations": str(done), "config": json.dumps(asdict(config)), **extra}
+    if distributed.world() > 1:
+        header["ranks"] = str(distributed.world())
     try:
         write_atomic(path / STATE, save(tensors, header))
     except OSError:
@@ -120,7 +129,10 @@ def _header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path / STATE, framework="pt") as file:
             header = file.metadata() or {}
-        int(header["iterations"]), {**json.loads(header["config"])}, float(header.get("fd", 0))
-        return header
+        int(header["iterations"]), int(header.get("ranks", 1)), float(header.get("fd", 0))
+        {**json.loads(header["config"])}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error
+    if header.get("format") != FORMAT:
+        raise UserError(f"resume: {path} was written by another version of rapm-fast: finish the run with that one")
+    return header

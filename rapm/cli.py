@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     import torch
 
+    from rapm import distributed
+
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
     from rapm.errors import RunError
     from rapm.export.files import ExportError
@@ -72,8 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         code, message = 143 if isinstance(stop, Terminated) else 130, "stopped"
     except torch.OutOfMemoryError as error:
         code, message = 1, f"out of memory ({str(error).splitlines()[0]}); checkpoints and trajectories are kept"
-    print(f"rapm: {message}", file=sys.stderr)
-    return code
+    except Exception:
+        if distributed.world() == 1:
+            raise
+        code, message = 1, traceback.format_exc()
+    return distributed.fail(code, message)
 
 
 def build_parser() -> Parser:

@@ -25,6 +25,7 @@ CHOICES = {
     "relative_start": ("teacher", "student"),
     "report_to": ("tensorboard", "wandb", "none"),
     "attention": BACKENDS,
+    "frozen_weights": ("auto", "full", "int8", "nf4"),
 }
 AT_LEAST_ONE = (
     "steps", "fine_steps", "trajectories", "solve_batch", "lora_rank", "max_train_steps", "checkpointing_steps",
@@ -53,6 +54,9 @@ class Config:
     buckets: tuple[tuple[int, int], ...] = ()
     seed: int = 0
     mixed_precision: str = "no"  # dtype of the frozen weights: "no" (fp32), "bf16" or "fp16"; LoRA and heads stay fp32
+    # Of the UNet: "full" (as mixed_precision says), "int8" (linear layers, multiplied in int8) or "nf4" (those in 4
+    # bits, convolutions in 8). The teacher is then another, if a near one: "auto" is full unless no plan fits --vram.
+    frozen_weights: str = "auto"
     device: str = "auto"
     vram: str = "auto"  # "12G", "16GB": the most that the process may take of the card; "auto": what is free
     attention: str = "auto"  # "sdpa", "xformers", or on a GPU whatever a one-off timing of each shape finds fastest

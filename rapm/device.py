@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from rapm.config import Config, parse_vram
+from rapm.distributed import local_device
 from rapm.errors import UserError
 from rapm.kernels import runtime
 from rapm.memory.cards import CONTEXT, cap
@@ -22,7 +23,7 @@ def pick_device(config: Config) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(local_device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error

@@ -17,6 +17,7 @@ LOSSES = (
 # What a slot is judged by: its losses and norms, and the sums of the last features of the student's position and of
 # both targets. A number that is not finite in an earlier feature is in the last one too.
 PROBES = (*LOSSES, "features_fake", "features_rel", "features_abs")
+SHARED = tuple(name for name in PROBES if not name.endswith("grad_norm"))  # what ranks tell each other beside gradients
 SIDES = {"rel": "relative", "abs": "absolute"}
 
 
@@ -52,8 +53,9 @@ def first_stage(bad: Collection[str]) -> str:
     return next((words for name, words in last.items() if name in bad), "")
 
 
-def describe(fault: Sequence[int], steps: int) -> tuple[int, str]:
-    """`Step.fault` as a list: its iteration, from 1, and the slot and the stage in words. `steps` is N."""
-    iteration, slot = divmod(fault[0] - 1, steps)
+def describe(fault: Sequence[int], steps: int, world: int = 1) -> tuple[int, str]:
+    """`Step.fault` as a list: its iteration, from 1, and the slot and the stage in words; N slots, of `world` ranks."""
+    number, slot = divmod(fault[0] - 1, steps)
+    iteration = number // world
     bad = [name for name, flag in zip(PROBES, fault[1:], strict=True) if flag]
     return iteration + 1, f"not finite in slot {slot + 1} of {steps}, which was skipped: {first_stage(bad)}"

@@ -1,6 +1,7 @@
 """The student: low-rank updates of the UNet's layers, all of them in one flat fp32 buffer.
 
-Layer W (of a LoRA target) becomes W + up down. One buffer means one cast, one optimizer tensor and one gradient.
+Layer W (of a LoRA target) becomes W + up down. One buffer means one cast, one optimizer tensor and one gradient. In it
+lie first the stacks (rapm/stacks.py), the downs of each below one another and then its ups, and then the other layers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rapm.errors import UserError
+from rapm.stacks import Weights
 from rapm.unet import UNet
 
 
@@ -19,7 +21,7 @@ class LoRA(nn.Module):
     """LoRA of `rank` on every target of `unet`; alpha equals rank, so the scale is 1.
 
     down: R C_in for a linear layer, R C_in k k for a convolution, initialised as peft does. up: C_out R or C_out R 1 1,
-    zero. `flat` holds down, up, down, up ... in the order of `names`; equal seeds give equal bits on every device.
+    zero. Drawn in the order of `names`: equal seeds give equal bits on every device.
     """
 
     def __init__(self, unet: UNet, rank: int, seed: int = 0) -> None:
@@ -27,24 +29,36 @@ class LoRA(nn.Module):
         self.rank = rank
         targets = unet.lora_targets()
         self.names = list(targets)
-        self._shapes = []
-        for layer in targets.values():
-            out, inputs, *kernel = layer.weight.shape
-            self._shapes += [(rank, inputs, *kernel), (out, rank, *(1 for _ in kernel))]
-        self._sizes = [math.prod(shape) for shape in self._shapes]
+        self._stacks = [stack.names for stack in unet.stacks]
+        stacked = {name for names in self._stacks for name in names}
+        self._alone = [name for name in self.names if name not in stacked]
+        shapes = []  # of the parts, in their order
+        for first, count in [*((names[0], len(names)) for names in self._stacks), *((name, 0) for name in self._alone)]:
+            out, inputs, *kernel = targets[first].weight.shape
+            lead = (count,) if count else ()
+            shapes += [(*lead, rank, inputs, *kernel), (*lead, out, rank, *(1 for _ in kernel))]
+        self._shapes = shapes
+        self._sizes = [math.prod(shape) for shape in shapes]
         flat = torch.zeros(sum(self._sizes))
         generator = torch.Generator().manual_seed(seed)
         for down, _ in self._split(flat).values():
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         self.flat = nn.Parameter(flat.to(unet.device))
 
-    def views(self, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    def views(self, dtype: torch.dtype) -> Weights:
         """name -> (down, up) in `dtype`, differentiable: one cast, one split, so one cat in the backward."""
         return self._split(self.flat.to(dtype))
 
-    def _split(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        weights = [_shaped(x, shape) for x, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
-        return dict(zip(self.names, zip(weights[::2], weights[1::2], strict=True), strict=True))
+    def _split(self, flat: Tensor) -> Weights:
+        parts = [_shaped(x, shape) for x, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+        pairs = list(zip(parts[::2], parts[1::2], strict=True))
+        stacks, alone = pairs[: len(self._stacks)], pairs[len(self._stacks) :]
+        found = dict(zip(self._alone, alone, strict=True))
+        for names, (downs, ups) in zip(self._stacks, stacks, strict=True):
+            found |= zip(names, zip(downs.unbind(), ups.unbind(), strict=True), strict=True)
+        weights = Weights({name: found[name] for name in self.names})
+        weights.stacks = dict(zip(self._stacks, stacks, strict=True))
+        return weights
 
     def export(self) -> dict[str, tuple[Tensor, Tensor]]:
         """name -> (down, up): detached, contiguous fp32 copies on the device of `flat`."""
@@ -73,7 +87,7 @@ class LoRA(nn.Module):
 
 def _shaped(part: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A flat part as a weight; a convolution's is kept with its channels last, the layout of the frozen weights."""
-    if len(shape) == 2:
+    if len(shape) < 4:
         return part.view(shape)
     out, inputs, height, width = shape
     return part.view(out, height, width, inputs).permute(0, 3, 1, 2)

@@ -21,8 +21,9 @@ from rapm.errors import UserError
 from rapm.export.lora_file import read_lora, text_lora
 from rapm.schedule import Schedule
 from rapm.solver import walk
+from rapm.stacks import Lora
 from rapm.trajectories import noise
-from rapm.unet import Lora, Text, UNet
+from rapm.unet import Text, UNet
 
 if TYPE_CHECKING:
     from rapm.teacher import Teacher

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rapm.config import Config
 from rapm.discriminators import Discriminators, Replay
-from rapm.finite import LOSSES, PROBES
+from rapm.distributed import Gradients, world
+from rapm.finite import LOSSES, PROBES, SHARED
 from rapm.kernels.disc_head import disc_head
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
@@ -90,6 +91,8 @@ class Step:
 
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
+        shared = [lora.flat, self.discriminators.flat] if self.used else [lora.flat]
+        self.exchange = Gradients(*shared, numbers=len(SHARED)) if world() > 1 else None
         self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
         self._allocate(example, uncond)
@@ -115,13 +118,15 @@ class Step:
             for text in (example.text, uncond)
         )
         self.z = self.positions[:1].clone()  # 1 C h w: the student's own position
+        # The text's frozen keys and values, for all passes of an iteration: for each stack n 2 L C, equal rows
+        self.keys = [x.contiguous() for x in unet.text_keys(self.text.expand(2))]
         # fp16 loses gradients below 6e-8, and a mean over the latents makes them small: through the network they are
         # taken larger, by the root of that divisor, which leaves as much room above as below.
         self.scale = 2.0 ** (self.z.numel().bit_length() // 2) if unet.dtype == torch.float16 else 1.0
         self.replay = None
         if config.replay_size and self.used:
             with torch.no_grad():
-                features = unet.features(self.z, self.slots.high[:1], self.text)
+                features = unet.features(self.z, self.slots.high[:1], self.text, keys=self._keys(1))
             self.replay = Replay(config.replay_size * config.steps, [x.expand(3, -1, -1, -1) for x in features])
 
     def sibling(self, example: Trajectory, uncond: Text) -> Step:
@@ -144,6 +149,8 @@ class Step:
         for mine, theirs in zip((*self.text, *self.uncond), (*trajectory.text, *(uncond or ())), strict=False):
             if mine is not None:
                 mine.copy_(theirs, non_blocking=True)
+        for mine, made in zip(self.keys, self.unet.text_keys(self.text.expand(2)), strict=True):
+            mine.copy_(made)
         self.key[1] = iteration * self.config.steps
         self.z.copy_(self.positions[:1])
         self.slot.zero_()
@@ -158,19 +165,23 @@ class Step:
         self.place.copy_(place[:, None], non_blocking=True)
         self.picks.copy_(picks, non_blocking=True)
 
-    def walk(self, z: Tensor, fine: Tensor, text: Text, uncond: Text | None = None) -> tuple[Tensor, Tensor]:
+    def _keys(self, batch: int) -> list[Tensor]:
+        return [x[:, :batch] for x in self.keys]
+
+    def walk(
+        self, z: Tensor, fine: Tensor, text: Text, uncond: Text | None = None, keys: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The network's output at z, where the student stands, with gradient, and the relative target zhat_n; B C h w.
 
         `fine` is the stored position after the teacher's first fine step from z on. `uncond` (1 or B rows) is the
-        loaded trajectory's unless given.
+        loaded trajectory's unless given, `keys` are the text's where they are at hand.
         """
         weights = self.lora.views(self.unet.dtype)
-        frozen = {name: (down.detach(), up.detach()) for name, (down, up) in weights.items()}
-        out = self.unet(z, self.slots.high[self.slot], text, weights, self.memory.student)
+        out = self.unet(z, self.slots.high[self.slot], text, weights, self.memory.student, keys)
         with torch.no_grad():
             if self.config.relative_start == "student":
                 fine = self._teacher_step(z, text, self.uncond if uncond is None else uncond)
-            zhat = self.unet(fine, self.slots.fine[self.slot], text, frozen)
+            zhat = self.unet(fine, self.slots.fine[self.slot], text, weights, keys=keys)
             return out, guided_step(fine, zhat, self.slots.step_fine[self.slot][0])
 
     def _teacher_step(self, z: Tensor, text: Text, uncond: Text) -> Tensor:
@@ -189,7 +200,7 @@ class Step:
         config, offload = self.config, self.memory.student.offload
         if offload is not None:
             offload.begin()
-        out, zhat = self.walk(self.z, self.fine[self.slot], self.text)
+        out, zhat = self.walk(self.z, self.fine[self.slot], self.text, keys=self._keys(1))
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
 
         # The backward is split at the latents: the terms' gradients meet there, and each frees its graph.
@@ -203,19 +214,24 @@ class Step:
         if offload is not None:
             offload.finish()
         flat /= self.scale  # in place, here and below: at high ranks a copy more is the peak of the whole slot
-        norm = flat.norm()
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
-        heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
-        row = torch.cat([loss[None], distances, generator, discriminator, norm[None], heads[None]])
-        bad = ~torch.isfinite(torch.cat([row, seen]))
+        told = torch.cat([loss[None], distances, generator, discriminator, seen])
+        row, heads = told[: len(LOSSES) - 2], self.discriminators.flat.grad
+        if self.exchange is not None:  # before the test: all ranks must come to the same
+            told, flat, *shared = self.exchange(told, flat, *([heads] if self.used else []))
+            if shared:
+                self.discriminators.flat.grad = heads = shared[0]
+        norm = flat.norm()
+        norms = torch.stack([norm, heads.norm() if self.used else torch.zeros_like(norm)])
+        bad = ~torch.isfinite(torch.cat([told[: len(row)], norms, told[len(row) :]]))
         good = ~bad.any()
         self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
                 optimizer.step()
-        self.sums += row.where(good, 0.0)
+        self.sums += torch.cat([row, norms]).where(good, 0.0)
         self.skipped += (~good).float()
         self.streak.copy_(torch.where(good, 0.0, self.streak + 1))
         self.worst.copy_(torch.maximum(self.worst, self.streak))
@@ -265,12 +281,12 @@ class Step:
             return zero, zero, z_n.new_zeros(3), None, None
         x_u, u, keep = self.renoised(z_n, zhat, ztilde)
         x = x_u[:1].requires_grad_()
-        fake = self.unet.features(x, u, self.text, None, self.memory.encoder)
+        fake = self.unet.features(x, u, self.text, None, self.memory.encoder, self._keys(1))
         with torch.no_grad():
             if self.memory.together:
-                real = self.unet.features(x_u[1:], u, self.text.expand(2))
+                real = self.unet.features(x_u[1:], u, self.text.expand(2), keys=self.keys)
             else:
-                each = [self.unet.features(x, u, self.text) for x in x_u[1:].split(1)]
+                each = [self.unet.features(x, u, self.text, keys=self._keys(1)) for x in x_u[1:].split(1)]
                 real = [torch.cat(taps) for taps in zip(*each, strict=True)]
             shown = [torch.cat([f, r])[:, None] for f, r in zip(fake, real, strict=True)]  # 3 1 C h w
             seen = shown[-1].sum((1, 2, 3, 4), dtype=torch.float32)

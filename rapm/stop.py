@@ -11,6 +11,7 @@ import torch
 
 from rapm.disk import TROUBLE
 from rapm.errors import RunError
+from rapm.memory.budget import out_of_memory
 from rapm.step import Step
 
 # Numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine.
@@ -67,7 +68,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def advice(words: str) -> Iterator[None]:
-    """What to do after Ctrl-C, or a disk that takes no more, in a phase that keeps its own results."""
+    """What to do after Ctrl-C, or a disk or a card that has no more, in a phase that keeps its own results."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -78,6 +79,12 @@ def advice(words: str) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         raise RunError(
             f"{where}{error.strerror}; what was written before is whole; once that is mended, {words}"
+        ) from error
+    except RuntimeError as error:
+        if isinstance(error, RunError) or (line := out_of_memory(error)) is None:
+            raise
+        raise RunError(
+            f"out of memory ({line}); what was written before is whole; with more of it free, {words}"
         ) from error
 
 

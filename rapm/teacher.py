@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +21,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rapm.architecture import DEFAULTS
 from rapm.errors import RunError, UserError
 from rapm.finite import finite
+from rapm.loading.families import Model
 from rapm.loading.single_file import config_folder
 from rapm.loading.source import Source, find, first_line, variant
 from rapm.loading.style import Style, read_style, updates_of
-from rapm.loading.weights import Digests, fill, fused
+from rapm.loading.weights import Digests, Update, fill, fused
 from rapm.schedule import Schedule, recipe_scheduler
-from rapm.unet import DEFAULTS, Text, UNet
+from rapm.unet import Text, UNet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -49,6 +51,7 @@ class Teacher:
     pipe: DiffusionPipeline  # pipe.unet is None
     digests: Digests  # of the UNet and the text encoders, as the files have them
     loras: tuple[Style, ...] = ()  # fused into both
+    frozen: str = "full"  # the mode of its UNet's weights, of memory/low_precision.py
     aside: bool = False  # the UNet waits on the CPU while another part visits its device: both would not fit
     apart: bool = False  # as much for a second UNet, the stock pipeline's
 
@@ -122,11 +125,14 @@ class Teacher:
         """This teacher afresh as a diffusers pipeline with its own UNet and the recipe's DDIM scheduler.
 
         Read again from the files by diffusers alone; style LoRAs as they are fused here. On the UNet's device, in its
-        dtype, in which SDXL's VAE may overflow: use it for latents.
+        dtype, in which SDXL's VAE may overflow: use it for latents. Its weights are the whole ones.
         """
         pipe = _load_pipeline(self.found, self.unet.dtype)
         if self.loras:
-            pipe.unet.load_state_dict(self.unet.state_dict())
+            if self.frozen == "full":
+                pipe.unet.load_state_dict(self.unet.state_dict())
+            else:
+                _fuse(pipe.unet, updates_of(self.loras, "unet"))
             for name, encoder in self._text_encoders.items():
                 getattr(pipe, name).load_state_dict(encoder.state_dict())
         pipe.set_progress_bar_config(disable=True)
@@ -191,12 +197,18 @@ class Teacher:
             self.unet.to("cpu")
         yield
         self.unet.to(device)
+        if aside:
+            self.unet.join()
 
 
-def load_teacher(source: str, *, device: torch.device | str, dtype: torch.dtype, loras: Sequence[str] = ()) -> Teacher:
+def load_teacher(
+    source: str, *, device: torch.device | str, dtype: torch.dtype, loras: Sequence[str] = (),
+    frozen: Callable[[Model], str] | str = "full",
+) -> Teacher:  # fmt: skip
     """The teacher that `source` names: a diffusers folder, a hub id, a .safetensors file, or `embedded`.
 
     `device` and `dtype` are the UNet's. `loras` are style LoRAs, FILE or FILE:scale, fused in fp32 and rounded once.
+    `frozen` is the mode of its weights (memory/low_precision.py), or who chooses it before they are read.
     UserError for a source that is missing, not a pipeline, not supported, or that contradicts itself.
     """
     found = find(source, dtype)
@@ -208,16 +220,25 @@ def load_teacher(source: str, *, device: torch.device | str, dtype: torch.dtype,
     styles = tuple(style.reading_text(encoders) for style in styles)
     for name, encoder in encoders.items():
         digests.add_module(name, encoder)
-        for layer, updates in updates_of(styles, name).items():
-            part = encoder.get_submodule(layer)
-            part.weight = nn.Parameter(fused(part.get_parameter("weight"), updates), requires_grad=False)
+        _fuse(encoder, updates_of(styles, name))
     _check_parts(source, {**encoders, "vae.decoder": pipe.vae.decoder})
     places = found.places(list(unet.state_dict()), dtype)
-    fill(unet, places, dtype=dtype, device=device, updates=updates_of(styles, "unet"), digests=digests)
-    teacher = Teacher(source, found, unet, Schedule.from_config(found.parts["scheduler"]), pipe, digests, styles)
+    mode = frozen if isinstance(frozen, str) else frozen(Model.of(source, unet.config, pipe))
+    updates = updates_of(styles, "unet")
+    fill(unet, places, dtype=dtype, device=device, updates=updates, digests=digests, frozen=mode)
+    schedule = Schedule.from_config(found.parts["scheduler"])
+    teacher = Teacher(source, found, unet, schedule, pipe, digests, styles, mode)
     if found.prediction is None:
         _settle_prediction(teacher)
     return teacher
+
+
+def _fuse(module: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
+    """Adds to the layers' weights, each rounded once."""
+    for layer, mine in updates.items():
+        part = module.get_submodule(layer)
+        weight = part.get_parameter("weight")
+        part.weight = nn.Parameter(fused(weight, mine).to(weight.dtype), requires_grad=False)
 
 
 def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm import distributed
 from rapm.checkpoint import (
     BEST,
     checkpoints,
     find_best,
     find_checkpoint,
     load_checkpoint,
+    ranks,
     save_best,
     save_checkpoint,
     sweep_checkpoints,
@@ -66,13 +68,15 @@ STORE_PATIENCE = 10.0  # seconds to wait for another run's work on a shared stor
 def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -> Path:
     """The whole job; the output folder. UserError before work for what cannot work, RunError, Interrupted."""
     folder = Path(config.output_dir)
-    with _claimed(folder):
+    with distributed.group(config), _claimed(folder):
         return _train(folder, config, resume, dry_run)
 
 
 def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> Path:
     check_tracker(config.report_to)
     checkpoint = find_checkpoint(folder, resume) if resume else None
+    if checkpoint and (made := ranks(checkpoint)) != distributed.world():
+        raise UserError(f"resume: {checkpoint} is of {made} processes, not {distributed.world()}: start as many again")
     teacher, config, prompts, budget = prepare_run(config)
     state, done = load_checkpoint(checkpoint, config) if checkpoint else ({}, 0)
     if dry_run:
@@ -82,23 +86,25 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
         config = _keep_prompts(folder, config, prompts)
         store = solve_all(config, teacher, prompts)
     with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
-        _set_aside(folder, done)
-        write_atomic(folder / "config.toml", config.to_toml().encode())
-        if budget:
-            write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
+        if distributed.first():
+            _set_aside(folder, done)
+            write_atomic(folder / "config.toml", config.to_toml().encode())
+            if budget:
+                write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
         training = Training(teacher, store, config, budget)
         if checkpoint:
             training.restore(state, done)
             print(f"resumed from {checkpoint} at iteration {done}")
         run(training, folder)
-    with advice(f"`rapm export --run {folder}` finishes it"):
-        finish(training, folder)
+    if distributed.first():
+        with advice(f"`rapm export --run {folder}` finishes it"):
+            finish(training, folder)
     return folder
 
 
 def solve_only(config: Config) -> Store:
     """Stage 1 alone."""
-    with _claimed(Path(config.output_dir)), advice("the same command goes on"):
+    with distributed.group(config), _claimed(Path(config.output_dir)), advice("the same command goes on"):
         teacher, config, prompts = prepare_teacher(config)
         config = _keep_prompts(Path(config.output_dir), config, prompts)
         return solve_all(config, teacher, prompts)
@@ -142,12 +148,23 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | No
     planned = Budget.wanted(config, device)
     if planned and (config.teacher == "embedded" or (Path(config.teacher).expanduser() / "unet").is_dir()):
         budget = Budget(model_of(config.teacher), config, device)
+
+    def frozen(model: Model) -> str:
+        nonlocal budget
+        if not planned:
+            return config.frozen_weights.replace("auto", "full")
+        budget = budget or Budget(model, config, device)
+        return budget.planner.config.frozen_weights
+
     dtype = DTYPES[config.mixed_precision]
-    teacher = load_teacher(config.teacher, device=device, dtype=dtype, loras=config.teacher_lora)
+    teacher = load_teacher(config.teacher, device=device, dtype=dtype, loras=config.teacher_lora, frozen=frozen)
     teacher.unet.use_attention(config.attention)
-    config = config.replace(resolution=config.resolution or teacher.default_resolution)
-    if planned:
-        budget = budget or Budget(Model.of(teacher), config, device)
+    config = config.replace(
+        resolution=config.resolution or teacher.default_resolution, frozen_weights=teacher.frozen
+    )  # fmt: skip
+    if budget is not None:
+        if budget.planner.sizes.pixels != max(map(math.prod, config.resolutions)):  # its own may be known only now
+            budget = Budget(budget.planner.model, config, device)
         config = budget.apply(teacher, config)
         print(words(budget))
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
@@ -168,23 +185,26 @@ def solve_all(config: Config, teacher: Teacher, prompts: list[Row]) -> Store:
     total = config.replace(trajectories=config.trajectories + config.validation_prompts)
     if config.store is None:
         return prepare(Path(config.output_dir) / "trajectories", teacher, prompts, total)
-    shared = held(Path(config.store), STORE_PATIENCE) if os.access(config.store, os.W_OK) else nullcontext()
-    with shared:  # a finished one may be read-only
+    ours = distributed.first() and os.access(config.store, os.W_OK)  # a finished one may be read-only
+    with held(Path(config.store), STORE_PATIENCE) if ours else nullcontext():
         return prepare(config.store, teacher, prompts, total)
 
 
 def run(training: Training, folder: Path) -> None:
-    """Iterate to the end: log, validate, save."""
+    """Iterate to the end: log, validate, save. Of several ranks the first writes, and all stop after one iteration."""
     config, step, watch = training.config, training.step, Watch()
     start, first, pending, values = time.perf_counter(), training.done, 0, {}
-    log = Log(folder, config.report_to, training.done)
+    log = Log(folder, config.report_to, training.done) if distributed.first() else None
     bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
-    with stop_signals() as stopped, cores(training.steps.values()), bar, log:
+    with stop_signals() as stopped, cores(training.steps.values()), bar, log or nullcontext():
         while training.done < config.max_train_steps:
             training.iterate()
             bar.update()
             pending += config.steps
-            stop, done, last = bool(stopped), training.done, training.done == config.max_train_steps
+            stop = distributed.largest(max(stopped, default=0))
+            done, last = training.done, training.done == config.max_train_steps
+            measure = done % config.validation_steps == 0 or last
+            save = done % config.checkpointing_steps == 0 or last or stop
             if done % config.log_steps == 0 or last or stop:
                 values = training.losses(pending)
                 seconds = time.perf_counter() - start
@@ -192,30 +212,40 @@ def run(training: Training, folder: Path) -> None:
                 values["iterations_per_second"] = (done - first) / seconds
                 if step.z.is_cuda:
                     values["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
-                log.write(done, values)
-                bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
-                if training.fault:
-                    log.warn(*training.fault)
-                for warning in watch(values, pending):
-                    log.warn(done, warning)
+                if log:
+                    log.write(done, values)
+                    bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
+                    if training.fault:
+                        log.warn(*training.fault)
+                    for warning in watch(values, pending):
+                        log.warn(done, warning)
                 training.check()
                 pending = 0
-            if done % config.validation_steps == 0 or last:
+            if not (measure or save):
+                continue
+            if measure:
                 training.release()
-                validate(training, folder, log, watch, values)
-            if done % config.checkpointing_steps == 0 or last or stop:
-                save_checkpoint(folder, training.state(), done, config)
+            state = training.state()
+            if log:
+                if measure:
+                    validate(training, folder, log, watch, values, state)
+                if save:
+                    save_checkpoint(folder, state, done, config)
+                if stop:
+                    write_report(folder)
+            distributed.wait()
             if stop:
-                write_report(folder)
-                raise Interrupted(stopped[0], "--resume_from_checkpoint latest goes on")
+                raise Interrupted(stop, "--resume_from_checkpoint latest goes on")
 
 
-def validate(training: Training, folder: Path, log: Log, watch: Watch, losses: dict[str, float]) -> None:
+def validate(
+    training: Training, folder: Path, log: Log, watch: Watch, losses: dict[str, float], state: dict[str, Tensor]
+) -> None:
     """Measure the student, keep it if it is the best yet, draw the grid, and say it all."""
     done, measured = training.done, training.measure()
     fd, best = measured.figures.get("val_fd"), find_best(folder)
     if fd is not None and fd < (best[1] if best else math.inf):  # NaN is not
-        save_best(folder, training.state(), done, training.config, fd)
+        save_best(folder, state, done, training.config, fd)
         best = done, fd
     log.write(done, measured.figures)
     log.say(panel(done, {**losses, **measured.figures}, best))
@@ -304,17 +334,22 @@ def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """The output folder, made, held and swept. UserError if it cannot be written, or another run is at work there."""
+    """The output folder, made, held and swept. UserError if it cannot be written, or another run is at work there.
+
+    The first of several ranks does it, before any other looks into the folder.
+    """
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-            stack.enter_context(held(folder))
-            sweep(folder)
-            sweep_checkpoints(folder)
+            if distributed.first():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".writable").touch()
+                (folder / ".writable").unlink()
+                stack.enter_context(held(folder))
+                sweep(folder)
+                sweep_checkpoints(folder)
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
+        distributed.wait()
         yield
 
 

@@ -1,7 +1,7 @@
 """The state of a training: what an iteration changes, saves and restores, and the figures it leaves.
 
-Every random number of iteration i comes from (seed, i), so a checkpoint needs no generator state and a resumed run goes
-on bit for bit.
+Every random number of iteration i of rank r of W comes from (seed, i W + r), so a checkpoint needs no generator state
+and a resumed run goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm import distributed
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import RunError
@@ -20,6 +21,7 @@ from rapm.finite import describe
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, out_of_memory
 from rapm.memory.snapshot import Snapshot
+from rapm.prefetch import Reader
 from rapm.report.validate import Measured, Validation
 from rapm.step import LOSSES, SlotMemory, Step
 from rapm.teacher import Teacher
@@ -55,6 +57,7 @@ class Training:
         self._slots: dict[tuple[int, int], Callable[[], None]] = dict(self.steps)
         self._eager = dict.fromkeys(self.steps, EAGER)
         self._pool = torch.cuda.graph_pool_handle() if self.step.z.is_cuda else None
+        self._read = Reader(store, self.steps)
         trained = range(self.validation.trained)
         self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
         self._dry = True  # no iteration has shown yet what it takes
@@ -64,16 +67,12 @@ class Training:
         self.done = 0
 
     def iterate(self) -> None:
-        """One iteration: one trajectory, N slots, both updates in each.
+        """One iteration: one trajectory for each rank, all of one size, N slots, both updates in each.
 
         One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
         """
-        trained = self.validation.trained
-        epoch, place = divmod(self.done, trained)
-        order = torch.randperm(trained, generator=self._generator(f"epoch {epoch}"))
-        trajectory, size = self.store[int(order[place])], self.store.resolution(int(order[place]))
-        mine = self._mine[size]
-        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())  # iterations of this size
+        index, before = self._turn(self.done)
+        trajectory, size = self._read(index, then=self._turn(self.done + 1)[0]), self.store.resolution(index)
         if self.budget is None or self._slots[size] is not self.steps[size]:  # a graph that is there allocates nothing
             self._walk(trajectory, size, before)
         else:
@@ -85,8 +84,10 @@ class Training:
         if self._eager[size] == 0 and step.z.is_cuda and self._slots[size] is step:
             self._slots[size] = captured(step, self._pool)
         self._eager[size] = max(0, self._eager[size] - 1)
-        step.load(trajectory, self.done, self._uncond(trajectory) if self.config.relative_start == "student" else None)
-        step.draw(self._generator(f"iteration {self.done}"), before)
+        number = self.done * distributed.world() + distributed.rank()
+        step.load(trajectory, number, self._uncond(trajectory) if self.config.relative_start == "student" else None)
+        self._read.sent()
+        step.draw(self._generator(f"iteration {number}"), before)
         self._set_rates()
         for _ in range(self.config.steps):
             self._slots[size]()
@@ -104,6 +105,11 @@ class Training:
             except RuntimeError as error:
                 if (message := out_of_memory(error)) is None:
                     raise
+            if distributed.world() > 1:  # the others wait in the middle of this slot
+                raise RunError(
+                    f"rank {distributed.rank()} ran out of memory in iteration {self.done} ({message}), and several "
+                    "ranks cannot take another plan: give a smaller --vram, and --resume_from_checkpoint latest goes on"
+                )
             as_it_was.restore()
             self._step_down(budget, message)
         if self._dry and self.step.z.is_cuda and (line := budget.correct()):
@@ -149,17 +155,17 @@ class Training:
         return self._measured[1]
 
     def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the last `slots` slots, without those whose update was skipped; how many were, ever.
+        """The mean losses of the ranks' last `slots` slots, without those whose update was skipped; how many, ever.
 
         Sets `fault`.
         """
         skipped = float(self.step.skipped)
         self.fault = None
         if skipped > self._reported:
-            self.fault = describe(self.step.fault.tolist(), self.config.steps)
+            self.fault = describe(self.step.fault.tolist(), self.config.steps, distributed.world())
             self.step.fault.zero_()
         counted = max(1.0, slots - (skipped - self._reported))
-        means = dict(zip(LOSSES, (self.step.sums / counted).tolist(), strict=True))
+        means = dict(zip(LOSSES, (distributed.mean(self.step.sums) / counted).tolist(), strict=True))
         self.step.sums.zero_()
         self._reported = skipped
         return {**means, "skipped": skipped}
@@ -174,13 +180,21 @@ class Training:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name."""
+        """All that a resumed run needs, by name; all ranks ask together, and the first gets it."""
+        return self._shared() | distributed.gathered(self._own())
+
+    def _own(self) -> dict[str, Tensor]:
+        """What each rank has for itself."""
+        found = {}
+        for i, own in enumerate(self.steps.values()):
+            if own.replay is not None:
+                found |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
+        return found
+
+    def _shared(self) -> dict[str, Tensor]:
         step = self.step
         tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
         tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}
-        for i, own in enumerate(self.steps.values()):
-            if own.replay is not None:
-                tensors |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
         for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
             for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
                 tensors |= {f"adam.{label}.{i}.{name}": x for name, x in optimizer.state[parameter].items()}
@@ -194,8 +208,10 @@ class Training:
             for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
                 moments = ("step", "exp_avg", "exp_avg_sq")
                 optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
-        for name, mine in self.state().items():
+        for name, mine in self._shared().items():
             mine.copy_(state[name])
+        for name, mine in self._own().items():
+            mine.copy_(state[distributed.owned(name)])
         self._reported = float(step.skipped)
         self.done = done
 
@@ -208,6 +224,22 @@ class Training:
         fall = 0.5 * (1 + math.cos(math.pi * i / config.max_train_steps)) if config.lr_schedule == "cosine" else 1.0
         self.step.optimizer.param_groups[0]["lr"].fill_(config.learning_rate * rise * fall)
         self.step.adversarial.fill_(float(i >= config.head_warmup_steps))
+
+    def _turn(self, iteration: int) -> tuple[int, int]:
+        """This rank's trajectory in an iteration, and how many iterations of its size there were before.
+
+        All ranks have one size at a time. Each size has an endless shuffle, of which W ranks take the next W.
+        """
+        epoch, place = divmod(iteration, self.validation.trained)
+        order = self._order(epoch)
+        mine = self._mine[self.store.resolution(int(order[place]))]
+        before = epoch * int(mine.sum()) + int(mine[order[:place]].sum())
+        epoch, place = divmod(before * distributed.world() + distributed.rank(), int(mine.sum()))
+        order = self._order(epoch)
+        return int(order[mine[order]][place]), before
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(self.validation.trained, generator=self._generator(f"epoch {epoch}"))
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))

@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
+from rapm import distributed
 from rapm.disk import sweep, write_atomic
 from rapm.errors import RunError, UserError
 from rapm.finite import finite
@@ -132,6 +133,7 @@ def prepare(
     """The store of `config.trajectories` trajectories in `folder`: computes the shards that are not there yet.
 
     Trajectory i has prompt i and resolution i, each taken in turn, and the noise of `trajectory_seed(config.seed, i)`.
+    Of several ranks each computes its share of the shards, which are the same whoever does.
     A larger count extends a store, and so do more prompts, if the trajectories that are there would be the same.
     UserError, before any work, if the folder holds others, cannot be written, or the disk is full. RunError for a
     position that is not finite: it is not stored.
@@ -145,7 +147,8 @@ def prepare(
     negatives = Negatives(teacher, config.negative_prompt)
     sizes = [_trajectory_bytes(shape, negatives(""), config) for shape in shapes]
     metadata = _metadata(teacher, rows, config, resolutions, max(sizes))
-    missing = _claim(folder, metadata, rows, sizes)
+    missing = _claim(folder, metadata, rows, sizes) if distributed.first() else {}
+    missing = _share(distributed.from_first({name: list(indices) for name, indices in missing.items()}), resolutions)
     count, todo = config.trajectories, sum(map(len, missing.values()))
     with tqdm(total=count, initial=count - todo, desc="trajectories", disable=not progress) as bar:
         for bucket, (resolution, shape) in enumerate(zip(resolutions, shapes, strict=True)):
@@ -176,6 +179,7 @@ def prepare(
                 lists = zip(LISTS, ([row.text for row in shard], seeds, unwanted), strict=True)
                 header = {"store": _store_id(metadata), **{key: json.dumps(values) for key, values in lists}}
                 write_atomic(folder / name, _shard_bytes({key: x for key, x in tensors if x is not None}, header))
+    distributed.wait()
     return Store.open(folder)
 
 
@@ -232,7 +236,6 @@ def _metadata(
     teacher: Teacher, rows: list[Row], config: Config, resolutions: tuple[tuple[int, int], ...], trajectory_bytes: int
 ) -> dict:
     """What the trajectories depend on (plain settings first: the first difference is what a user is told)."""
-    shard_size = max(1, min(SHARD_MAX, SHARD_BYTES // trajectory_bytes))
     sizes = [list(resolution) for resolution in resolutions]
     return {
         "format": FORMAT,
@@ -242,14 +245,21 @@ def _metadata(
         "negative_prompt": config.negative_prompt,
         "resolution": sizes if len(sizes) > 1 else sizes[0],
         "dtype": str(teacher.unet.dtype).removeprefix("torch."),
+        **({} if teacher.frozen == "full" else {"frozen_weights": teacher.frozen}),
         "trajectory_dtype": config.trajectory_dtype,
         "seed": config.seed,
         "prompts": _prompts_id(rows, config.trajectories),
         "schedule": f"{teacher.schedule.prediction} {_sha256(teacher.schedule.abar.numpy().tobytes())}",
         "teacher": teacher.fingerprint,
-        "shard_size": 1 << (shard_size.bit_length() - 1),
+        "shard_size": shard_size(trajectory_bytes),
         "count": config.trajectories,
     }
+
+
+def shard_size(trajectory_bytes: int) -> int:
+    """How many trajectories a shard holds: a power of two."""
+    most = max(1, min(SHARD_MAX, SHARD_BYTES // trajectory_bytes))
+    return 1 << (most.bit_length() - 1)
 
 
 def _prompts_id(rows: list[Row], count: int) -> str:
@@ -267,7 +277,12 @@ def _claim(folder: Path, metadata: dict, rows: list[Row], sizes: list[int]) -> d
         sweep(folder)
         if (folder / METADATA).exists() and any(folder.glob("shard-*")):
             found = _read_metadata(folder)
-            _refuse_difference(folder, found, {**metadata, "prompts": _prompts_id(rows, found["count"])})
+            enough = found["count"] >= metadata["count"] and _complete(folder, found)
+            if "frozen_weights" not in found and enough:  # of the whole teacher: all the better
+                metadata.pop("frozen_weights", None)
+            whole = {"frozen_weights": "full"}  # what a store does not say
+            wanted = {**metadata, "prompts": _prompts_id(rows, found["count"])}
+            _refuse_difference(folder, {**whole, **found}, {**whole, **wanted})
         shards = _shards(metadata).items()
         missing = {name: indices for name, indices in shards if _rows(folder / name, metadata) != len(indices)}
         if not missing:
@@ -283,6 +298,12 @@ def _claim(folder: Path, metadata: dict, rows: list[Row], sizes: list[int]) -> d
     except OSError as error:
         raise UserError(f"store {folder} cannot be written ({error.strerror}): take another output_dir") from error
     return missing
+
+
+def _share(missing: dict[str, list[int]], resolutions: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+    """Of the missing shards this rank's: of each resolution as many as any other rank's, or one more or less."""
+    ordered = sorted(missing.items(), key=lambda shard: shard[1][0] % len(resolutions))
+    return dict(ordered[distributed.rank() :: distributed.world()])
 
 
 def _refuse_difference(folder: Path, found: dict, wanted: dict) -> None:
@@ -307,6 +328,11 @@ def _shards(metadata: dict) -> dict[str, range]:
     starts = [group + bucket for group in range(0, count, size * buckets) for bucket in range(buckets)]
     shards = [range(start, min(start - start % buckets + size * buckets, count), buckets) for start in starts]
     return {_shard_name(i): indices for i, indices in enumerate(shards) if indices}
+
+
+def _complete(folder: Path, metadata: dict) -> bool:
+    """Whether all of its shards are there."""
+    return all(_rows(folder / name, metadata) == len(indices) for name, indices in _shards(metadata).items())
 
 
 def _shard_name(shard: int) -> str:
@@ -349,8 +375,17 @@ def _problem(path: Path, rows: int, metadata: dict) -> str | None:
 
 
 def _shard_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
-    """A safetensors file whose header holds the sha256 of the file's bytes, taken with 64 zeros in its place."""
+    """A safetensors file whose header holds the sha256 of the file's bytes, taken with 64 zeros in its place.
+
+    Equal contents are equal bytes: `save` itself writes the metadata in an order that changes from process to process.
+    """
     data = save({name: x.contiguous() for name, x in tensors.items()}, {**header, "sha256": BLANK.decode()})
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:end])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    data = len(text).to_bytes(8, "little") + text + data[end:]
     return data.replace(SEAL + BLANK, SEAL + _sha256(data).encode(), 1)
 
 

@@ -2,7 +2,8 @@
 
 Parameter names are those of diffusers' UNet2DConditionModel, so a checkpoint loads strictly. The LoRA is an argument of
 the forward, `lora[name] = (down, up)`: the layer `name` adds up(down(x)); `lora=None` is the teacher. So is `memory`,
-what each layer keeps for backward (rapm/memory/saved.py); by default everything.
+what each layer keeps for backward (rapm/memory/saved.py); by default everything. Layers that read the same input are
+computed as one (rapm/stacks.py): the time's and the text's before all others, since they read no latents.
 
 Shapes: B batch, C channels, H W height and width, N = H W positions, L text tokens, E time embedding, R rank.
 """
@@ -10,15 +11,15 @@ Shapes: B batch, C channels, H W height and width, N = H W positions, L text tok
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rapm.errors import UserError
+from rapm.architecture import complete, each
 from rapm.kernels.attention import attention
 from rapm.kernels.frozen_conv import frozen_conv
 from rapm.kernels.geglu import geglu
@@ -27,8 +28,9 @@ from rapm.kernels.layer_norm import layer_norm
 from rapm.kernels.lora_conv import lora_conv
 from rapm.kernels.lora_linear import lora_linear
 from rapm.memory.saved import KEEP, KEEP_ALL, Memory, Saved
+from rapm.stacks import Lora, Stack
 
-Lora = Mapping[str, tuple[Tensor, Tensor]] | None
+Made = Mapping[str, Tensor]  # what a stack's layers have made of their input, by name
 
 
 class Text(NamedTuple):
@@ -55,69 +57,6 @@ class Text(NamedTuple):
     def cat(texts: Sequence[Text]) -> Text:
         """One batch of several."""
         return Text(*(None if xs[0] is None else torch.cat(xs) for xs in zip(*texts, strict=True)))
-
-
-# What the UNet reads from a config.json, with diffusers' defaults.
-DEFAULTS = dict(
-    in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    transformer_layers_per_block=1, attention_head_dim=8, num_attention_heads=None, cross_attention_dim=1280,
-    use_linear_projection=False, norm_num_groups=32, norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0,
-    time_embedding_dim=None, addition_embed_type=None, addition_time_embed_dim=None,
-    projection_class_embeddings_input_dim=None,
-)  # fmt: skip
-# What would need other code: these values only are computed. A config that leaves one out means the first.
-SUPPORTED = dict(
-    _class_name=("UNet2DConditionModel",), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    mid_block_type=("UNetMidBlock2DCrossAttn",), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    addition_embed_type=(None, "text_time"), act_fn=("silu", "swish"), time_embedding_type=("positional",),
-    attention_type=("default",), resnet_time_scale_shift=("default",), mid_block_scale_factor=(1,),
-    downsample_padding=(1,), conv_in_kernel=(3,), conv_out_kernel=(3,),
-    **dict.fromkeys((
-        "class_embed_type", "num_class_embeds", "class_embeddings_concat", "encoder_hid_dim", "encoder_hid_dim_type",
-        "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "center_input_sample",
-        "only_cross_attention", "dual_cross_attention", "cross_attention_norm", "reverse_transformer_layers_per_block",
-    ), (None, False)),
-)  # fmt: skip
-# Sizes, one for all levels or one each, and the most that is still a model.
-SIZES = dict(
-    in_channels=2**10, out_channels=2**10, block_out_channels=2**14, layers_per_block=64,
-    transformer_layers_per_block=64, attention_head_dim=2**10, num_attention_heads=2**10, cross_attention_dim=2**14,
-    norm_num_groups=2**10, time_embedding_dim=2**16, addition_time_embed_dim=2**12,
-    projection_class_embeddings_input_dim=2**16,
-)  # fmt: skip
-# `upcast_attention` is read nowhere: SDPA keeps the softmax in fp32, and diffusers ignores the flag with it too.
-
-
-def complete(config: Mapping) -> dict:
-    """`config` with diffusers' defaults filled in. UserError for what this UNet does not compute."""
-    if not isinstance(config, Mapping):
-        raise UserError("UNet config: not a JSON object")
-    config = {**DEFAULTS, **config}
-    levels = len(_list(config["block_out_channels"]))
-    for key, most in SIZES.items():
-        sizes = [] if config[key] is None and DEFAULTS[key] is None else _list(config[key])
-        if len(sizes) not in (0, 1, levels) or any(type(n) is not int or not 0 < n <= most for n in sizes):
-            raise UserError(f"UNet config: {key} is {config[key]}, not a size, or one for each of {levels} levels")
-    for key in ("down_block_types", "up_block_types"):
-        if len(_list(config[key])) != levels:
-            raise UserError(f"UNet config: {key} is {config[key]}, not one for each of {levels} levels")
-    if any(n % config["norm_num_groups"] for n in _list(config["block_out_channels"])):
-        raise UserError(f"UNet config: {config['norm_num_groups']} groups do not divide {config['block_out_channels']}")
-    if not all(type(config[key]) in (int, float) for key in ("norm_eps", "freq_shift")):
-        raise UserError("UNet config: norm_eps and freq_shift are numbers")
-    checks = [(key, value, values) for key, values in SUPPORTED.items() for value in _list(config.get(key, values[0]))]
-    checks.append(("in_channels", config["in_channels"], (config["out_channels"],)))  # inpainting models have more
-    for key, value, values in checks:
-        if value not in values:
-            expected = " or ".join(map(str, values))
-            raise UserError(f"UNet config: {key} is {value}, not {expected}: use a base model of SD1.x, SD2.x or SDXL")
-    return config
-
-
-def _list(value: object) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class Linear(nn.Linear):
@@ -211,32 +150,38 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = Conv2d(inputs, channels, 1) if inputs != channels else None
 
-    def forward(
-        self, x: Tensor, emb: Tensor, lora: Lora, saved: Saved
-    ) -> tuple[Tensor, Tensor]:  # x: B C H W, emb: B E, its SiLU
-        shift = self.time_emb_proj(emb, lora)
+    def forward(self, x: Tensor, made: Made, lora: Lora, saved: Saved) -> tuple[Tensor, Tensor]:  # x: B C H W
+        shift = made[self.time_emb_proj.name]  # B C
         h = self.conv1(self.norm1(x, saved, silu=True), lora)
         y = self.conv2(self.norm2(h, saved, silu=True, shift=shift), lora)
         return y, x if self.conv_shortcut is None else self.conv_shortcut(x, lora)
 
 
 class Attention(nn.Module):
-    """Softmax attention of x over `context` (over x itself when both are the same tensor)."""
+    """Softmax attention of x over itself, or over the text's keys and values where it is `cross`."""
 
     backend = "auto"
 
-    def __init__(self, channels: int, context: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, context: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.cross = heads, context is not None
         self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(context, channels, bias=False)
-        self.to_v = Linear(context, channels, bias=False)
+        self.to_k = Linear(context or channels, channels, bias=False)
+        self.to_v = Linear(context or channels, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.qkv = Stack([self.to_q, self.to_k, self.to_v])  # of the self attention
 
-    def forward(self, x: Tensor, context: Tensor, lora: Lora) -> Tensor:  # B N C, B L C' -> B N C
-        q, k, v = self.to_q(x, lora), self.to_k(context, lora), self.to_v(context, lora)
+    def forward(self, x: Tensor, made: Made, lora: Lora) -> Tensor:  # B N C
+        if self.cross:
+            k, v = (made[layer.name].unflatten(0, (len(x), -1)) for layer in (self.to_k, self.to_v))  # B L C
+            q = self.to_q(x, lora)
+        else:
+            q, k, v = self._qkv(x, lora)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # B heads N d
         return self.to_out[0](attention(q, k, v, self.backend).transpose(1, 2).flatten(2), lora)
+
+    def _qkv(self, x: Tensor, lora: Lora) -> tuple[Tensor, ...]:  # B N C, three times
+        return self.qkv.wide(x, lora).unflatten(-1, (3, -1)).unbind(-2)
 
 
 class FeedForward(nn.Module):
@@ -261,18 +206,18 @@ class TransformerBlock(nn.Module):
     def __init__(self, channels: int, context: int, heads: int) -> None:
         super().__init__()
         self.norm1 = LayerNorm(channels)
-        self.attn1 = Attention(channels, channels, heads)
+        self.attn1 = Attention(channels, heads)
         self.norm2 = LayerNorm(channels)
-        self.attn2 = Attention(channels, context, heads)
+        self.attn2 = Attention(channels, heads, context)
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(
-        self, branch: Tensor, x: Tensor | None, hidden: Tensor, lora: Lora, saved: Saved
-    ) -> tuple[Tensor, Tensor]:  # B N C, B L C': what is still to be added to the stream x, and the stream
+        self, branch: Tensor, x: Tensor | None, made: Made, lora: Lora, saved: Saved
+    ) -> tuple[Tensor, Tensor]:  # B N C: what is still to be added to the stream x, and the stream
         x, h = self.norm1(branch, x, saved)
-        x, h = self.norm2(self.attn1(h, h, lora), x, saved)
-        x, h = self.norm3(self.attn2(h, hidden, lora), x, saved)
+        x, h = self.norm2(self.attn1(h, made, lora), x, saved)
+        x, h = self.norm3(self.attn2(h, made, lora), x, saved)
         return self.ff(h, lora, saved), x
 
 
@@ -287,9 +232,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context, heads) for _ in range(depth))
         self.proj_out = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
-    def forward(
-        self, branch: Tensor, x: Tensor, hidden: Tensor, lora: Lora, saved: Saved
-    ) -> Tensor:  # B C H W twice, B L C'
+    def forward(self, branch: Tensor, x: Tensor, made: Made, lora: Lora, saved: Saved) -> Tensor:  # B C H W twice
         h, x = self.norm(branch, saved, residual=x)
         if not self.linear:
             h = self.proj_in(h, lora)
@@ -300,7 +243,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             if saved.checkpoints and stream is not None:  # one input to keep, not two: the same sum, only earlier
                 h, stream = h + stream, None
-            h, stream = saved.run(block, h, stream, hidden, lora)
+            h, stream = saved.run(block, (h, stream), made, lora)
         h = h + stream
         if self.linear:
             h = self.proj_out(h, lora)
@@ -323,11 +266,11 @@ class Block(nn.Module):
         convs = [Conv2d(width, width, 3, self.stride, padding=1)] if resample else []
         self.add_module(self.resampler, nn.ModuleList(nn.ModuleDict({"conv": conv}) for conv in convs))
 
-    def layer(self, i: int, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, memory: Memory) -> Tensor:
+    def layer(self, i: int, x: Tensor, made: Made, lora: Lora, memory: Memory) -> Tensor:
         """The i-th resnet and, where the block has them, attention: B C H W to B C' H W."""
         with memory.layer(f"{self.name}.{i}") as saved:
-            h, x = saved.run(self.resnets[i], x, emb, lora)
-            return self.attentions[i](h, x, hidden, lora, saved) if i < len(self.attentions) else h + x
+            h, x = saved.run(self.resnets[i], (x,), made, lora)
+            return self.attentions[i](h, x, made, lora, saved) if i < len(self.attentions) else h + x
 
 
 class DownBlock(Block):
@@ -335,11 +278,9 @@ class DownBlock(Block):
 
     resampler, stride = "downsamplers", 2
 
-    def forward(
-        self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor], memory: Memory
-    ) -> Tensor:
+    def forward(self, x: Tensor, made: Made, lora: Lora, skips: list[Tensor], memory: Memory) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, emb, hidden, lora, memory)
+            x = self.layer(i, x, made, lora, memory)
             skips.append(x)
         for down in self.downsamplers:
             x = down["conv"](x, lora)
@@ -352,11 +293,9 @@ class UpBlock(Block):
 
     resampler, stride = "upsamplers", 1
 
-    def forward(
-        self, x: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor], memory: Memory
-    ) -> Tensor:
+    def forward(self, x: Tensor, made: Made, lora: Lora, skips: list[Tensor], memory: Memory) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), emb, hidden, lora, memory)
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), made, lora, memory)
         for up in self.upsamplers:  # to the next skip's size: halving an odd size rounded up
             x = up["conv"](F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"), lora)
         return x
@@ -375,7 +314,7 @@ class UNet(nn.Module):
         # diffusers' configs give the number of heads under the name attention_head_dim
         heads = config["num_attention_heads"] or config["attention_head_dim"]
         keys = "layers_per_block", "transformer_layers_per_block", "cross_attention_dim"
-        values = [_list(value) for value in (*map(config.get, keys), heads)]
+        values = [each(value) for value in (*map(config.get, keys), heads)]
         layers, depths, contexts, heads = (x if len(x) > 1 else x * len(widths) for x in values)
 
         def args(i: int, inputs: list[int], attentions: int, resample: bool) -> tuple:
@@ -405,6 +344,16 @@ class UNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (Linear, Conv2d, Block)):
                 module.name = name
+        self.time_stacks = _stacks(m.time_emb_proj for m in self.modules() if isinstance(m, ResnetBlock))
+        attentions = [m for m in self.modules() if isinstance(m, Attention)]
+        self.text_stacks = _stacks(layer for m in attentions if m.cross for layer in (m.to_k, m.to_v))
+        self.stacks = [*self.time_stacks, *self.text_stacks, *(m.qkv for m in attentions if not m.cross)]
+
+    def join(self) -> UNet:
+        """Lay the frozen weights of each stack below one another: call it once they are where they stay. Itself."""
+        for stack in self.stacks:
+            stack.join()
+        return self
 
     dtype = property(lambda self: self.conv_in.weight.dtype)
     device = property(lambda self: self.conv_in.weight.device)
@@ -428,35 +377,60 @@ class UNet(nn.Module):
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [f"{block.name}.{i}" for block in blocks for i in range(len(block.resnets))]
 
-    def forward(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None, memory: Memory = KEEP_ALL) -> Tensor:
-        """Raw output B C H W for latents z (B C H W) at timesteps t (0-dim or B), in the weights' dtype."""
-        emb, hidden = self._condition(t.expand(z.shape[0]), text)
+    def forward(
+        self, z: Tensor, t: Tensor, text: Text, lora: Lora = None, memory: Memory = KEEP_ALL,
+        keys: Sequence[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Raw output B C H W for latents z (B C H W) at timesteps t (0-dim or B), in the weights' dtype.
+
+        `keys`: `text_keys(text)`, where it is at hand.
+        """
+        made = self._condition(t.expand(z.shape[0]), text, lora, keys)
         skips: list[Tensor] = []
-        x = self._encode(z, emb, hidden, lora, skips, memory)[-1]
+        x = self._encode(z, made, lora, skips, memory)[-1]
         for block in self.up_blocks:
-            x = block(x, emb, hidden, lora, skips, memory)
+            x = block(x, made, lora, skips, memory)
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
-    def features(self, z: Tensor, t: Tensor, text: Text, lora: Lora = None, memory: Memory = KEEP_ALL) -> list[Tensor]:
+    def features(
+        self, z: Tensor, t: Tensor, text: Text, lora: Lora = None, memory: Memory = KEEP_ALL,
+        keys: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """What each down block hands to the next, then the mid block's output; no up block runs."""
-        return self._encode(z, *self._condition(t.expand(z.shape[0]), text), lora, [], memory)
+        return self._encode(z, self._condition(t.expand(z.shape[0]), text, lora, keys), lora, [], memory)
 
-    def _encode(
-        self, z: Tensor, emb: Tensor, hidden: Tensor, lora: Lora, skips: list[Tensor], memory: Memory
-    ) -> list[Tensor]:
+    def text_keys(self, text: Text) -> list[Tensor]:
+        """The frozen keys and values of the text, for all passes over it: for each of `text_stacks`, n B L C."""
+        hidden = text.hidden.to(self.dtype)
+        return [stack.base(hidden.flatten(0, 1)).unflatten(1, hidden.shape[:2]) for stack in self.text_stacks]
+
+    def _encode(self, z: Tensor, made: Made, lora: Lora, skips: list[Tensor], memory: Memory) -> list[Tensor]:
         features, x = [], self.conv_in(z.to(self.dtype))
         skips.append(x)
         for block in self.down_blocks:
-            x = block(x, emb, hidden, lora, skips, memory)
+            x = block(x, made, lora, skips, memory)
             features.append(x)
-        return [*features, self.mid_block(x, emb, hidden, lora, [], memory)]
+        return [*features, self.mid_block(x, made, lora, [], memory)]
 
-    def _condition(self, t: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-        """silu of the embedding of timesteps (and SDXL's pooled text and sizes), B E, and the text, B L C."""
+    def _condition(self, t: Tensor, text: Text, lora: Lora, keys: Sequence[Tensor] | None) -> Made:
+        """What the layers make of the timesteps (and SDXL's pooled text and sizes), B C, and of the text, B L C."""
         flip_shift = self.config["flip_sin_to_cos"], self.config["freq_shift"]
         emb = self.time_embedding(sinusoid(t, self.feature_channels[0], *flip_shift).to(self.dtype))
         if self.config["addition_embed_type"] == "text_time":
             sizes = sinusoid(text.time_ids.flatten(), self.config["addition_time_embed_dim"], *flip_shift)
             added = torch.cat([text.pooled, sizes.view(t.shape[0], -1)], dim=-1)
             emb = emb + self.add_embedding(added.to(self.dtype))
-        return F.silu(emb), text.hidden.to(self.dtype)
+        emb, hidden, made = F.silu(emb), text.hidden.to(self.dtype).flatten(0, 1), {}
+        for stack in self.time_stacks:
+            made |= stack(emb, lora)
+        for i, stack in enumerate(self.text_stacks):
+            made |= stack(hidden, lora, None if keys is None else keys[i].flatten(1, 2))
+        return made
+
+
+def _stacks(layers: Iterable[Linear]) -> list[Stack]:
+    """Layers that read the same input, by their shape."""
+    shapes: dict[torch.Size, list[Linear]] = defaultdict(list)
+    for layer in layers:
+        shapes[layer.weight.shape].append(layer)
+    return [Stack(group) for group in shapes.values()]

@@ -25,9 +25,11 @@ from rapm.kernels.disc_head import disc_head, layout
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
 from rapm.kernels.renoise import renoise
+from rapm.memory.low_precision import low_precision
 from rapm.unet import Text, UNet
 
 Call = tuple[str, tuple]
+LOW = ("int8", "nf4")
 
 
 class Offline:
@@ -81,10 +83,11 @@ def lora_on(unet: UNet, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     return pairs
 
 
-def pass_through(config: dict, side: int, dtype: torch.dtype, rank: int) -> None:
-    """The student's forward and backward, and the encoder with a gradient on its input."""
+def pass_through(config: dict, side: int, dtype: torch.dtype, rank: int, mode: str = "full") -> None:
+    """The student's forward and backward, and the encoder with a gradient on its input, of frozen weights in `mode`."""
     with torch.device("meta"):
         unet = UNet(config).to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+        low_precision(unet, mode)
         z, t = torch.empty(1, unet.config["in_channels"], side, side), torch.zeros(1)
         length = 77
         hidden = torch.empty(1, length, unet.config["cross_attention_dim"], dtype=dtype)
@@ -120,10 +123,14 @@ def recorded(full: bool = True) -> Iterator[Call]:
     """Every operator call of a small model in all three dtypes and, if `full`, of SD1.5 and SDXL at ranks 1 and 64."""
     blocks = {"down_block_types": SD15["down_block_types"][1:], "up_block_types": SD15["up_block_types"][:-1]}
     small = {**SD15, **blocks, "block_out_channels": [48, 96, 128], "norm_num_groups": 16, "attention_head_dim": 4}
-    runs = [(small, 8, dtype, rank) for dtype, rank in zip(runtime.DTYPES, (16, 1, 16), strict=True)]
+    runs: list[tuple] = [(small, 8, dtype, rank) for dtype, rank in zip(runtime.DTYPES, (16, 1, 16), strict=True)]
     if full:
         runs += [(SD15, 64, torch.bfloat16, 1), (SDXL, 128, torch.bfloat16, 1), (SDXL, 128, torch.bfloat16, 64)]
+    low = [(small, 8, dtype, rank, mode) for dtype, rank in ((torch.float32, 1), (torch.float16, 16)) for mode in LOW]
+    low += [(SDXL, 128, torch.bfloat16, 1, mode) for mode in LOW if full]
     with Recorded() as record:
+        for run in low:
+            pass_through(*run)
         for config, side, dtype, rank in runs:
             pass_through(config, side, dtype, rank)
             slot([*config["block_out_channels"], config["block_out_channels"][-1]], side, dtype)

@@ -17,22 +17,23 @@ import tiny
 import torch
 from full import FULL
 
+from rapm.architecture import DEFAULTS, complete
 from rapm.bench import ops as bench_ops
 from rapm.bench import run as bench
 from rapm.bench.ops import DEVICE, operators
 from rapm.bench.run import MODELS, RAPM, REFERENCE, Provider, check, errors, fresh, results, unet_shapes, wanted
 from rapm.cli import main
 from rapm.config import Config
-from rapm.unet import DEFAULTS, UNet, complete
+from rapm.unet import UNet
 
 ROOT = Path(__file__).parents[1]
 KERNEL_FILES = list((ROOT / "kernels").glob("*.py"))
 # A shape of each operator that a CPU does at once
 SMALL = {
     "group_norm_silu": (64, 5, 3, True, True, True), "layer_norm": (6, 48, True), "geglu": (6, 32),
-    "lora_linear": (6, 32, 48, True), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
+    "lora_linear": (6, 32, 48, True, 3), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
     "attention": (2, 12, 7, 16), "disc_head": ((16, 4, 4), (32, 2, 2)), "position_loss": (6, 4), "renoise": (6, 4),
-    "guided_step": (6, 4),
+    "guided_step": (6, 4), "int8_linear": (6, 64, 48, True), "quantise": (64, 48),
 }  # fmt: skip
 OPS = operators({})
 
@@ -47,7 +48,7 @@ def script(name: str) -> ModuleType:
 def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {
         ("sd15", "attention"): [(2, 12, 7, 16)], ("sd15", "geglu"): [(6, 32), (6, 48)],
-        ("sd15", "lora_linear rank 1"): [(6, 32, 48, True)], ("sd15", "disc_head"): [((16, 4, 4),)],
+        ("sd15", "lora_linear rank 1"): [(6, 32, 48, True, 1)], ("sd15", "disc_head"): [((16, 4, 4),)],
         ("sdxl", "geglu"): [(6, 32)],
     }  # fmt: skip
     tasks = bench.tasks_of(OPS, shapes)
@@ -81,12 +82,14 @@ def test_shapes_of_a_pass(model: str, blocks: int, resnets: int, transformers: i
     with torch.device("meta"):
         targets = UNet(MODELS[model].unet).lora_targets()
     ranks = {name: op.shapes(found) for name, op in OPS.items() if name.endswith("rank 1")}
-    assert sum(sum(shapes.values()) for shapes in ranks.values()) == len(targets)
+    layers = [n * (shape[-1] if "linear" in name else 1) for name, found in ranks.items() for shape, n in found.items()]
+    assert sum(layers) == len(targets)
     assert sum(OPS["frozen_conv"].shapes(found).values()) == counts["conv"]
     # Known from elsewhere: the FLOP of a pass
     flop = sum(n * OPS["frozen_conv"].cost(*shape)[0] for shape, n in OPS["frozen_conv"].shapes(found).items())
     flop += sum(n * OPS["attention"].cost(*shape)[0] for shape, n in found["attention"].items())
-    flop += sum(n * 2 * rows * inputs * outputs for (rows, inputs, outputs, *_), n in found["linear"].items())
+    linear = found["linear"] + found["stack"]
+    flop += sum(n * 2 * rows * inputs * outputs for (rows, inputs, outputs, *_), n in linear.items())
     assert flop == pytest.approx(tflop * 1e12, rel=0.01)
 
 
@@ -112,7 +115,9 @@ def test_every_provider_computes_the_same(name: str) -> None:
             check(Provider(wrong), args, cotangents, exact, allowed)
     if "frozen layer" in providers:  # the LoRA's gradients are not asked of it
         layer = providers["frozen layer"]
-        assert len(wanted(layer.prepare(*args))) == 1 and layer.run(*layer.prepare(*args)).requires_grad
+        backward = "stack" not in name  # of the time and the text no gradient is wanted
+        assert len(wanted(layer.prepare(*args))) == backward
+        assert layer.run(*layer.prepare(*args)).requires_grad == backward
 
 
 def test_the_heads_compiled_form_is_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +290,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     slot_time = dict(card=card, models={model: {"before": mode, "after": after} for model in MODELS})
     for name, report in (("kernels", kernels), ("slot_time", slot_time)):
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = script("readme")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module

@@ -15,6 +15,7 @@ from rapm.loading.families import Model, model_of
 from rapm.memory.budget import Budget
 from rapm.memory.saved import Policy
 from rapm.step import Step
+from rapm.stop import advice
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training
 from rapm.trajectories import Store, prepare
@@ -61,7 +62,7 @@ def free(teacher: Teacher, store: Store) -> dict[str, torch.Tensor]:
 
 
 def budget_of(teacher: Teacher, vram: str = "4G") -> Budget:
-    return Budget(Model.of(teacher), CONFIG.replace(vram=vram), CPU)
+    return Budget(Model.of(teacher.source, teacher.unet.config, teacher.pipe), CONFIG.replace(vram=vram), CPU)
 
 
 def same(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
@@ -116,6 +117,24 @@ def test_when_nothing_is_left_to_give_it_says_so(teacher, store, monkeypatch):
     with pytest.raises(RunError, match=r"out of memory in iteration 0 .*Tried to allocate.*--vram") as caught:
         run(teacher, store, budget_of(teacher))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCompile with ...",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_outside_an_iteration_it_ends_a_run_in_one_line(words):
+    """As while validating, where no plan helps."""
+    with pytest.raises(RunError) as caught, advice("the same command goes on"):
+        raise RuntimeError(words)
+    line = f"out of memory ({words.splitlines()[0]}); what was written before is whole; with more of it free, the same"
+    assert str(caught.value) == f"{line} command goes on"
+    with pytest.raises(RuntimeError, match=r"^a shape$"), advice("the same command goes on"):
+        raise RuntimeError("a shape")
 
 
 def test_the_real_features_may_come_one_by_one(teacher, store, free):

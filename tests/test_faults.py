@@ -26,6 +26,13 @@ def test_stopped_runs_end_as_the_uninterrupted_one() -> None:
     assert '"stops": 6' in done.stdout
 
 
+@pytest.mark.gpu
+def test_a_run_whose_memory_another_process_takes_loses_nothing() -> None:
+    script = ROOT / "tests" / "faults" / "crowd.py"
+    done = subprocess.run([sys.executable, str(script), "--spares", "64"], capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("command", ["train", "trajectories"])
 def test_a_folder_where_another_run_works_is_refused(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture

@@ -346,8 +346,8 @@ def full_size_runs(family: str, dtype: torch.dtype, z: Tensor, t: Tensor, text: 
 @pytest.mark.parametrize("family", FULL)
 def test_full_size_on_gpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 (TF32 off) equals diffusers; in bf16 we are as close to fp32 as diffusers is; a CUDA graph replays it."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(backend, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert not torch.backends.cuda.matmul.allow_tf32  # PyTorch's default
     side = FULL[family]["sample_size"]
     for size in ((side, side), (40, 27)):
         case = inputs(FULL[family], 1, size, device="cuda")

@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rapm.stacks import add_low_rank, product
+
 KERNELS = (
     "group_norm_silu", "layer_norm", "geglu", "lora_linear", "lora_conv", "frozen_conv", "attention", "disc_head",
-    "position_loss", "renoise", "guided_step",
+    "position_loss", "renoise", "guided_step", "int8_linear", "quantise",
 )  # fmt: skip
 RANKS = 1, 64
+WHOLE = "whole weight"  # a quantised layer's baseline: lora_linear with the weight that its codes stand for
 FROZEN = "frozen layer"  # a LoRA layer's baseline: the layer alone, forward and the gradient of x
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -150,9 +153,12 @@ def peft_layer(peft: ModuleType) -> Callable:
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride=1, padding=0) -> Tensor:
         names = "base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight"
-        given = {k: v for k, v in zip(names, (weight, bias, down, up), strict=True) if v is not None}
-        layer = module(tuple(weight.shape), bias is not None, len(down), stride, padding)
-        return torch.func.functional_call(layer, given, (x,))
+        count = len(down) // up.shape[1]
+        layer = module((len(weight) // count, *weight.shape[1:]), bias is not None, up.shape[1], stride, padding)
+        parts = [(None,) * count if t is None else t.chunk(count) for t in (weight, bias, down, up)]
+        given = [{k: v for k, v in zip(names, part, strict=True) if v is not None} for part in zip(*parts, strict=True)]
+        outs = [torch.func.functional_call(layer, part, (x,)) for part in given]
+        return outs[0] if count == 1 else torch.cat(outs, -1)  # layers in one: each on its own here
 
     return run
 
@@ -168,10 +174,20 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
     def all_convs(found: Shapes) -> Counter:
         return sum((Counter({shape[:-1]: n}) for shape, n in found["conv"].items()), Counter())
 
-    def make_linear(rank: int, rows: int, inputs: int, outputs: int, bias: bool) -> list:
+    def make_linear(rank: int, rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> list:
         x, weight = random(1, rows, inputs, grad=True), random_weight(outputs, inputs)
-        low_rank = random_weight(rank, inputs, grad=True), random_weight(outputs, rank, grad=True)
+        low_rank = random_weight(layers * rank, inputs, grad=True), random_weight(outputs, rank, grad=True)
         return [x, weight, random(outputs) if bias else None, *low_rank]
+
+    def make_stack(rank: int, rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> list:
+        _, *weights = make_linear(rank, 1, inputs, outputs, bias, layers)
+        return [random(rows, inputs), *weights]  # of the time and the text no gradient is wanted
+
+    def run_stack(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        """As rapm.stacks has it, but with the frozen product, which an iteration does once for all its passes."""
+        count = linear.groups(down, up)
+        down, up = (part.unflatten(0, (count, -1)) for part in (down, up))
+        return add_low_rank(product(x, weight, bias, count), x, down, up).transpose(0, 1).flatten(1)
 
     def make_conv(inputs: int, outputs: int, k: int, stride: int, h: int, w: int) -> list:
         x, weight = random(1, inputs, h, w, grad=True), random_weight(outputs, inputs, k, k)
@@ -182,8 +198,11 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
         low_rank = random_weight(rank, inputs, k, k, grad=True), random_weight(outputs, rank, 1, 1, grad=True)
         return [x, weight, bias, *low_rank, *geometry]
 
-    def linear_cost(rows: int, inputs: int, outputs: int, bias: bool) -> tuple[float, float]:
+    def linear_cost(rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> tuple[float, float]:
         return (2.0 * rows * inputs * outputs,) * 2
+
+    def stack_cost(*shape: int) -> tuple[float, float]:
+        return linear_cost(*shape)[0], 0.0
 
     def conv_cost(inputs: int, outputs: int, k: int, stride: int, h: int, w: int) -> tuple[float, float]:
         return (2.0 * inputs * outputs * k * k * math.ceil(h / stride) * math.ceil(w / stride),) * 2
@@ -195,6 +214,10 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
             targets("linear"), partial(make_linear, rank), linear_cost, linear.lora_linear_ref, linear.lora_linear,
             {FROZEN: alone, **peers}, "flop",
         )  # fmt: skip
+        ops[f"lora_linear stack rank {rank}"] = Op(
+            lambda found: found["stack"], partial(make_stack, rank), stack_cost, linear.lora_linear_ref, run_stack,
+            {FROZEN: alone}, "flop",
+        )  # fmt: skip
     for rank in RANKS:
         alone = Provider(F.conv2d, lambda x, weight, bias, down, up, *rest: (x, weight, bias, *rest), checked=False)
         ops[f"lora_conv rank {rank}"] = Op(
@@ -202,6 +225,48 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
             {FROZEN: alone, **peers}, "flop",
         )  # fmt: skip
     ops["frozen_conv"] = Op(all_convs, make_conv, conv_cost, frozen.frozen_conv_ref, frozen.frozen_conv, {}, "flop")
+    return ops
+
+
+def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
+    """Layers of frozen weights in fewer bits, for the linear layers that a LoRA extends."""
+    linear, low, quantise = (kernels[name] for name in ("lora_linear", "int8_linear", "quantise"))
+
+    def shapes(found: Shapes) -> Counter:
+        return Counter({shape[:-1]: n for shape, n in found["linear"].items() if shape[-1]})
+
+    def weights(found: Shapes) -> Counter:
+        return sum((Counter({(k, n): count}) for (_, k, n, _), count in shapes(found).items()), Counter())
+
+    def make(rank: int, rows: int, k: int, n: int, bias: bool) -> list:
+        codes, scale, _ = quantise.int8(random_weight(n, k))
+        pair = random_weight(rank, k, grad=True), random_weight(n, rank, grad=True)
+        return [random(1, rows, k, grad=True), codes, scale, random(n) if bias else None, *pair]
+
+    def whole(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *pair: Tensor) -> tuple:
+        return x, (codes.to(scale.dtype) * scale[:, None]).to(x.dtype), bias, *pair
+
+    def alone(*args: Tensor) -> tuple:
+        return whole(*args)[:3]
+
+    def reference(*args: Tensor) -> Tensor:
+        return linear.lora_linear_ref(*whole(*args))
+
+    def make_codes(k: int, n: int) -> list:
+        return [*quantise.nf4(random_weight(n, k)), torch.bfloat16]
+
+    ops = {
+        f"int8_linear rank {rank}": Op(
+            shapes, partial(make, rank), lambda m, k, n, bias: (2.0 * m * k * n,) * 2, reference, low.int8_linear,
+            {FROZEN: Provider(F.linear, alone, checked=False), WHOLE: Provider(linear.lora_linear, whole)}, "flop",
+            slack=0.03,  # x and dy in 127 steps of a row's largest, which is off by some 1%
+        )
+        for rank in RANKS
+    }  # fmt: skip
+    ops["quantise"] = Op(  # half a byte and a 64th read, two written
+        weights, make_codes, lambda k, n: (k * n * (0.5 + 1 / 64 + 2), 0.0), quantise.dequantise_ref,
+        quantise.dequantise, {}, activations=0,
+    )  # fmt: skip
     return ops
 
 
@@ -354,5 +419,5 @@ def operators(left_out: dict[str, str], peers: bool = True) -> dict[str, Op]:
         left_out |= {"xformers": problem} if problem else {}
     return {
         **norm_ops(kernels, liger), **layer_ops(kernels, peft), **attention_ops(kernels, xformers),
-        **slot_ops(kernels),
+        **slot_ops(kernels), **low_precision_ops(kernels),
     }  # fmt: skip

@@ -98,7 +98,8 @@ def unet_shapes(model: str) -> Shapes:
     """The shapes of one UNet pass, by kind.
 
     group_norm: C H W, SiLU, shift, residual. layer_norm: N C, residual. geglu: N F.
-    attention: heads N L d. linear: rows, in, out, bias, LoRA. conv: in, out, k, stride, H, W of x, LoRA.
+    attention: heads N L d. linear: rows, in, out, bias, layers in one, LoRA. stack: rows, in, out, bias, layers in one.
+    conv: in, out, k, stride, H, W of x, LoRA.
     taps: the C H W that a discriminator reads. latents: H W.
     """
     found: Shapes = defaultdict(Counter)
@@ -116,10 +117,14 @@ def unet_shapes(model: str) -> Shapes:
         elif isinstance(module, FeedForward):
             add("geglu", x.shape[1], module.net[2].in_features)
         elif isinstance(module, Attention):
-            add("attention", module.heads, x.shape[1], args[1].shape[1], module.to_q.out_features // module.heads)
+            rows, channels = x.shape[1:]
+            context = text.hidden.shape[1] if module.cross else rows
+            add("attention", module.heads, rows, context, channels // module.heads)
+            if not module.cross:
+                add("linear", rows, channels, 3 * channels, False, 3, True)
         elif isinstance(module, nn.Linear):
             sizes = math.prod(x.shape[:-1]), module.in_features, module.out_features
-            add("linear", *sizes, module.bias is not None, isinstance(module, Linear))
+            add("linear", *sizes, module.bias is not None, 1, isinstance(module, Linear))
         elif isinstance(module, nn.Conv2d):
             sizes = module.in_channels, module.out_channels, module.kernel_size[0]
             add("conv", *sizes, module.stride[0], *x.shape[2:], isinstance(module, Conv2d))
@@ -133,6 +138,11 @@ def unet_shapes(model: str) -> Shapes:
         for module in unet.modules():
             module.register_forward_pre_hook(see, with_kwargs=True)
         unet(z, t, text)
+        for stacks, rows in ((unet.time_stacks, 1), (unet.text_stacks, text.hidden.shape[1])):
+            for stack in stacks:
+                outputs, inputs = stack.layers[0].weight.shape
+                count = len(stack.layers)
+                add("stack", rows, inputs, count * outputs, stack.layers[0].bias is not None, count)
     add("latents", side, side)
     return dict(found)
 

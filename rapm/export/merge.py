@@ -56,7 +56,8 @@ def merged_pipeline(teacher: Teacher, lora: Weights, dtype: torch.dtype) -> Diff
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     state = {}
-    for name, x in teacher.unet.state_dict().items():
+    whole = teacher.unet if teacher.frozen == "full" else teacher.stock_pipeline().unet
+    for name, x in whole.state_dict().items():
         layer, _, part = name.rpartition(".")
         x = folded(x, lora[layer]) if part == "weight" and layer in lora else x
         state[name] = x.to("cpu", dtype, memory_format=torch.contiguous_format, copy=True)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from rapm.architecture import complete
 from rapm.errors import UserError
 from rapm.loading.source import local_family
-from rapm.unet import complete
 from rapm.zoo import EMBEDDED
 
 if TYPE_CHECKING:
-    from rapm.teacher import Teacher
+    from diffusers import DiffusionPipeline
 
 SD15: dict[str, Any] = dict(cross_attention_dim=768, sample_size=64)
 SD21 = dict(
@@ -40,13 +40,12 @@ class Model(NamedTuple):
     factor: int = 8  # pixels of an image to one of its latents
 
     @classmethod
-    def of(cls, teacher: Teacher) -> Model:
-        """That of a loaded teacher."""
-        pipe = teacher.pipe
+    def of(cls, source: str, config: dict[str, Any], pipe: DiffusionPipeline) -> Model:
+        """That of a teacher whose UNet has the complete `config`, and need not be loaded."""
         encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
         text = sum(p.numel() for encoder in encoders if encoder is not None for p in encoder.parameters())
         vae = sum(p.numel() for p in pipe.vae.parameters())
-        return cls(teacher.source, teacher.unet.config, text, vae, pipe.vae_scale_factor)
+        return cls(source, config, text, vae, pipe.vae_scale_factor)
 
     @property
     def resolution(self) -> tuple[int, int]:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from rapm.architecture import complete
 from rapm.errors import UserError
 from rapm.loading.single_file import base_parts, family_of, header_statements, statements, unet_places
 from rapm.loading.weights import VARIANTS, folder_places, read_header, weight_files
 from rapm.schedule import recipe_scheduler
-from rapm.unet import complete
 from rapm.zoo import EMBEDDED
 
 SUPPORTED = (

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rapm.errors import UserError
 from rapm.export.lora_file import folded
+from rapm.memory.low_precision import LowPrecision, low_precision
 from rapm.unet import UNet
 
 PER_OPENING = 8  # tensors read from one mapping of a file: what has been read counts as memory until it is unmapped
@@ -127,6 +128,7 @@ def fill(
     device: torch.device | str,
     updates: Mapping[str, Sequence[Update]] | None = None,  # by layer
     digests: Digests | None = None,
+    frozen: str = "full",  # a mode of low_precision: a card that has no room for the whole weights never holds them
 ) -> UNet:
     """`unet` with the files' weights, frozen, on `device`, convolutions channels-last.
 
@@ -135,7 +137,8 @@ def fill(
     """
     updates = updates or {}
     check_fit(unet, places)
-    state = {}
+    low_precision(unet, frozen, dtype)
+    state: dict[str, Tensor] = {}
     for path, names in places.items():
         for name, x in _stream(path, names):
             y = x.to(dtype, copy=True)  # a copy: x is the mapped file
@@ -145,12 +148,18 @@ def fill(
                 if digest:
                     digest.result()  # one whole weight in memory twice at most
             layout = torch.channels_last if y.dim() == 4 else torch.preserve_format
-            state[name] = y.to(device, memory_format=layout)
-            if not state[name].isfinite().all():
+            y = y.to(device, memory_format=layout)
+            if not y.isfinite().all():
                 raise UserError(_not_finite(path, name, x, dtype))
+            module = unet.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, LowPrecision) and name.endswith(".weight"):
+                state |= {f"{module.name}.{part}": value for part, value in module.parts(y).items()}
+            else:
+                state[name] = y
             del x, y  # before the next is read
     unet.requires_grad_(False).load_state_dict(state, assign=True)
-    return unet.eval()
+    del state  # or it would hold the stacks' parts beside the stacks
+    return unet.join().eval()
 
 
 def check_fit(unet: UNet, places: Mapping[Path, Mapping[str, str]]) -> None:

@@ -7,18 +7,21 @@ from dataclasses import replace
 
 import torch
 
+from rapm import distributed
 from rapm.config import Config, parse_vram
 from rapm.errors import UserError
 from rapm.loading.families import Model
 from rapm.memory import cards
-from rapm.memory.cards import GIB, MIB
+from rapm.memory.cards import GIB, MIB, Card
 from rapm.memory.offload import Offload
-from rapm.memory.planner import Plan, Planner, grouped
+from rapm.memory.planner import Plan, grouped, planned, precision_words
 from rapm.memory.saved import Memory
 from rapm.step import SlotMemory
 from rapm.teacher import Teacher
 
 RUNG = 0.85  # of the bytes kept, after an out-of-memory
+# What is said of memory without torch.OutOfMemoryError: by the driver, by cuBLAS and cuDNN, by Triton
+EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "[CUDA]: out of memory")
 CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
 
 
@@ -31,10 +34,11 @@ class Budget:
         self.bytes = parse_vram(config.vram)
         if self.bytes is None:  # auto: what is free now; the context is there already
             self.bytes = cards.automatic(device)
+        self.bytes = distributed.smallest(self.bytes)  # several ranks have one plan
         if config.buckets:  # what the largest needs is enough for all
             config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
-        self.planner = Planner(model, config, cards.this_card(device) if cuda else None)
-        self.plan = self.planner.plan(self.bytes)
+        card = Card(*distributed.from_first(cards.this_card(device))) if cuda else None
+        self.planner, self.plan = planned(model, config, card, self.bytes)
 
     @staticmethod
     def wanted(config: Config, device: torch.device) -> bool:
@@ -49,7 +53,7 @@ class Budget:
             vae.enable_tiling()
             vae.tile_sample_min_size = cards.TILE  # by default the size that the VAE was trained on: no tile at all
             vae.tile_latent_min_size = cards.TILE // teacher.pipe.vae_scale_factor
-        return config.replace(solve_batch=self.plan.solve_batch)
+        return config.replace(solve_batch=self.plan.solve_batch, frozen_weights=teacher.frozen)
 
     def memory(self, unet: torch.nn.Module) -> SlotMemory:
         """What a slot's passes keep, with a slab for what is moved."""
@@ -72,9 +76,11 @@ class Budget:
         if self.corrected or self.stepped:
             return None
         self.corrected, planner, before = True, self.planner, self.plan
-        measured = torch.cuda.max_memory_reserved(self.device)
-        if (process := cards.process_memory()) is not None:
-            planner.context = process - torch.cuda.memory_reserved(self.device)
+        measured = distributed.largest(torch.cuda.max_memory_reserved(self.device))
+        process = cards.process_memory()
+        context = -1 if process is None else process - torch.cuda.memory_reserved(self.device)
+        if (context := distributed.largest(context)) >= 0:
+            planner.context = context
             cards.cap(self.device, self.bytes, planner.context)
         error = planner.context + measured - before.phases["train"]
         if abs(error) < CHANGE:
@@ -93,9 +99,15 @@ class Budget:
 
 
 def out_of_memory(error: RuntimeError) -> str | None:
-    """The first line of an out-of-memory; None for any other error. A capture that it ends may raise one of its own."""
-    found = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
-    return None if found is None else str(found).splitlines()[0]
+    """The first line of an out-of-memory; None for any other error. A capture that it ends may raise one of its own.
+
+    Where the driver or a library finds none, for a graph or a workspace, its words are all that tells.
+    """
+    for e in (error, error.__context__):
+        known = isinstance(e, RuntimeError) and any(words in str(e) for words in EXHAUSTED)
+        if isinstance(e, torch.OutOfMemoryError) or known:
+            return str(e).splitlines()[0]
+    return None
 
 
 def summary(plan: Plan) -> str:
@@ -118,7 +130,7 @@ def record(budget: Budget) -> dict[str, object]:
 
 
 def words(budget: Budget) -> str:
-    """What a run says of its plan: three lines at most."""
+    """What a run says of its plan: four lines at most."""
     plan = budget.plan
     peak = max(plan.phases, key=plan.phases.get)
     lines = [
@@ -126,6 +138,8 @@ def words(budget: Budget) -> str:
         f"the most is {plan.phases[peak] / GIB:.1f} ({peak}); {plan.slowdown:.2f} times as long as without a limit",
         f"        {summary(plan)}",
     ]
+    if line := precision_words(budget.planner):
+        lines.append(f"        {line}")
     if risk := cards.fallback_risk():
         lines.append(f"note: {risk}")
     return "\n".join(lines)

@@ -55,6 +55,7 @@ PRODUCTS = 0.70  # of `tflops`, in products and convolutions
 LAUNCH = 5.07e-6 * 4300  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
 COPIES = 0.03  # of the time of a copy to the host and back, that shows even where it is hidden (estimate)
 LAUNCHES = 15.5  # a slot's, for each layer that a LoRA may extend
+MADE = 1.5  # bytes read and written for each of a weight that is made for a product (estimate)
 ELEMENTWISE = 0.6  # of `bandwidth`, where norms are computed again
 
 

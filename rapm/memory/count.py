@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rapm.lora import LoRA
-from rapm.memory.offload import SMALLEST
+from rapm.memory.offload import worth_moving
 from rapm.memory.saved import LEVELS, Memory, Policy, Saved
 from rapm.unet import Attention, Text, UNet
 
@@ -95,7 +95,7 @@ class Ledger(Memory):
             self._refs.append(StorageWeakRef(storage))
             self._seen.add(storage._cdata)
             size = storage.nbytes()
-            movable = size >= SMALLEST and x.nbytes == size and layer != REST
+            movable = worth_moving(x) and layer != REST
             self.notes.append(Note(layer, unit, size, level, movable))
         return x.detach()
 
@@ -107,12 +107,12 @@ class Noted(Saved):
         super().__init__(ledger.policy)
         self.ledger, self.name, self.unit, self.units, self.depth = ledger, name, 0, 0, 0
 
-    def run(self, module: nn.Module, *args: object) -> object:
+    def run(self, module: nn.Module, tensors: tuple, *given: object) -> object:
         """As `Saved.run`, a unit of its own."""
         self.units += 1
         self.unit = self.units
         try:
-            return super().run(module, *args)
+            return super().run(module, tensors, *given)
         finally:
             self.unit = 0
 
@@ -131,7 +131,7 @@ def meta_unet(config: dict, dtype: torch.dtype) -> UNet:
     """The frozen UNet of `config` without memory."""
     with torch.device("meta"):
         unet = UNet(config).requires_grad_(False).eval().to(dtype)
-    return unet.to(memory_format=torch.channels_last)
+    return unet.to(memory_format=torch.channels_last).join()
 
 
 def meta_text(config: dict, batch: int = 1) -> Text:
@@ -150,14 +150,16 @@ def count_student(unet: UNet, latents: tuple[int, int, int], rank: int) -> Pass:
     with torch.device("meta"):
         lora = LoRA(unet, rank).views(unet.dtype)
     z, t, text = torch.empty(1, *latents, device="meta"), torch.empty(1, device="meta"), meta_text(unet.config)
-    return _count(unet, lambda memory: unet(z, t, text, lora, memory), rank)
+    keys = unet.text_keys(text)
+    return _count(unet, lambda memory: unet(z, t, text, lora, memory, keys), rank)
 
 
 def count_encoder(unet: UNet, latents: tuple[int, int, int]) -> Pass:
     """The discriminators' pass at batch 1: the teacher's features, with the gradient of the latents."""
     z = torch.empty(1, *latents, device="meta", dtype=unet.dtype).requires_grad_()
     t, text = torch.empty(1, device="meta"), meta_text(unet.config)
-    return _count(unet, lambda memory: unet.features(z, t, text, None, memory), 0)
+    keys = unet.text_keys(text)
+    return _count(unet, lambda memory: unet.features(z, t, text, None, memory, keys), 0)
 
 
 def _count(unet: UNet, forward, rank: int) -> Pass:
@@ -169,7 +171,10 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
         nonlocal widest
         x, name = args[0], names[module]
         if isinstance(module, Attention):
-            flops[_layer(name)] += 4 * x.shape[1] * args[1].shape[1] * x.shape[2] * x.shape[0]
+            batch, rows, channels = x.shape
+            flops[_layer(name)] += 4 * batch * rows * channels * (TOKENS if module.cross else rows)
+            if not module.cross:
+                flops[_layer(name)] += 2 * batch * rows * (module.qkv.size + 3 * rank * 2 * channels)
             return
         rows = out.numel() // module.weight.shape[0]
         work = 2 * rows * (module.weight.numel() + rank * (module.weight[0].numel() + module.weight.shape[0]))
@@ -179,8 +184,15 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
         if isinstance(module, nn.Conv2d):
             widest = max(widest, x.nbytes)
 
+    def see_text(module: Attention, args: tuple) -> None:
+        """Keys and values are made before the layers, and there as long as the pass."""
+        if module.cross:
+            for layer in (module.to_k, module.to_v):
+                ledger.note(REST, 0, args[1][layer.name], None)
+
     names = {m: name for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, Attention))}
     ledgers = {}
+    early = [m.register_forward_pre_hook(see_text) for m in names if isinstance(m, Attention)]
     handles = [module.register_forward_hook(see) for module in names]
     for level in ("recompute", "checkpoint"):  # the first tells of the levels before it too
         ledgers[level] = ledger = Ledger(unet, level)
@@ -189,6 +201,8 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
         del kept
         for handle in handles:
             handle.remove()
+    for handle in early:
+        handle.remove()
     used = [name for name in unet.layers() if any(note.layer == name for note in ledgers["recompute"].notes)]
     layers = {
         name: _layer_of(name, ledgers["recompute"].notes, ledgers["checkpoint"].notes, flops[name], up[name])

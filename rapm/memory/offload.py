@@ -6,7 +6,7 @@ the memory next comes after it. Backward: the window behind the tensor in use is
 Nothing asks the host, so all of it may be captured in a CUDA graph. Without CUDA the copies are plain ones.
 
 The slab is cut like a stack, by sizes as they come: no allocation a tensor, no powers of two. A storage that several
-operators keep moves once; parts of a storage, parameters and small tensors stay where they are.
+operators keep, or keep parts of, moves once; small parts of one, parameters and small tensors stay where they are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rapm.errors import UserError
 
 SMALLEST = 2**20  # bytes: below, the copies cost more than they free
 WINDOWS = (256 * 2**20, 64 * 2**20)  # bytes under way each way, of which a plan takes one
+PARTS = 4  # of a storage: a smaller part is no reason to move it whole
 ALIGN = 512  # bytes, as the device's allocator does
 
 
@@ -35,6 +36,12 @@ def _load_extension() -> bool:
 
 
 EXTENSION = _load_extension()
+
+
+def worth_moving(x: Tensor) -> bool:
+    """Whether the storage of x is large, and x much of it."""
+    size = x.untyped_storage().nbytes()
+    return size >= SMALLEST and PARTS * x.nbytes >= size
 
 
 class Mark:
@@ -161,7 +168,7 @@ class Offload:
     def pack(self, x: Tensor) -> tuple[Entry, tuple] | None:
         """A handle for x, whose storage moves to the host; None for what stays."""
         storage = x.untyped_storage()
-        if storage.nbytes() < SMALLEST or x.nbytes != storage.nbytes() or storage._cdata in self.kept:
+        if not worth_moving(x) or storage._cdata in self.kept:
             return None
         _, entry = self._found.get(storage._cdata, (None, None))
         if entry is None:

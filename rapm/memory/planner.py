@@ -21,6 +21,7 @@ from rapm.loading.families import Model, model_of
 from rapm.memory import cards
 from rapm.memory.cards import GIB, MIB, Card
 from rapm.memory.choice import Choice, Chooser
+from rapm.memory.low_precision import MODES
 from rapm.memory.offload import WINDOWS
 from rapm.memory.saved import Policy
 from rapm.memory.sizes import bound_seconds, sizes_of, slot_seconds
@@ -43,7 +44,7 @@ class Plan:
     together: bool = True  # both real features in one pass of two rows, or one after the other
     aside: bool = False  # the UNet waits on the host while text encoders or VAE work
     tiled: bool = False  # the VAE decodes tile by tile
-    apart: bool = False  # at the export, ours and the stock UNet take turns on the card
+    apart: bool = False  # at the export, ours waits on the host, and the stock UNet's blocks take turns on the card
     phases: dict[str, int] = field(default_factory=dict)  # bytes of the process, by phase
     seconds: float = 0.0  # an iteration
     slowdown: float = 1.0  # over the same card without a budget
@@ -53,9 +54,12 @@ class Plan:
 class Planner:
     """Plans for one job on one card, for any budget."""
 
-    def __init__(self, model: Model, config: Config, card: Card | None = None) -> None:
-        self.model, self.config = model, config
-        self.sizes = sizes_of(model, config)
+    def __init__(self, model: Model, config: Config, card: Card | None = None, mode: str | None = None) -> None:
+        """`mode` is that of the frozen weights, by default the settings', where auto is full."""
+        self.asked = config.frozen_weights
+        self.model = model
+        self.config = config.replace(frozen_weights=mode or self.asked.replace("auto", "full"))
+        self.sizes = sizes_of(model, self.config)
         self.card = card
         self.context = cards.CONTEXT  # bytes of the process outside the allocator
         self.correction = 0  # bytes that a dry slot took beyond what was predicted
@@ -106,7 +110,7 @@ class Planner:
         if extra is None:
             extra = max(max(layer.extra.values()) for layer in sizes.student.layers.values())
         rows = 2 if plan.together else 1
-        transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra
+        transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra + sizes.largest
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay
         end = (3 * size + 4) * sizes.lora  # the LoRA and its gradient, in both dtypes
@@ -127,7 +131,7 @@ class Planner:
         """Bytes of the process in a phase other than training."""
         sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
         forward = cards.FORWARD * sizes.student.widest  # a row
-        guided = 2 * batch * forward if self.config.guidance > 1 else batch * forward
+        guided = (2 * batch * forward if self.config.guidance > 1 else batch * forward) + sizes.largest
         state = sizes.state
         if phase == "encode":
             live = sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights)
@@ -135,12 +139,13 @@ class Planner:
             live = sizes.weights + guided
         elif phase == "validate":
             pixels = min(sizes.pixels, cards.TILE**2) if tiled else sizes.pixels
-            walk = sizes.weights + state + max(guided, 3 * batch * forward)
+            walk = sizes.weights + state + max(guided, 3 * batch * forward + sizes.largest)
             decode = sizes.vae + cards.DECODE * pixels + state + (0 if aside else sizes.weights)
             live = max(walk, decode)
         else:
-            stock = sizes.weights + (sizes.text + sizes.vae) * size // 4
+            stock = (sizes.block if apart else sizes.whole) + (sizes.text + sizes.vae) * size // 4
             live = stock + 2 * forward + (0 if apart else sizes.weights) + state
+            live = max(live, sizes.weights + 2 * forward + sizes.largest + state)  # our own sampler, before
         return int(self.context + live * 1.02)
 
     def _finish(self, plan: Plan, choice: Choice) -> Plan:
@@ -183,6 +188,31 @@ class Planner:
         return (self.config.trajectories + self.config.validation_prompts) * self.sizes.trajectory
 
 
+def planned(model: Model, config: Config, card: Card | None, budget: int | None) -> tuple[Planner, Plan]:
+    """The planner and its plan. With `frozen_weights` auto in fewer bits only if no plan fits without.
+
+    UserError for a budget that cannot work, with the smallest that would.
+    """
+    modes = MODES if config.frozen_weights == "auto" else (config.frozen_weights,)
+    for mode in modes:
+        planner = Planner(model, config, card, mode)
+        try:
+            return planner, planner.plan(budget)
+        except UserError:
+            if mode == modes[-1]:
+                raise
+    raise AssertionError("there is no mode")
+
+
+def precision_words(planner: Planner) -> str | None:
+    """What becomes of the frozen weights, and why; None where they stay whole."""
+    words = {"int8": "linear layers in int8", "nf4": "linear layers in nf4 (4 bits), convolutions in int8"}
+    if (mode := planner.config.frozen_weights) == "full":
+        return None
+    why = ", as no plan fits this budget without: the teacher is a near one" if planner.asked == "auto" else ""
+    return f"frozen weights: {words[mode]}{why}"
+
+
 def grouped(policies: dict[str, Policy]) -> list[tuple[str, str]]:
     """(policy, its layers), runs of layers of a block joined: "up_blocks.0.0-2"."""
     by_policy: dict[str, list[str]] = {}
@@ -218,11 +248,12 @@ def report(planner: Planner, plan: Plan) -> str:
         "train": "" if plan.together else "real features one by one",
         "validate": ", ".join([batch, *(["the UNet waits on the host while the VAE decodes"] if plan.aside else []),
                                *(["decoded in tiles"] if plan.tiled else [])]),
-        "export": "ours and the stock UNet take turns" if plan.apart else "ours beside the stock UNet",
+        "export": "ours waits on the host, the stock UNet comes by blocks" if plan.apart else "beside the stock UNet",
     }  # fmt: skip
     lines = [
         f"{model.name}, {height}x{width}, LoRA rank {config.lora_rank}, {config.mixed_precision}, budget {budget}",
         f"card: {card.name} ({'measured' if card.measured else 'data sheet'}: {rates})",
+        *filter(None, [precision_words(planner)]),
         "",
         "memory of the process, GiB (predicted)",
         *(f"  {phase:<9}{plan.phases[phase] / GIB:6.2f}  {notes[phase]}".rstrip() for phase in PHASES),
@@ -254,8 +285,8 @@ def plan_for(config: Config) -> str:
         budget = budget or cards.automatic(device)
     elif budget is None:
         raise UserError("plan: there is no GPU here, so say for which budget: --vram 12G")
-    planner = Planner(model, config, card)
-    plan, free = planner.plan(budget), shutil.disk_usage(_existing(Path(config.output_dir))).free
+    planner, plan = planned(model, config, card, budget)
+    free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     lines = [report(planner, plan)]
     if planner.disk() > free:
         lines.append(f"warning: the disk of {config.output_dir} has only {free / GIB:.2f} GiB free")

@@ -101,14 +101,13 @@ class Saved:
         """Whether modules run again as a whole."""
         return self.level == LEVELS.index("checkpoint") and torch.is_grad_enabled()
 
-    def run(self, module: nn.Module, *args: object) -> object:
-        """module(*tensors, lora, saved) for args (*tensors, lora); a checkpointed layer's runs again in backward."""
+    def run(self, module: nn.Module, tensors: tuple[Tensor | None, ...], *given: object) -> object:
+        """module(*tensors, *given, saved); a checkpointed layer's runs again in backward, with the same `given`."""
         if not self.checkpoints:
-            return module(*args, self)
-        *tensors, lora = args  # of what it is handed, checkpoint looks at every tensor: not at all of the LoRA's
+            return module(*tensors, *given, self)
 
-        def block(*tensors: Tensor | None) -> object:
-            return module(*tensors, lora, KEEP)
+        def block(*tensors: Tensor | None) -> object:  # checkpoint looks at each tensor in its arguments
+            return module(*tensors, *given, KEEP)
 
         return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
 

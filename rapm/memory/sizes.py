@@ -14,12 +14,17 @@ from rapm.loading.families import Model, latents_of
 from rapm.memory import cards
 from rapm.memory.cards import Card
 from rapm.memory.count import TOKENS, Pass, count_encoder, count_student, meta_unet
+from rapm.memory.low_precision import LowPrecision, Transient, low_precision
 
 
 class Sizes(NamedTuple):
     """A job's bytes, and its passes."""
 
     weights: int  # of the UNet
+    whole: int  # of the stock one, in the compute dtype
+    block: int  # of its largest block
+    made: int  # of the weights that are made for each product
+    largest: int  # of what is made for one product, beside the codes
     lora: int  # numbers in the LoRA
     targets: int  # layers that it extends
     heads: int  # numbers in the heads
@@ -47,6 +52,11 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     dtype = DTYPES[config.mixed_precision]
     c, h, w = latents = latents_of(model, config.resolution)
     unet = meta_unet(model.unet, dtype)
+    whole = sum(p.nbytes for p in unet.parameters())
+    blocks = *unet.down_blocks, unet.mid_block, *unet.up_blocks
+    block = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    low_precision(unet, config.frozen_weights)
+    made = {m: m.weight.nbytes for m in unet.modules() if isinstance(m, LowPrecision)}
     channels = unet.feature_channels
     targets = unet.lora_targets()
     lora = 0
@@ -63,9 +73,10 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     text = TOKENS * (max(hidden) if isinstance(hidden, (list, tuple)) else hidden) * 4
     positions = (2 * config.steps + 1) * c * h * w * getattr(torch, config.trajectory_dtype).itemsize
     return Sizes(
-        sum(p.nbytes for p in unet.parameters()), lora, len(targets), heads, features, 4 * model.text, 4 * model.vae,
-        h * w * model.factor**2, count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
-        positions + text,
+        sum(p.nbytes for p in unet.parameters()), whole, block,
+        sum(size for m, size in made.items() if isinstance(m, Transient)), max(made.values(), default=0), lora,
+        len(targets), heads, features, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
+        count_student(unet, latents, config.lora_rank), count_encoder(unet, latents), positions + text,
     )  # fmt: skip
 
 
@@ -75,5 +86,6 @@ def bound_seconds(sizes: Sizes, card: Card) -> float:
 
 
 def slot_seconds(sizes: Sizes, card: Card) -> float:
-    """A slot with everything kept."""
-    return sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS) + bound_seconds(sizes, card)
+    """A slot with everything kept. Whatever int8 products gain is not counted on."""
+    made = cards.MADE * sizes.made * sizes.flops / sizes.student.flops / (card.bandwidth * 1e9)
+    return sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS) + bound_seconds(sizes, card) + made

@@ -27,9 +27,10 @@ from rapm.errors import RunError
 from rapm.evaluate.embedded import frechet_distance
 from rapm.finite import finite
 from rapm.sample import sample
+from rapm.stacks import Lora
 from rapm.step import SIDES, Step
 from rapm.trajectories import Negatives, Store, Trajectory, noise, trajectory_seed
-from rapm.unet import Lora, Text
+from rapm.unet import Text
 
 if TYPE_CHECKING:
     from rapm.config import Config

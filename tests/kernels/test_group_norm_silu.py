@@ -37,7 +37,9 @@ def norm(groups: int, silu: bool = True, eps: float = 1e-5, function: Callable =
     )
 
 
-def compare(inputs: list, dtype: torch.dtype, groups: int, silu: bool = True, eps: float = 1e-5) -> None:
+def compare(
+    inputs: list, dtype: torch.dtype, groups: int, silu: bool = True, eps: float = 1e-5, large: float = 1.0
+) -> None:
     """Outputs and gradients are rounded once: two roundoffs, since Triton's interpreter cuts bf16 off.
 
     With a residual the norm is of v as rounded: rounding errors of v's mean would count in units of v's deviation.
@@ -53,7 +55,7 @@ def compare(inputs: list, dtype: torch.dtype, groups: int, silu: bool = True, ep
             residual = residual + (v - exact).detach()
         return plain(x, weight, bias, shift, residual)
 
-    check(kernel, reference, inputs, dtype, roundings=2)
+    check(kernel, reference, inputs, dtype, roundings=2, large=large)
 
 
 def gradients(function: Callable, inputs: list, cotangents: list[Tensor | None]) -> list[Tensor]:
@@ -284,7 +286,10 @@ USES = (1, True, False, True, 1e-5), (2, False, True, True, 1e-5), (3, False, Fa
 )  # fmt: skip
 def test_real_shapes(channels: int, size: int, dtype: torch.dtype, use: tuple) -> None:
     batch, shift, residual, silu, eps = use
-    compare(make(batch, channels, size, size, dtype, shift, residual, frozen=batch < 3), dtype, 32, silu, eps)
+    inputs = make(batch, channels, size, size, dtype, shift, residual, frozen=batch < 3)
+    # A weight's gradient is a sum of size^2 dy xhat that nearly cancel, to their root, and a rounding of the mean,
+    # which v's offset makes as large as one of v, is the same in each: it counts in proportion to size.
+    compare(inputs, dtype, 32, silu, eps, large=max(1.0, size / 16))
 
 
 @pytest.mark.gpu

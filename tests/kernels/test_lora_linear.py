@@ -18,8 +18,9 @@ op = lora_linear.lora_linear
 # A gradient of down: g, its operand in a product, and the sum; y: h, the update alone and the sum; and one more, since
 # a few numbers' roundings do not average out.
 ROUNDINGS = 4
-# leading shape, K, N, R
+# leading shape, K, N, R, and G of more than one layer
 SMALL = [((2, 3), 12, 7, 1), ((70,), 48, 96, 1), ((5, 7), 40, 24, 3), ((66,), 96, 40, 16), ((9,), 32, 72, 20)]
+GROUPED = [((70,), 48, 96, 1, 3), ((2, 3), 12, 15, 1, 3), ((5, 7), 40, 24, 3, 2), ((66,), 96, 60, 10, 3)]
 REAL = [
     ((1, 1024), 1280, 1280), ((1, 1024), 1280, 10240), ((1, 1024), 5120, 1280), ((1, 4096), 640, 640),
     ((1, 4096), 640, 5120), ((1, 4096), 2560, 640), ((1, 77), 2048, 1280), ((2, 77), 768, 320), ((1, 4096), 320, 2560),
@@ -29,9 +30,10 @@ REAL = [
 
 def inputs(case: tuple, dtype: torch.dtype, *, bias: bool = True, wanted: str = "xdu") -> tuple:
     """x, W, b, down and up; down and up lie in one flat buffer, as in the LoRA, and up is not aligned there."""
-    lead, k, n, rank = case
-    flat = tensor(rank * k + n * rank + 1, dtype=dtype)
-    down, up = flat[: rank * k].view(rank, k), flat[rank * k + 1 :].view(n, rank)
+    lead, k, n, rank, *groups = case
+    ranks = rank * (groups[0] if groups else 1)
+    flat = tensor(ranks * k + n * rank + 1, dtype=dtype)
+    down, up = flat[: ranks * k].view(ranks, k), flat[ranks * k + 1 :].view(n, rank)
     x, weight = tensor(*lead, k, dtype=dtype), tensor(n, k, dtype=dtype)
     for name, t in zip("xdu", (x, down, up), strict=True):
         t.requires_grad_(name in wanted)
@@ -55,8 +57,18 @@ def close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return all(error(a, e) <= SUMS * ROUNDOFF[torch.float32] for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("case", GROUPED)
+def test_layers_in_one(case: tuple) -> None:
+    """The same as each layer on its own."""
+    args = inputs(case, torch.float64)
+    x, weight, bias, down, up = args
+    layers = zip(*(t.chunk(case[4]) for t in (weight, bias, down, up)), strict=True)
+    expected = torch.cat([lora_linear_ref(x, *layer) for layer in layers], -1)
+    assert torch.allclose(lora_linear_ref(*args), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", runtime.DTYPES)
-@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("case", SMALL + GROUPED)
 def test_against_float64(case: tuple, dtype: torch.dtype) -> None:
     check(op, lora_linear_ref, inputs(case, dtype), dtype, roundings=ROUNDINGS)
     check(op, lora_linear_ref, inputs(case, dtype, bias=False), dtype, roundings=ROUNDINGS)
@@ -69,10 +81,10 @@ def test_real_shapes(case: tuple, rank: int) -> None:
     check(op, lora_linear_ref, inputs((*case, rank), torch.bfloat16), torch.bfloat16, roundings=ROUNDINGS)
 
 
-@pytest.mark.parametrize("case", SMALL[1:4])
+@pytest.mark.parametrize("case", SMALL[1:4] + GROUPED[:1])
 def test_every_way_of_computing(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuBLAS alone; matrices in one part and in many; a rank for cuBLAS."""
-    (lead, k, n, rank), dtype = case, torch.float32
+    (lead, k, n, rank, *groups), dtype = case, torch.float32
     for module, name, value in [
         (low_rank, "RANKS", 0),
         (low_rank, "LONGEST", 16),
@@ -81,11 +93,11 @@ def test_every_way_of_computing(case: tuple, monkeypatch: pytest.MonkeyPatch) ->
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             check(op, lora_linear_ref, inputs(case, dtype), dtype, roundings=ROUNDINGS)
-    check(op, lora_linear_ref, inputs((lead, k, n, 40 + rank), dtype), dtype, roundings=ROUNDINGS)
+    check(op, lora_linear_ref, inputs((lead, k, n, 40 + rank, *groups), dtype), dtype, roundings=ROUNDINGS)
 
 
 @pytest.mark.parametrize("wanted", ["x", "d", "u", "xd", "xu", "du"])
-@pytest.mark.parametrize("case", [SMALL[1], SMALL[2], ((5,), 16, 24, 200)])
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[2], ((5,), 16, 24, 200), GROUPED[2]])
 def test_only_what_is_wanted(case: tuple, wanted: str) -> None:
     """The same gradients, whichever are wanted; x is kept for down's alone, and h for up's."""
     args = inputs(case, torch.float32)
@@ -99,7 +111,9 @@ def test_only_what_is_wanted(case: tuple, wanted: str) -> None:
     assert close(actual, [expected[name] for name in "y" + wanted])  # in as many parts as fill the chip
     there = {t.untyped_storage().data_ptr() for t in (weight, down, up)}
     fresh = [t for t in kept if t.untyped_storage().data_ptr() not in there]
-    assert sum(t.numel() for t in fresh) == x.numel() * ("d" in wanted) + x[..., 0].numel() * case[3] * ("u" in wanted)
+    assert sum(t.numel() for t in fresh) == x.numel() * ("d" in wanted) + x[..., 0].numel() * len(down) * (
+        "u" in wanted
+    )
 
 
 def test_nothing_kept_without_gradients() -> None:
@@ -133,7 +147,14 @@ def test_refuses_a_trained_weight() -> None:
         op(x, weight.requires_grad_(), *rest)
 
 
-@pytest.mark.parametrize("case", [SMALL[1], SMALL[2], SMALL[4]])
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 4, 16, 64])
+@pytest.mark.parametrize("case", [((1, 1024), 1280, 3840), ((1, 4096), 640, 1920), ((2, 64), 1280, 3840)])
+def test_real_shapes_of_q_k_v(case: tuple, rank: int) -> None:
+    check(op, lora_linear_ref, inputs((*case, rank, 3), torch.bfloat16), torch.bfloat16, roundings=ROUNDINGS)
+
+
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[2], SMALL[4], GROUPED[2], GROUPED[3]])
 def test_opcheck(case: tuple) -> None:
     args = inputs(case, torch.float32)
     torch.library.opcheck(_lora_linear, args)

@@ -1,4 +1,9 @@
-"""Training with the kernels and with their references is the same training, over several iterations of fp32."""
+"""Training with the kernels and with their references is the same training, over several iterations of fp32.
+
+As long as training is a continuous function of its rounding errors. A head's LeakyReLU is none, nor is Adam's first
+step, and so a start that differs by one rounding alone ends elsewhere: on the embedded teacher (CPU, 20 iterations) a
+loss by up to 0.22 and the LoRA by 1.3e-3. After that many iterations the kernels are held to no more than this.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,8 @@ from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Trajectory, noise
 
 SETTINGS = dict(fine_steps=2, learning_rate=3e-4, lr_warmup_steps=0)
+ROUNDING = 1e-7  # a relative change of the start
+TIMES = 4  # what that changes, it changes by chance: so many times as much is allowed
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +36,15 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def trained(teacher: Teacher, trajectories: list[Trajectory], mode: str, slots: int, monkeypatch) -> tuple:
-    """Losses by slot, and the LoRA, after training in `mode`."""
+def trained(
+    teacher: Teacher, trajectories: list[Trajectory], mode: str, slots: int, monkeypatch, change: float = 0.0
+) -> tuple:
+    """Losses by slot, and the LoRA, after training in `mode` from a start that is off by `change`."""
     monkeypatch.setattr(runtime, "MODE", mode)
     config = Config.preset("embedded").replace(**SETTINGS)
     lora = LoRA(teacher.unet, config.lora_rank)
+    with torch.no_grad():
+        lora.flat *= 1 + change * torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     step = Step(teacher.unet, lora, teacher.schedule, config, trajectories[0], teacher.encode_negative())
     losses = []
     for i in range(slots):
@@ -46,20 +57,20 @@ def trained(teacher: Teacher, trajectories: list[Trajectory], mode: str, slots: 
     return torch.stack(losses), lora.flat.detach()
 
 
-def compare(teacher: Teacher, shape: tuple, prompts: list[str], slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def solved(teacher: Teacher, shape: tuple, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Trajectory]:
     monkeypatch.setattr(runtime, "MODE", "reference")
     text, uncond = teacher.encode(prompts), teacher.encode_negative()
     start = torch.stack([noise(i, shape) for i in range(len(prompts))])
     positions, fine = solve(
         teacher.unet, teacher.schedule, text, uncond, start, steps=4, fine_steps=2, guidance=7.5
     )  # fmt: skip
-    trajectories = [
-        Trajectory(positions[i], fine[i], text.rows(i, i + 1), prompt, i) for i, prompt in enumerate(prompts)
-    ]
+    return [Trajectory(positions[i], fine[i], text.rows(i, i + 1), prompt, i) for i, prompt in enumerate(prompts)]
+
+
+def compare(teacher: Teacher, trajectories: list[Trajectory], slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, lora = trained(teacher, trajectories, "triton", slots, monkeypatch)
     theirs, wanted_lora = trained(teacher, trajectories, "reference", slots, monkeypatch)
-    # The gradient is no continuous function of what the kernels round: where an activation of a head crosses zero, the
-    # slope of its LeakyReLU jumps from 0.2 to 1. On 4x4 latents one crossing moved the norm by up to 0.7%.
+    # On 4x4 latents one activation that crosses the kink of a LeakyReLU moved a gradient's norm by up to 0.7%.
     bounds = torch.tensor([5e-2 if name.endswith("grad_norm") else 1e-3 for name in LOSSES], device=mine.device)
     assert ((mine - theirs).abs() <= bounds * theirs.abs() + 1e-6).all(), (mine / theirs - 1).abs().amax(0)
     assert (lora - wanted_lora).norm() <= 1e-4 * wanted_lora.norm()
@@ -68,11 +79,21 @@ def compare(teacher: Teacher, shape: tuple, prompts: list[str], slots: int, monk
 def test_one_slot(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.tiny_pipeline("sd1", tmp_path / "sd1")
     teacher = load_teacher(str(folder), device=DEVICE, dtype=torch.float32)
-    compare(teacher, (4, 4, 4), ["a red seven"], 1, monkeypatch)
+    compare(teacher, solved(teacher, (4, 4, 4), ["a red seven"], monkeypatch), 1, monkeypatch)
 
 
 @pytest.mark.gpu
-def test_twenty_iterations_of_the_embedded_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iterations_of_the_embedded_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five, before chance comes in; and 20, as far as a rounding of the start goes."""
     prompts = [f"a red {digit} left of a blue star" for digit in ("one", "two", "three", "four", "five")]
     teacher = load_teacher("embedded", device=DEVICE, dtype=torch.float32)
-    compare(teacher, teacher.latent_shape(), prompts, 80, monkeypatch)
+    trajectories = solved(teacher, teacher.latent_shape(), prompts, monkeypatch)
+    compare(teacher, trajectories, 20, monkeypatch)
+    (mine, lora), (theirs, wanted_lora), (off, off_lora) = (
+        trained(teacher, trajectories, mode, 80, monkeypatch, change)
+        for mode, change in (("triton", 0.0), ("reference", 0.0), ("reference", ROUNDING))
+    )
+    found, chance = ((x / theirs - 1).abs().amax(0) for x in (mine, off))
+    print("largest difference of a loss:", found.tolist(), "of a rounding's:", chance.tolist())
+    assert found.max() <= TIMES * chance.max()
+    assert (lora - wanted_lora).norm() <= TIMES * (off_lora - wanted_lora).norm()

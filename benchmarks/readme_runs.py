@@ -1,0 +1,249 @@
+"""The README's sections on whole iterations, trajectories and runs: each a function of the report that it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tables import fill, rows_table
+
+NAMES = {
+    "sd15": "SD1.5, 512x512", "sdxl": "SDXL, 1024x1024", "embedded": "the embedded teacher, 64x64",
+}  # fmt: skip
+BAR = 20  # characters of the longest bar
+STEP = """
+Seconds of one iteration (4 slots, with the load of the next trajectory), batch 1, LoRA rank 1, random weights, bf16;
+the embedded teacher as it is trained, in fp32. One {card[device]}, torch {card[torch]}. All compute the same losses, or
+nothing would be timed: `naive` is eager diffusers and peft under autocast, with the features computed for each
+discriminator and each update; `stock` the same libraries with shared features, one forward for both updates and the
+slot as one CUDA graph; `compile` that under diffusers' regional torch.compile. `of the limit`: the FLOP of 3 UNet and 4
+encoder passes a slot at this card's measured {limits[bf16_tflops]:.0f} TFLOP/s. `ready` is the time until the first
+iteration is done.
+"""
+TRAJECTORIES = """
+Seconds of a trajectory of 40 guided steps, embeddings to latents, in bf16 on one {card[device]}, torch {card[torch]}:
+diffusers' own pipeline as people call it, and our solver, whose step is a CUDA graph. `of the limit`: the network's
+FLOP at {limits[bf16_tflops]:.0f} TFLOP/s.
+"""
+MEMORY = """
+What a budget costs: an iteration under the plan for `--vram`, the allocator capped at it, in a process of its own, on
+one {card[device]}, torch {card[torch]}, bf16, random weights. MiB are the process's by the driver where that says so,
+otherwise what the allocator reserved. `predicted` is the plan's figure; `stock` is diffusers, peft and autocast with
+gradient checkpointing of the student, as one CUDA graph, under the same cap.
+"""
+MOVED = """
+What the {budget} plan of SDXL moves to pinned host memory, eager: moved by ours, by others, and not at all.
+"""
+JOB = """
+The paper's SDXL job, {trajectories[count]:,} trajectories and {training[count]:,} iterations at rank 1, takes
+**{hours:.2f} hours** on one {card[device]}{budget} (goal: under {goal_hours}): extrapolated from
+{trajectories[measured]} trajectories of {trajectories[seconds]:.2f} s (batch {trajectories[batch]}) and
+{training[measured]:,} iterations of {training[seconds]:.3f} s, random weights, without text encoders, validations,
+checkpoints and export.
+"""
+ESTIMATE = """
+Other cards, by estimate only: the slot's GPU time by family of kernels, scaled by the dense bf16 rates and the memory
+bandwidths of the data sheets, and the slowdown that a plan for the card's memory is predicted to have.
+"""
+SOAK = """
+The embedded teacher for {iterations:,} iterations{of} in one process took {minutes:.0f} minutes on one {device}. From
+the first to the last {window:,} iterations after a warm-up of {warm:,}, an iteration went from
+{first[iteration_ms]:.2f} to {last[iteration_ms]:.2f} ms ({drift:+.1%}; bound {bounds[drift]:.0%}), allocated GPU memory
+changed by {growth_mib[allocated_mib]:+.1f} MiB, reserved by {growth_mib[reserved_mib]:+.1f}, the host's by
+{growth_mib[rss_mib]:+.1f} (bound {bounds[mib]:.0f}), open files by {handles:+d}. {skipped} updates were skipped;
+{missing}.
+"""
+HALF = """
+In {precision}, {slots:,} slots{of}: {skipped} updates skipped; {missing}.
+"""
+BITS = """
+The same seed twice, {iterations} iterations, each in a process of its own: {default}; with PyTorch's deterministic
+algorithms, {deterministic}.
+"""
+CROWD = """
+When another process takes a card's memory in the middle of a run, and leaves the run the given MiB (one
+{card[device]}): how it ended, and whether its LoRA, after the same command went on, was the undisturbed run's bit for
+bit.
+"""
+FULL = """
+Random pipelines of the published configs, from disk to pictures on one {device}: saved in fp16, loaded from a folder
+and from one file, trained for a few iterations in bf16, exported and proven in stock diffusers, sampled. Seconds.
+"""
+DISTRIBUTED = """
+Two GPUs as one run, {card[device]}, {model}, batch 1 on each. Against one process that computes the same from the same
+global batches the largest differences are: {equal}.
+"""
+
+
+def short(model: str) -> str:
+    return NAMES[model].split(",")[0]
+
+
+def gib(mib: float) -> str:
+    return f"{mib / 1024:.1f}"
+
+
+def not_measured(failed: Mapping[str, str]) -> list[str]:
+    """A paragraph that names what has no figure, and why."""
+    words = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+    return [fill(f"Not measured: {words}.")] if failed else []
+
+
+def step(report: Mapping) -> str:
+    parts, failed = ["## What it costs", "### An iteration", fill(STEP.format(**report))], {}
+    for model, found in report["models"].items():
+        providers = {name: row for name, row in found.items() if name != "tflop"}
+        failed |= {f"{short(model)} {name}": row["failed"] for name, row in providers.items() if "failed" in row}
+        done = {name: row for name, row in providers.items() if "failed" not in row}
+        if not done:
+            continue
+        slowest, rows = max(row["seconds"] for row in done.values()), []
+        for name, row in done.items():
+            share = found["tflop"] / report["limits"]["bf16_tflops"] / row["seconds"]
+            cells = {
+                "s": f"{row['seconds']:.3f}",
+                "": "█" * max(1, round(BAR * row["seconds"] / slowest)),
+                "over rapm": f"{row['seconds'] / done['rapm']['seconds']:.2f}" if "rapm" in done else "",
+                "of the limit": "" if model == "embedded" else f"{share:.0%}",  # which is of bf16
+                "allocated GiB": gib(row["allocated_mib"]),
+                "reserved GiB": gib(row["reserved_mib"]),
+                "ready s": f"{row['ready_seconds']:.0f}",
+            }
+            rows.append((name, cells))
+        parts += [f"**{NAMES[model]}**", rows_table(rows)]
+    return "\n\n".join(parts + not_measured(failed))
+
+
+def trajectories(report: Mapping) -> str:
+    rows = []
+    for model, found in report["models"].items():
+        each = {"stock, batch 1": found["stock"]} | {f"rapm, batch {n}": row for n, row in found["rapm"].items()}
+        for name, row in each.items():
+            cells = {
+                "s": f"{row['seconds']:.3f}",
+                "over the stock pipeline": f"{row['seconds'] / found['stock']['seconds']:.2f}",
+                "of the limit": f"{row['share']:.0%}",
+                "peak GiB": gib(row["mib"]),
+            }
+            rows.append((f"{short(model)} {name}", cells))
+    return "\n\n".join(["### The trajectories", fill(TRAJECTORIES.format(**report)), rows_table(rows)])
+
+
+def memory(report: Mapping) -> str:
+    parts, moved, tables = ["### Memory", fill(MEMORY.format(**report))], [], {}
+    for key, row in report["rows"].items():
+        kind, model, rank, budget = key.split()
+        if kind == "move":
+            cells = {"s": f"{row['seconds']:.3f}", "reserved GiB": gib(row["reserved_mib"])} if "seconds" in row else {}
+            moved.append((budget, cells or {"s": row["failed"], "reserved GiB": ""}))
+        else:
+            tables.setdefault((model, rank), {}).setdefault(budget, {})[kind] = row
+    for (model, rank), budgets in tables.items():
+        fastest = budgets.get("none", {}).get("rapm", {})
+        rows = [(budget, _budget_cells(found, fastest)) for budget, found in budgets.items()]
+        parts += [f"**{NAMES[model]}, rank {rank}**", rows_table(rows)]
+    if moved:
+        parts += [fill(MOVED.format(budget="8G")), rows_table(moved)]
+    return "\n\n".join(parts)
+
+
+def _budget_cells(found: Mapping[str, Mapping], fastest: Mapping) -> dict[str, str]:
+    """A budget's row: ours, and the peer's."""
+    ours, stock = found.get("rapm", {}), found.get("stock", {})
+    cells = dict.fromkeys(("s", "slower", "MiB", "predicted", "moved MiB", "stock s", "stock MiB"), "")
+    for name, row in (("", ours), ("stock ", stock)):
+        if "seconds" in row:
+            held = row.get("process_mib") or row["reserved_mib"]
+            cells |= {f"{name}s": f"{row['seconds']:.3f}", f"{name}MiB": f"{held:,.0f}"}
+        elif "failed" in row:
+            known = row["failed"].startswith("out of memory"), "too little" in row["failed"]
+            cells[f"{name}s"] = "out of memory" if known[0] else "refused" if known[1] else "failed"
+    if "seconds" in ours:
+        cells["predicted"] = f"{ours.get('final_predicted_mib', ours['predicted_mib']):,.0f}"
+        cells["moved MiB"] = f"{ours.get('moved_mib', 0):,.0f}"
+        if "seconds" in fastest:
+            cells["slower"] = f"{ours['seconds'] / fastest['seconds']:.2f}"
+    return cells
+
+
+def job(report: Mapping) -> str:
+    if "hours" not in report:
+        return fill("Only a part of the whole job was measured yet: " + ", ".join(report["stages"]) + ".")
+    budget = "" if report["vram"] == "auto" else f" within {report['vram']}"
+    parts = ["### The whole job", fill(JOB.format(**report, **report["stages"], budget=budget))]
+    if "estimates" in report:
+        rows = [
+            (
+                f"{name}, {row['gib']:.0f} GB",
+                {"hours, estimated": f"{row['hours']:.0f}", "a slot takes": f"{row['times']:.1f} times as long",
+                 "for its memory": f"{row['slowdown']:.2f} times"},
+            )
+            for name, row in report["estimates"].items()
+        ]  # fmt: skip
+        parts += [fill(ESTIMATE), rows_table(rows)]
+    return "\n\n".join(parts)
+
+
+def soak(report: Mapping) -> str:
+    parts = ["### Long runs"]
+    for name in ("soak", "bf16", "fp16"):
+        if (found := report.get(name)) is None:
+            continue
+        done, wanted = found["iterations"], found["wanted"]
+        of = "" if done == wanted else f" (of {wanted:,} that were asked for: the time was up)"
+        missing = "; ".join(found["missing"]) or "every line, checkpoint and picture was there, and finite"
+        facts = {**found, "of": of, "missing": missing, "device": report["card"]["device"]}
+        parts.append(fill((SOAK if name == "soak" else HALF).format(**facts, minutes=found["seconds"] / 60)))
+    if (found := report.get("same_bits")) is not None:
+        words = {name: _bits(found[name]) for name in ("default", "deterministic")}
+        parts.append(fill(BITS.format(iterations=found["iterations"], **words)))
+    return "\n\n".join(parts)
+
+
+def _bits(found: Mapping) -> str:
+    if found["same"]:
+        return "the same LoRA bit for bit"
+    return f"{found['different']} of {found['of']} tensors differ, by {found['largest']:.1e} at the most"
+
+
+def crowd(report: Mapping) -> str:
+    rows = []
+    for spare, found in report["cases"].items():
+        how = "went on with less kept" if found["stepped_down"] else "went on"
+        cells = {
+            "crowded at": str(found["crowded_at"]),
+            "how it ended": how
+            if found["code"] == 0
+            else f"exit code {found['code']} at {found['ended_at']}, one line",
+            "the same LoRA": "yes" if found["same_lora"] else "no",
+        }
+        rows.append((f"{spare} MiB", cells))
+    return "\n\n".join([fill(CROWD.format(**report)), rows_table(rows)])
+
+
+def full(report: Mapping[str, Mapping]) -> str:
+    """`report`: by model, what tests/test_full_teacher.py wrote."""
+    rows = []
+    for model, found in report.items():
+        cells = {stage: f"{seconds:.0f}" for stage, seconds in found["seconds"].items()}
+        cells |= {
+            "one iteration": f"{found['seconds_per_iteration']:.3f}",
+            "GPU GiB": gib(found["vram_mib"]),
+            "host GB": f"{found['host_peak_gb']:.1f}",
+            "LoRA MB": f"{found['lora_mb']:.1f}",
+        }
+        rows.append((NAMES[model], cells))
+    device = next(iter(report.values()))["card"]["device"]
+    return "\n\n".join(["### Full-size teachers", fill(FULL.format(device=device)), rows_table(rows)])
+
+
+def distributed(report: Mapping) -> str:
+    equal = ", ".join(f"{name} {value:.1e}" for name, value in report["equal"].items())
+    rows = []
+    for ranks, found in report["ranks"].items():
+        cells = {f"{name} a second": f"{found[name]:.2f}" for name in ("trajectories", "slots")}
+        rows.append((f"{ranks} GPU{'s' * (int(ranks) > 1)}", cells))
+    rows.append(("times", {f"{name} a second": f"{factor:.2f}" for name, factor in report["speedup"].items()}))
+    model = NAMES[report["model"]]
+    return "\n\n".join(
+        ["### Two GPUs", fill(DISTRIBUTED.format(card=report["card"], model=model, equal=equal)), rows_table(rows)]
+    )

@@ -1,0 +1,71 @@
+"""What a diffusers `unet/config.json` may say: what is left out, what is computed here, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rapm.errors import UserError
+
+# What the UNet reads from a config.json, with diffusers' defaults.
+DEFAULTS = dict(
+    in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    transformer_layers_per_block=1, attention_head_dim=8, num_attention_heads=None, cross_attention_dim=1280,
+    use_linear_projection=False, norm_num_groups=32, norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0,
+    time_embedding_dim=None, addition_embed_type=None, addition_time_embed_dim=None,
+    projection_class_embeddings_input_dim=None,
+)  # fmt: skip
+# What would need other code: these values only are computed. A config that leaves one out means the first.
+SUPPORTED = dict(
+    _class_name=("UNet2DConditionModel",), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    mid_block_type=("UNetMidBlock2DCrossAttn",), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    addition_embed_type=(None, "text_time"), act_fn=("silu", "swish"), time_embedding_type=("positional",),
+    attention_type=("default",), resnet_time_scale_shift=("default",), mid_block_scale_factor=(1,),
+    downsample_padding=(1,), conv_in_kernel=(3,), conv_out_kernel=(3,),
+    **dict.fromkeys((
+        "class_embed_type", "num_class_embeds", "class_embeddings_concat", "encoder_hid_dim", "encoder_hid_dim_type",
+        "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "center_input_sample",
+        "only_cross_attention", "dual_cross_attention", "cross_attention_norm", "reverse_transformer_layers_per_block",
+    ), (None, False)),
+)  # fmt: skip
+# Sizes, one for all levels or one each, and the most that is still a model.
+SIZES = dict(
+    in_channels=2**10, out_channels=2**10, block_out_channels=2**14, layers_per_block=64,
+    transformer_layers_per_block=64, attention_head_dim=2**10, num_attention_heads=2**10, cross_attention_dim=2**14,
+    norm_num_groups=2**10, time_embedding_dim=2**16, addition_time_embed_dim=2**12,
+    projection_class_embeddings_input_dim=2**16,
+)  # fmt: skip
+# `upcast_attention` is read nowhere: SDPA keeps the softmax in fp32, and diffusers ignores the flag with it too.
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with diffusers' defaults filled in. UserError for what this UNet does not compute."""
+    if not isinstance(config, Mapping):
+        raise UserError("UNet config: not a JSON object")
+    config = {**DEFAULTS, **config}
+    levels = len(each(config["block_out_channels"]))
+    for key, most in SIZES.items():
+        sizes = [] if config[key] is None and DEFAULTS[key] is None else each(config[key])
+        if len(sizes) not in (0, 1, levels) or any(type(n) is not int or not 0 < n <= most for n in sizes):
+            raise UserError(f"UNet config: {key} is {config[key]}, not a size, or one for each of {levels} levels")
+    for key in ("down_block_types", "up_block_types"):
+        if len(each(config[key])) != levels:
+            raise UserError(f"UNet config: {key} is {config[key]}, not one for each of {levels} levels")
+    if any(n % config["norm_num_groups"] for n in each(config["block_out_channels"])):
+        raise UserError(f"UNet config: {config['norm_num_groups']} groups do not divide {config['block_out_channels']}")
+    if not all(type(config[key]) in (int, float) for key in ("norm_eps", "freq_shift")):
+        raise UserError("UNet config: norm_eps and freq_shift are numbers")
+    checks = [(key, value, values) for key, values in SUPPORTED.items() for value in each(config.get(key, values[0]))]
+    checks.append(("in_channels", config["in_channels"], (config["out_channels"],)))  # inpainting models have more
+    for key, value, values in checks:
+        if value not in values:
+            expected = " or ".join(map(str, values))
+            raise UserError(f"UNet config: {key} is {value}, not {expected}: use a base model of SD1.x, SD2.x or SDXL")
+    return config
+
+
+def each(value: object) -> list[Any]:
+    """A setting by level, where it may be one for all."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,180 @@
+"""Two processes as one run, on a CPU: one store, one training, one voice; and what becomes of it when one is lost.
+
+The run has two ranks, three shards of trajectories, a replay, and no GPU in it. benchmarks/distributed.py has the same
+training in one process, and starts both on two GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from rapm.checkpoint import STATE, checkpoints
+from rapm.cli import main
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(
+    block_out_channels=[32, 32], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+)  # fmt: skip
+SETTINGS = """
+device = "cpu"
+resolution = [32, 32]
+steps = 2
+trajectories = 131
+solve_batch = 32
+fine_steps = 1
+guidance = 3.0
+validation_prompts = 1
+fd_samples = 0
+learning_rate = 1e-3
+lr_warmup_steps = 0
+replay_size = 2
+log_steps = 1
+checkpointing_steps = 2
+validation_steps = 100000
+"""
+STEPS = 5
+END = 20.0  # seconds in which all must have ended once one is lost
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import distributed as module
+
+    yield module
+    sys.path.remove(str(ROOT / "benchmarks"))
+    for name in ("distributed", "slot_time"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a very tiny teacher, prompts and settings."""
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.UNET, "sd1", {**tiny.SD1, **SMALL})
+        tiny.tiny_pipeline("sd1", folder / "teacher")
+    (folder / "prompts.txt").write_text("a cat\na dog\na house on a hill\n")
+    (folder / "settings.toml").write_text(SETTINGS)
+    return folder
+
+
+def arguments(place: Path, output: Path, *extra: str) -> list[str]:
+    return [
+        "--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt"), "--output_dir", str(output),
+        "--config", str(place / "settings.toml"), "--report_to", "none", "--lora_rank", "2",
+        "--max_train_steps", str(STEPS), *extra,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Of a launcher: our tree, and as many threads as the processes in this one use."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def start(command: list[str], output: Path) -> subprocess.Popen:
+    """The launcher, with what all processes say in `output`.txt."""
+    with output.with_suffix(".txt").open("w") as said:
+        return subprocess.Popen(command, env=environment(), stdout=said, stderr=subprocess.STDOUT)
+
+
+def said(output: Path) -> list[str]:
+    """The lines of rapm's own that end a command."""
+    return re.findall(r"rapm: .*", output.with_suffix(".txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(place: Path, bench: ModuleType) -> Path:
+    """The folder of an uninterrupted run of two processes, by torchrun."""
+    command = bench.launch(2, "-m", "rapm.train", *arguments(place, place / "run"))
+    assert start(command, place / "run").wait(300) == 0, (place / "run.txt").read_text()
+    return place / "run"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_store_has_the_bytes_of_one_process(place, run):
+    assert main(["trajectories", *arguments(place, place / "alone")]) == 0
+    mine, theirs = files(run / "trajectories"), files(place / "alone/trajectories")
+    assert len([name for name in mine if name.startswith("shard-")]) == 3
+    assert mine == theirs
+
+
+def test_one_process_with_the_mean_of_the_gradients_learns_the_same(run, bench):
+    mine = bench.found(run)
+    assert len(mine.losses) == STEPS
+    for name, difference in bench.differences(mine, bench.expected(run, 2, "cpu")).items():
+        assert difference <= bench.TOLERANCE, name
+    for name, difference in bench.differences(mine, bench.expected(run, 1, "cpu")).items():  # half of each batch
+        assert difference > 10 * bench.TOLERANCE, name
+
+
+def test_only_the_first_writes_and_speaks(run):
+    names = {path.name for path in run.iterdir()} - {".lock"}
+    assert names == {
+        "trajectories", "checkpoint-4", "checkpoint-5", "config.toml", "metrics.jsonl", "samples", "samples.png",
+        "pytorch_lora_weights.safetensors", "diffusers", "README.md", "report.html", "comfyui_workflow.json",
+    }  # fmt: skip
+    text = run.with_suffix(".txt").read_text()
+    assert text.count("prompts: 3 in") == text.count("done: ") == 1 and not said(run)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS + 1  # and one validation
+
+
+def test_resumed_by_accelerate_equals_uninterrupted(place, run, tmp_path):
+    """From iteration 4 on, by the other launcher: every byte of the state, each rank's replay too."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-5"))
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "rapm.train",
+    ]  # fmt: skip
+    command = [*launcher, *arguments(place, tmp_path / "run", "--resume_from_checkpoint", "latest")]
+    assert start(command, tmp_path / "run").wait(300) == 0, (tmp_path / "run.txt").read_text()
+    assert "at iteration 4" in (tmp_path / "run.txt").read_text()
+    mine, theirs = (load_file(folder / "checkpoint-5" / STATE) for folder in (tmp_path / "run", run))
+    assert mine.keys() == theirs.keys() and {"replay.tap0", "rank1.replay.tap0", "adam.lora.0.exp_avg"} <= mine.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in mine.items())
+    assert not torch.equal(mine["replay.tap0"], mine["rank1.replay.tap0"])
+
+
+def test_another_number_of_processes_does_not_resume(place, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    assert main(["train", *arguments(place, tmp_path / "run", "--resume_from_checkpoint", "latest")]) == 2
+    assert "is of 2 processes, not 1: start as many again" in capsys.readouterr().err
+
+
+def test_a_lost_rank_ends_all_and_nothing_is_lost(place, run, tmp_path, bench):
+    """SIGKILL: the other one says so in one line and ends, and what is there goes on."""
+    shutil.copytree(run / "trajectories", tmp_path / "run/trajectories")
+    words = arguments(place, tmp_path / "run", "--max_train_steps", "100000")
+    launcher = start(bench.launch(2, "-m", "rapm.train", *words), tmp_path / "run")
+    while launcher.poll() is None and not checkpoints(tmp_path / "run"):
+        time.sleep(0.02)
+    ranks = {}
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(x[5:]): int(child) for x in variables if x.startswith(b"RANK=")}
+    os.kill(ranks[1], signal.SIGKILL)
+    struck = time.monotonic()
+    assert launcher.wait(END) == 1
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), time.monotonic() - struck
+    assert len(said(tmp_path / "run")) == 1 and "rank 1 of 2 is lost, so all end" in said(tmp_path / "run")[0]
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert load_file(newest / STATE).keys() == load_file(run / "checkpoint-4" / STATE).keys()
+    assert not [path for path in (tmp_path / "run").rglob("*.tmp") if path.parent.name != newest.name]

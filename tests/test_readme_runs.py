@@ -1,0 +1,182 @@
+"""The README's sections on whole runs, on made-up results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CARD = dict(device="A Card", driver="1.2", torch="2.11", cuda="13.0", cudnn="9", triton="3.6")
+LIMITS = {"copy_gbs": 4000.0, "bf16_tflops": 800.0}
+
+
+def provider(seconds: float) -> dict:
+    held = dict(allocated_mib=2048.0, reserved_mib=3072.0, device_mib=4096.0)
+    return dict(seconds=seconds, fastest=seconds, slowest=seconds, ready_seconds=12.4, **held)
+
+
+def budget(seconds: float, process: float | None = None, **more: object) -> dict:
+    return dict(
+        seconds=seconds, slowest=seconds, process_mib=process, reserved_mib=9000.0, allocated_mib=8000.0, **more
+    )
+
+
+WINDOW = dict(iteration_ms=20.0, allocated_mib=100.0, reserved_mib=200.0, rss_mib=3000.0, handles=40)
+SOAK = dict(
+    iterations=15_000, wanted=20_000, slots=60_000, seconds=540.0, precision="no", warm=1000, window=1000, first=WINDOW,
+    last={**WINDOW, "iteration_ms": 20.2}, growth_mib=dict(allocated_mib=0.0, reserved_mib=2.0, rss_mib=7.5), handles=0,
+    drift=0.01, skipped=0, missing=[], flat=True, bounds=dict(mib=16.0, handles=0, drift=0.02),
+)  # fmt: skip
+REPORTS = {
+    "step": {
+        "card": CARD, "limits": LIMITS,
+        "models": {
+            "sdxl": {"tflop": 120.0, "naive": provider(4.0), "stock": provider(1.0),
+                     "compile": {"failed": "not ready within 480 s"}, "rapm": provider(0.5)},
+            "embedded": {"tflop": 0.1, "rapm": provider(0.02)},
+        },
+    },
+    "trajectories": {
+        "card": CARD, "limits": LIMITS,
+        "models": {"sdxl": {"tflop": 540.0, "stock": dict(seconds=4.0, share=0.17, mib=8192.0),
+                            "rapm": {"1": dict(seconds=2.0, share=0.34, mib=6144.0)}}},
+    },
+    "memory": {
+        "card": CARD,
+        "rows": {
+            "rapm sdxl 1 none": budget(0.4, predicted_mib=17_000.0, moved=0),
+            "rapm sdxl 1 12G": budget(0.5, 11_900.0, predicted_mib=11_000.0, final_predicted_mib=11_800.0,
+                                      moved_mib=50.0),
+            "rapm sdxl 1 4G": {"failed": "vram 4.00G is too little for sdxl at rank 1: at least --vram 6.1G"},
+            "stock sdxl 1 none": budget(1.2),
+            "stock sdxl 1 12G": {"failed": "out of memory: CUDA out of memory."},
+            "move sdxl 1 rapm": budget(0.6, layers=3),
+            "move sdxl 1 torchtune": {"failed": "torchtune is not installed"},
+        },
+    },
+    "job": {
+        "card": CARD, "limits": LIMITS, "share": 0.05, "vram": "12G", "hours": 2.34, "goal_hours": 2.5,
+        "stages": {
+            "trajectories": dict(count=1000, measured=48, batch=8, first_seconds=30.0, seconds=1.9, share=0.048),
+            "training": dict(count=20_000, measured=1000, first_seconds=60.0, seconds=0.35, share=0.05),
+        },
+        "estimates": {"RTX 3060": dict(hours=52.4, times=23.6, slowdown=1.05, gib=12)},
+    },
+    "soak": {
+        "card": CARD, "soak": SOAK,
+        "fp16": {**SOAK, "iterations": 1250, "wanted": 1250, "slots": 5000, "precision": "fp16", "skipped": 3,
+                 "missing": ["losses: not those of 125 iterations"]},
+        "same_bits": {"iterations": 100, "precision": "no",
+                      "default": dict(same=False, different=7, of=279, largest=2e-6),
+                      "deterministic": dict(same=True, different=0, of=279, largest=0.0)},
+    },
+    "crowd": {
+        "card": CARD,
+        "cases": {
+            "0": dict(crowded_at=27, code=1, ended_at=100, stepped_down=False, line="rapm: out", same_lora=True),
+            "64": dict(crowded_at=26, code=0, ended_at=400, stepped_down=True, line="", same_lora=True),
+        },
+    },
+    "distributed": {
+        "card": CARD, "model": "sd15", "equal": {"losses": 1.5e-6, "weights": 2e-7}, "trajectories": 256,
+        "ranks": {"1": dict(trajectories=1.5, slots=30.0, sent_mib=0.0),
+                  "2": dict(trajectories=2.9, slots=57.0, sent_mib=5.0)},
+        "speedup": dict(trajectories=1.93, slots=1.9),
+    },
+    "full_teacher_sdxl": {
+        "card": CARD, "family": "sdxl", "resolution": [1024, 1024], "unet_gb": 5.13,
+        "seconds": {"make": 24.4, "load folder": 9.0}, "seconds_per_iteration": 0.474, "vram_mib": 20480.0,
+        "host_peak_gb": 21.6, "lora_mb": 12.6,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/readme.py with the results in `tmp_path`: none yet."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    yield readme
+    for name in ("readme", "readme_runs", "tables"):
+        sys.modules.pop(name, None)
+
+
+def section(readme: ModuleType, name: str) -> str:
+    """The section of a page that has only its markers, in one line for each paragraph or row of a table."""
+    results = "full_teacher_sdxl" if name == "full" else name
+    (readme.RESULTS / f"{results}.json").write_text(json.dumps(REPORTS[results]))
+    page = f"a\n<!-- {name}:begin -->\n<!-- {name}:end -->\nb\n"
+    text = readme.render(page)
+    assert readme.render(text) == text and text.startswith("a\n<!-- ") and text.endswith("-->\nb\n")
+    return "\n".join(part if part.startswith("|") else " ".join(part.split()) for part in text.split("\n\n"))
+
+
+def test_a_section_without_its_result_stays_empty(readme: ModuleType) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.render(page) == page
+    assert all(f"<!-- {name}:begin -->" in page for name in readme.SECTIONS)
+
+
+def test_an_iteration(readme: ModuleType) -> None:
+    text = section(readme, "step")
+    assert "| naive | 4.000 | ████████████████████ | 8.00 | 4% | 2.0 | 3.0 | 12 |" in text
+    assert "| rapm | 0.500 | ██ | 1.00 | 30% |" in text and "| rapm | 0.020 | " in text
+    assert "Not measured: SDXL compile (not ready within 480 s)." in text
+
+
+def test_trajectories(readme: ModuleType) -> None:
+    text = section(readme, "trajectories")
+    assert "| SDXL stock, batch 1 | 4.000 | 1.00 | 17% | 8.0 |" in text
+    assert "| SDXL rapm, batch 1 | 2.000 | 0.50 | 34% | 6.0 |" in text
+
+
+def test_memory(readme: ModuleType) -> None:
+    text = section(readme, "memory")
+    assert "| none | 0.400 | 1.00 | 9,000 | 17,000 | 0 | 1.200 | 9,000 |" in text
+    assert "| 12G | 0.500 | 1.25 | 11,900 | 11,800 | 50 | out of memory |  |" in text
+    assert "| 4G | refused |  |  |  |  |  |  |" in text
+    assert "| rapm | 0.600 | 8.8 |" in text and "| torchtune | torchtune is not installed |  |" in text
+
+
+def test_the_job(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = section(readme, "job")
+    assert "takes **2.34 hours** on one A Card within 12G (goal: under 2.5)" in text
+    assert "1,000 iterations of 0.350 s" in text
+    assert "| RTX 3060, 12 GB | 52 | 23.6 times as long | 1.05 times |" in text
+    part = {**REPORTS["job"], "stages": {"training": REPORTS["job"]["stages"]["training"]}}
+    monkeypatch.setitem(REPORTS, "job", {key: part[key] for key in ("card", "limits", "vram", "stages")})
+    assert "Only a part of the whole job was measured yet: training." in section(readme, "job")
+
+
+def test_long_runs(readme: ModuleType) -> None:
+    """What was not reached, or is missing, is said."""
+    text = section(readme, "soak")
+    assert "15,000 iterations (of 20,000 that were asked for: the time was up) in one process took 9 minutes" in text
+    assert "from 20.00 to 20.20 ms (+1.0%; bound 2%)" in text and "the host's by +7.5 (bound 16)" in text
+    assert "In fp16, 5,000 slots: 3 updates skipped; losses: not those of 125 iterations." in text
+    assert "7 of 279 tensors differ, by 2.0e-06 at the most" in text and "the same LoRA bit for bit." in text
+
+
+def test_a_crowded_card(readme: ModuleType) -> None:
+    text = section(readme, "crowd")
+    assert "| 0 MiB | 27 | exit code 1 at 100, one line | yes |" in text
+    assert "| 64 MiB | 26 | went on with less kept | yes |" in text
+
+
+def test_two_gpus(readme: ModuleType) -> None:
+    text = section(readme, "distributed")
+    assert "losses 1.5e-06, weights 2.0e-07" in text
+    assert "| 2 GPUs | 2.90 | 57.00 |" in text and "| times | 1.93 | 1.90 |" in text
+
+
+def test_full_size_teachers(readme: ModuleType) -> None:
+    """Of the models that are there."""
+    text = section(readme, "full")
+    assert "| | make | load folder | one iteration | GPU GiB | host GB | LoRA MB |" in text
+    assert "| SDXL, 1024x1024 | 24 | 9 | 0.474 | 20.0 | 21.6 | 12.6 |" in text and "SD1.5" not in text
