@@ -23,6 +23,7 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
 README = TEXTS["README.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 BLOCKS = [(name, *block) for name, text in TEXTS.items() for block in FENCED.findall(text)]
+LAUNCHERS = ("python", "torchrun", "accelerate")  # of a module
 OTHERS = ("pip", "make", "python", "cd", "git")  # commands of a block that are not ours
 
 
@@ -40,8 +41,9 @@ def bash(text: str, folder: Path) -> None:
         words = shlex.split(line, comments=True)
         if not words:
             continue
-        if words[:3] == ["python", "-m", "rapm.train"]:
-            words = ["rapm", "train", *words[3:]]
+        if words[0] in LAUNCHERS and "-m" in words:
+            _, module, *words = words[words.index("-m") :]
+            words = [*module.split("."), *words]
         assert words[0] in ("rapm", *OTHERS), line
         if words[0] == "rapm":
             build_parser().parse_args(words[1:])

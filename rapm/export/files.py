@@ -177,8 +177,8 @@ def _visiting(pipe: DiffusionPipeline, device: torch.device, *, by_block: bool) 
         yield
         return
     blocks = [x for child in pipe.unet.children() for x in (child if isinstance(child, nn.ModuleList) else [child])]
-    hooks: tuple[Any, ...] = (nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook)
-    moves = list(zip(hooks, (device, "cpu"), strict=True))
+    hooks = (nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook)
+    moves: list[tuple[Any, Any]] = list(zip(hooks, (device, "cpu"), strict=True))
     handles = [hook(block, partial(_move, place)) for block in blocks for hook, place in moves]
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not pipe.unet:
