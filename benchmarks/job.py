@@ -69,8 +69,9 @@ def teacher_of(unet: UNet, side: int) -> SimpleNamespace:
         return Text.cat([example_text(unet.config, side, "cpu") for _ in prompts])
 
     return SimpleNamespace(
-        unet=unet, schedule=Schedule.from_config(SCHEDULE), aside=False, apart=False, fingerprint="random",
-        default_resolution=(8 * side, 8 * side), latent_shape=lambda resolution=None: (4, side, side), encode=encode,
+        unet=unet, schedule=Schedule.from_config(SCHEDULE), aside=False, apart=False, frozen="full",
+        fingerprint="random", default_resolution=(8 * side, 8 * side),
+        latent_shape=lambda resolution=None: (4, side, side), encode=encode,
         encode_negative=lambda words="": encode([words]),
     )  # fmt: skip
 
@@ -121,16 +122,18 @@ def measure_training(
     store = solve(teacher, place / "train", config, STORED + config.validation_prompts, 1)
     fresh()
     begin, training = now(), Training(teacher, store, config, budget)
-    pending = 0
+    pending, asked = 0, None
     for i in range(WARM + count):
         if i == WARM:
             first = now()
         training.iterate()
         pending += config.steps
-        if (i + 1) % config.log_steps == 0:
-            training.losses(pending)
+        if asked is not None:
+            asked()
             training.check()
-            pending = 0
+            asked = None
+        if (i + 1) % config.log_steps == 0:
+            asked, pending = training.losses(pending), 0
             if (i + 1) % 100 == 0:
                 print(f"training: {i + 1} of {WARM + count}", file=sys.stderr, flush=True)
     seconds, skipped = (now() - first) / count, int(training.step.skipped)

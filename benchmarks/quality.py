@@ -84,7 +84,8 @@ def train_together(runs: list[Run], iterations: int, points: int) -> float:
             with torch.cuda.stream(run.stream):  # does nothing where there is no GPU
                 run.training.iterate()
                 if (i + 1) % max(1, iterations // points) == 0:
-                    run.training.losses(1)  # raises where a run is lost
+                    run.training.losses(1)()
+                    run.training.check()  # raises where a run is lost
                     run.curve.append((i + 1, run.training.measure().figures))
     if torch.cuda.is_available():
         torch.cuda.synchronize()

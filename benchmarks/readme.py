@@ -349,7 +349,7 @@ SECTIONS = {
     "slot": (slot, "slot_time"), "stops": (stops, "stops"), "full": (full, "full_teacher_sdxl"),
 }  # fmt: skip
 # Those that show the report of their own name
-RUNS = ("step", "trajectories", "memory", "job", "soak", "crowd", "distributed")
+RUNS = ("step", "trajectories", "memory", "job", "soak", "crowd", "distributed", "low_precision")
 SECTIONS |= {name: (lambda name=name: getattr(readme_runs, name)(load(name)), name) for name in RUNS}
 
 

@@ -74,6 +74,16 @@ global batches the largest differences are: {equal}.
 """
 
 
+PRECISION = """
+Frozen weights in int8 and nf4 on one {card[device]}, LoRA rank 1, bf16, random weights: an iteration of 4 captured
+slots, memory, and how far the first slot's output, position and gradient of the LoRA are from fp32's (relative norms).
+"""
+JUDGED = """
+The embedded teacher distilled under each, {iterations:,} iterations, mean ± deviation of {seeds} seeds, judged on the
+fp32 teacher with {pairs:,} pairs, where the LoRA is used:
+"""
+
+
 def short(model: str) -> str:
     return NAMES[model].split(",")[0]
 
@@ -247,3 +257,22 @@ def distributed(report: Mapping) -> str:
     return "\n\n".join(
         ["### Two GPUs", fill(DISTRIBUTED.format(card=report["card"], model=model, equal=equal)), rows_table(rows)]
     )
+
+
+def low_precision(report: Mapping) -> str:
+    parts, rows = ["### Low-precision frozen weights", fill(PRECISION.format(**report))], []
+    for model, modes in report.get("slots", {}).items():
+        for mode, row in modes.items():
+            cells = {"s": f"{row['seconds']:.3f}", "weights GiB": gib(row["weights_mib"])}
+            cells["reserved GiB"] = gib(row["reserved_mib"])
+            cells |= {name: f"{row['to_fp32'][name]:.1e}" for name in ("output", "position", "gradient")}
+            rows.append((f"{short(model)} {mode}", cells))
+    parts += [rows_table(rows)] if rows else []
+    if (found := report.get("quality")) is not None:
+        judged = []
+        for mode, spread in found["summary"].items():
+            forms = {"d": "{:.2f}", "prompt": "{:.1%}", "rmse": "{:.4f}"}
+            cells = {key: " ± ".join(form.format(x) for x in spread[key]) for key, form in forms.items()}
+            judged.append((mode, cells))
+        parts += [fill(JUDGED.format(**found)), rows_table(judged)]
+    return "\n\n".join(parts)

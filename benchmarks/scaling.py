@@ -58,7 +58,7 @@ FABRICS = (
 def sent(sizes: Sizes, lora_rank: int) -> int:
     """Bytes of a slot's one all-reduce; `sizes` are those of a LoRA of rank 1."""
     weights = (torch.empty(n, device="meta") for n in (lora_rank * sizes.lora, sizes.heads))
-    return Gradients(*weights, numbers=len(SHARED)).buffer.nbytes
+    return Gradients(len(SHARED), *weights).buffer.nbytes
 
 
 def seconds(size: int, fabric: Fabric, algorithm: str) -> float:

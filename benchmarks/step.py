@@ -7,7 +7,8 @@ Providers, each in a process of its own, so that nobody's memory counts for anot
     naive     peers.Naive: eager diffusers and peft under autocast, features for each discriminator and each update
     stock     peers.Stock: shared features, one forward for both updates, the whole slot as one CUDA graph
     compile   stock, with diffusers' regional torch.compile, if that compiles within 8 minutes
-    rapm      rapm.step, captured
+    rapm      rapm.step, captured, everything kept for backward
+    lean      the same, but that outputs of norms and GEGLUs are computed again (rapm/memory/saved.py)
 
 First all of them must compute the same losses, in fp32 on small UNets of each family, over slots that update: whoever
 does not is named, and nothing is timed.
@@ -35,14 +36,16 @@ from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import UserError
 from rapm.kernels.renoise import renoise_ref
+from rapm.memory.saved import Memory, Policy
 from rapm.schedule import Schedule
-from rapm.step import LOSSES, Step
+from rapm.step import LOSSES, SlotMemory, Step
 from rapm.trajectories import Trajectory
 from rapm.unet import UNet
 from rapm.zoo import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
-PROVIDERS = ("naive", "stock", "compile", "rapm")
+PROVIDERS = ("naive", "stock", "compile", "rapm", "lean")
+OURS = ("rapm", "lean")
 ITERATIONS, WARM = 10, 2
 COMPILE_LIMIT = 480  # seconds
 CHANNELS_LAST = ("sd15",)  # where it makes the stock slot faster: 63.2 ms against 71.7; SDXL 230.4 against 226.6
@@ -77,8 +80,11 @@ def config_of(name: str) -> Config:
 
 def make(name: str, unet: UNet, config: Config, trajectory: Trajectory, **options: object) -> Step | Peer:
     """A provider's slot, before any capture."""
-    if name == "rapm":
-        return make_step(unet, config, trajectory)
+    if name in OURS:
+        step = make_step(unet, config, trajectory)
+        if name == "lean":
+            step.memory = SlotMemory(Memory(dict.fromkeys(unet.layers(), Policy("lean"))))
+        return step
     schedule = Schedule.from_config(SCHEDULE)
     kind = Naive if name == "naive" else Stock
     return kind(stock_unet(unet.config, unet.state_dict()), config, schedule, trajectory, **options)
@@ -105,8 +111,9 @@ def losses(name: str, unet: UNet, config: Config, trajectory: Trajectory, slots:
     torch.manual_seed(0)
     start = make("rapm", unet, config, trajectory)
     start.lora.flat.data.normal_(0, 0.05)  # a LoRA that matters from the first slot on
-    if name == "rapm":
-        step = start
+    if name in OURS:
+        step = start if name == "rapm" else make(name, unet, config, trajectory)
+        step.lora.flat.data.copy_(start.lora.flat.data)
         step.load(trajectory, 0)
     else:
         step = make(name, unet, config, trajectory, draw=same_noise(torch.tensor([config.seed, 0], device=unet.device)))
@@ -128,7 +135,7 @@ def check(device: str, slots: int = 3) -> None:
         config = Config(lora_rank=2, fine_steps=2, learning_rate=1e-3)
         trajectory = random_trajectory(unet, config, 8)
         ours = losses("rapm", unet, config, trajectory, slots)
-        for name in ("naive", "stock"):
+        for name in ("naive", "stock", "lean"):
             theirs = losses(name, unet, config, trajectory, slots)
             for i, (loss, bound) in enumerate(BOUNDS.items()):
                 difference = float((theirs[:, i] / ours[:, i] - 1).abs().max())
@@ -163,7 +170,7 @@ def measure(model: str, provider: str) -> dict:
     """Seconds an iteration, memory, and the seconds before the first iteration was done."""
     config, side = config_of(model), model_of(model).side
     unet = random_unet(model_of(model).unet, "cuda", torch.float32 if model == "embedded" else torch.bfloat16)
-    if provider == "naive" or (provider != "rapm" and model not in CHANNELS_LAST):
+    if provider == "naive" or (provider not in OURS and model not in CHANNELS_LAST):
         unet = unet.to(memory_format=torch.contiguous_format)
     trajectory = random_trajectory(unet, config, side)
     pinned = trajectory._replace(
@@ -178,7 +185,7 @@ def measure(model: str, provider: str) -> dict:
         step.unet.compile_repeated_blocks(dynamic=False)
 
     def load(i: int) -> None:
-        step.load(pinned, i) if provider == "rapm" else step.load(pinned)
+        step.load(pinned, i) if provider in OURS else step.load(pinned)
 
     load(0)
     step()

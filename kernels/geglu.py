@@ -7,7 +7,10 @@ Both are bound by memory: a program takes COLUMNS of F, the 512 bytes that a war
 several rows, so that each thread has several such loads in flight. The tail is one exp2, one division and seven
 multiply-adds, and its exp(-g^2/2) is what backward's phi needs: cheaper than erf beside exp, and more precise far out.
 
-Shapes: ... 2F in, ... F out; N rows, the product of the leading dimensions.
+A LoRA's update h up^T of x may be added on the way (lora_linear_deferred): then x in memory is without it, and the
+gradient at the sum is returned as x's.
+
+Shapes: ... 2F in, ... F out; N rows, the product of the leading dimensions; R rank, h: ... R, up: 2F R.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ COLUMNS, ROWS, WAVES = 256, 8, 4
 NUM_WARPS = 4  # at most: a warp for each row
 
 
-def geglu_ref(x: Tensor) -> Tensor:  # ... 2F -> ... F
-    value, gate = x.chunk(2, dim=-1)
+def geglu_ref(x: Tensor, h: Tensor | None = None, up: Tensor | None = None) -> Tensor:  # ... 2F -> ... F
+    value, gate = (x if h is None else x + F.linear(h, up).detach()).chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
@@ -58,22 +61,37 @@ def _tile(n, f, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @jit
-def _geglu_fwd_kernel(x_ptr, y_ptr, n, f, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column, mask = _tile(n, f, ROWS, COLUMNS)
+def _pair(x_ptr, h_ptr, up_ptr, up_n, up_r, row, column, mask, n, f, x_stride, R: tl.constexpr):
+    """Value and gate, with their update where R > 0."""
     x_ptr += row * x_stride + column
     value = tl.load(x_ptr, mask, other=0.0).to(tl.float32)
     gate = tl.load(x_ptr + f, mask, other=0.0).to(tl.float32)
+    for r in tl.static_range(R):
+        h = tl.load(h_ptr + row * R + r, row < n, other=0.0).to(tl.float32)
+        up = up_ptr + column.to(tl.int64) * up_n + r * up_r
+        value += h * tl.load(up, column < f, other=0.0).to(tl.float32)
+        gate += h * tl.load(up + f * up_n, column < f, other=0.0).to(tl.float32)
+    return value, gate
+
+
+@jit
+def _geglu_fwd_kernel(
+    x_ptr, h_ptr, up_ptr, up_n, up_r, y_ptr, n, f, x_stride, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row, column, mask = _tile(n, f, ROWS, COLUMNS)
+    value, gate = _pair(x_ptr, h_ptr, up_ptr, up_n, up_r, row, column, mask, n, f, x_stride, R)
     tail, _ = _tail(gate)
     y = value * (tl.maximum(gate, 0.0) - tl.abs(gate) * tail)
     tl.store(y_ptr + row * f + column, y.to(y_ptr.dtype.element_ty), mask)
 
 
 @jit
-def _geglu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n, f, dy_stride, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _geglu_bwd_kernel(
+    dy_ptr, x_ptr, h_ptr, up_ptr, up_n, up_r, dx_ptr, n, f, dy_stride, x_stride, R: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
     row, column, mask = _tile(n, f, ROWS, COLUMNS)
-    x_ptr += row * x_stride + column
-    value = tl.load(x_ptr, mask, other=0.0).to(tl.float32)
-    gate = tl.load(x_ptr + f, mask, other=0.0).to(tl.float32)
+    value, gate = _pair(x_ptr, h_ptr, up_ptr, up_n, up_r, row, column, mask, n, f, x_stride, R)
     dy = tl.load(dy_ptr + row * dy_stride + column, mask, other=0.0).to(tl.float32)
     tail, e = _tail(gate)
     phi = tl.where(gate < 0, tail, 1.0 - tail)
@@ -97,33 +115,42 @@ def _launch(n: int, f: int, device: torch.device) -> tuple[tuple[int], dict[str,
     return (triton.cdiv(n, rows) * tiles,), dict(ROWS=rows, COLUMNS=COLUMNS, num_warps=min(NUM_WARPS, rows))
 
 
+def _update(x: Tensor, h: Tensor | None, up: Tensor | None) -> tuple[tuple, int]:
+    """h and up as the kernels take them, and R."""
+    if h is None:
+        return (x, x, 0, 0), 0
+    return (_rows(h).contiguous(), up, *up.stride()), up.shape[1]
+
+
 @torch.library.custom_op("rapm::geglu", mutates_args=())
-def _geglu(x: Tensor) -> Tensor:
+def _geglu(x: Tensor, h: Tensor | None, up: Tensor | None) -> Tensor:
     f = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], f), dtype=x.dtype, device=x.device)
     x = _rows(x)
     grid, options = _launch(len(x), f, x.device)
-    _geglu_fwd_kernel[grid](x, y, len(x), f, x.stride(0), **options)
+    update, rank = _update(x, h, up)
+    _geglu_fwd_kernel[grid](x, *update, y, len(x), f, x.stride(0), R=rank, **options)
     return y
 
 
 @torch.library.custom_op("rapm::geglu_backward", mutates_args=())
-def _geglu_backward(dy: Tensor, x: Tensor) -> Tensor:
+def _geglu_backward(dy: Tensor, x: Tensor, h: Tensor | None, up: Tensor | None) -> Tensor:
     f = x.shape[-1] // 2
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dy, x = _rows(dy), _rows(x)
     grid, options = _launch(len(x), f, x.device)
-    _geglu_bwd_kernel[grid](dy, x, dx, len(x), f, dy.stride(0), x.stride(0), **options)
+    update, rank = _update(x, h, up)
+    _geglu_bwd_kernel[grid](dy, x, *update, dx, len(x), f, dy.stride(0), x.stride(0), R=rank, **options)
     return dx
 
 
 @_geglu.register_fake
-def _(x: Tensor) -> Tensor:
+def _(x: Tensor, h: Tensor | None, up: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 @_geglu_backward.register_fake
-def _(dy: Tensor, x: Tensor) -> Tensor:
+def _(dy: Tensor, x: Tensor, h: Tensor | None, up: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -131,13 +158,16 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dy: Tensor) -> Tensor:
-    return _geglu_backward(dy, *ctx.saved_tensors)
+def _backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+    return _geglu_backward(dy, *ctx.saved_tensors), None, None
 
 
 _geglu.register_autograd(_backward, setup_context=_setup_context)
 
 
-def geglu(x: Tensor) -> Tensor:
-    """value * gelu(gate) for x (... 2F), its first half the value and its second the gate: ... F in x's dtype."""
-    return _geglu(x) if enabled(x) else geglu_ref(x)
+def geglu(x: Tensor, h: Tensor | None = None, up: Tensor | None = None) -> Tensor:
+    """value * gelu(gate) for x (... 2F), its first half the value and its second the gate: ... F in x's dtype.
+
+    With h (... R) and up (2F R), of x + h up^T; all of its gradient goes to x, as lora_linear_deferred expects it.
+    """
+    return _geglu(x, h, up) if enabled(x) else geglu_ref(x, h, up)

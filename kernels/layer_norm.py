@@ -8,7 +8,10 @@ One launch forward; one backward, and where weight or bias require a gradient th
 registers, so that the statistics take two passes and memory is read once. A row is a program of 64 numbers a thread;
 up to WARP_ROW columns a warp holds a row, and a program four. (640 columns in a warp took ten times as long: H200.)
 
-Shapes: ... C in and out; N rows, the product of the leading dimensions; P programs. A tile is R rows x W columns.
+Where a residual is added, a LoRA's update h up^T of x may be too (lora_linear_deferred): x in memory is without it.
+
+Shapes: ... C in and out; N rows, the product of the leading dimensions; P programs; K rank, h: ... K, up: C K. A tile
+is R rows x W columns.
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ WAVES = 4  # programs for each processor where each adds up its rows' gradients 
 
 
 def layer_norm_ref(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, h: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x = x if h is None else x + F.linear(h, up).detach()
     s = x if residual is None else x + residual
     y = F.layer_norm(s, weight.shape, weight, bias, eps)
     return y if residual is None else (s, y)
@@ -40,8 +45,8 @@ def _mean(x, c):
 
 @jit
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, stats_ptr, n, c, x_stride, residual_stride, eps,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, residual_ptr, h_ptr, up_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, stats_ptr, n, c, x_stride, residual_stride,
+    up_c, up_k, eps, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
@@ -49,6 +54,10 @@ def _layer_norm_fwd_kernel(
     s = tl.load(x_ptr + row * x_stride + column, mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         s += tl.load(residual_ptr + row * residual_stride + column, mask, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        h = tl.load(h_ptr + row * K + k, row < n, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + column * up_c + k * up_k, column < c, other=0.0).to(tl.float32)
+        s += tl.where(mask, h * up, 0.0)
     weight = tl.load(weight_ptr + column, column < c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, column < c, other=0.0).to(tl.float32)
     if residual_ptr is not None:
@@ -112,7 +121,13 @@ def _launch(n: int, c: int, device: torch.device) -> tuple[int, dict[str, int]]:
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    h: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s (x itself without a residual), y, and 2 N: the rows' means and reciprocal standard deviations."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -123,8 +138,9 @@ def _forward(
     residual = residual if residual is None else _rows(residual)
     programs, options = _launch(n, c, x.device)
     _layer_norm_fwd_kernel[(programs,)](
-        rows, residual, weight, bias, s, y, stats, n, c, rows.stride(0), 0 if residual is None else residual.stride(0),
-        eps, **options,
+        rows, residual, rows if h is None else _rows(h).contiguous(), rows if up is None else up, weight, bias, s, y,
+        stats, n, c, rows.stride(0), 0 if residual is None else residual.stride(0),
+        *((0, 0) if up is None else up.stride()), eps, K=0 if up is None else up.shape[1], **options,
     )  # fmt: skip
     return s, y, stats
 
@@ -137,9 +153,9 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 
 @torch.library.custom_op("rapm::add_layer_norm", mutates_args=())
 def _add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, h: Tensor | None, up: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, residual, weight, bias, eps)
+    return _forward(x, residual, weight, bias, eps, h, up)
 
 
 @torch.library.custom_op("rapm::layer_norm_backward", mutates_args=())
@@ -177,7 +193,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tens
 
 
 @_add_layer_norm.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, h: Tensor | None, up: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(x), _empty(x), _stats(x)
 
 
@@ -187,8 +205,9 @@ def _(dy: Tensor, ds: Tensor | None, s: Tensor, stats: Tensor, weight: Tensor, a
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    *streams, weight, _, _ = inputs
-    ctx.save_for_backward(output[0] if len(streams) == 2 else streams[0], output[-1], weight)
+    added = len(output) == 3
+    ctx.affine = slice(2, 4) if added else slice(1, 3)
+    ctx.save_for_backward(output[0] if added else inputs[0], output[-1], inputs[ctx.affine.start])
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
 
@@ -198,7 +217,7 @@ def _gradients(ctx, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None
     if dy is None:  # only s was used
         return ds, None, None
     s, stats, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad[-3:-1]
+    needs = ctx.needs_input_grad[ctx.affine]
     dx, *affine = _layer_norm_backward(dy, ds, s, stats, weight, any(needs))
     return dx, *(affine[i] if needs[i] else None for i in range(2))
 
@@ -209,7 +228,7 @@ def _backward(ctx, dy: Tensor | None, _: None) -> tuple:
 
 def _add_backward(ctx, ds: Tensor | None, dy: Tensor | None, _: None) -> tuple:
     dx, dweight, dbias = _gradients(ctx, dy, ds)
-    return dx, dx, dweight, dbias, None
+    return dx, dx, dweight, dbias, None, None, None
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
@@ -217,11 +236,15 @@ _add_layer_norm.register_autograd(_add_backward, setup_context=_setup_context)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm of x (... C) with weight and bias (C). With `residual`, of x's shape: s = x + residual, and LN of s."""
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, h: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """LayerNorm of x (... C) with weight and bias (C). With `residual`, of x's shape: s = x + residual, and LN of s.
+
+    With h (... K) and up (C K), which take a residual, s = x + h up^T + residual; x's gradient is all that there is.
+    """
     if not enabled(x):
-        return layer_norm_ref(x, weight, bias, eps, residual)
+        return layer_norm_ref(x, weight, bias, eps, residual, h, up)
     if residual is None:
         return _layer_norm(x, weight, bias, eps)[0]
-    return _add_layer_norm(x, residual, weight, bias, eps)[:2]
+    return _add_layer_norm(x, residual, weight, bias, eps, h, up)[:2]

@@ -61,9 +61,11 @@ def blocks(x: Tensor, a: Tensor, count: int, along: int) -> Tensor:
 
 @torch.library.custom_op("rapm::lora_linear", mutates_args=())
 def _lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, deferred: bool
 ) -> tuple[Tensor, Tensor]:  # y, h
     shape, x = (*x.shape[:-1], len(weight)), matrix(x)
+    if deferred:
+        return F.linear(x, weight, bias).view(shape), rows(x, down.t())
     y, h = _product(x, weight.t(), bias, down.t(), up.t(), groups_b=groups(down, up))
     return y.view(shape), h
 
@@ -84,7 +86,9 @@ def _lora_linear_backward(
 
 
 @_lora_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, deferred: bool
+) -> tuple[Tensor, Tensor]:
     lead = x.shape[:-1]
     return x.new_empty((*lead, weight.shape[0])), x.new_empty(lead.numel(), down.shape[0])
 
@@ -98,7 +102,7 @@ def _(
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    x, weight, _, down, up = inputs
+    x, weight, _, down, up, _ = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)  # no zeros for h
@@ -107,11 +111,11 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx, dy: Tensor, _) -> tuple:
-    wants_x, _, _, wants_down, wants_up = ctx.needs_input_grad
+    wants_x, _, _, wants_down, wants_up, _ = ctx.needs_input_grad
     x, h, *weights = ctx.saved_tensors
     grads = iter(_lora_linear_backward(dy, x if wants_down else None, h if wants_up else None, *weights, wants_x))
     dx, ddown, dup = (next(grads) if want else None for want in (wants_x, wants_down, wants_up))
-    return dx, None, None, ddown, dup
+    return dx, None, None, ddown, dup, None
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -126,4 +130,21 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
     if not enabled(x):
         return lora_linear_ref(x, weight, bias, down, up)
     require_frozen("lora_linear", weight, bias)
-    return _lora_linear(x, weight, bias, down, up)[0]
+    return _lora_linear(x, weight, bias, down, up, False)[0]
+
+
+def deferrable(x: Tensor, up: Tensor) -> bool:
+    """Whether `lora_linear_deferred` takes these: kernels are on, and the rank is one that theirs are faster at."""
+    return enabled(x) and small(up.shape[1])
+
+
+def lora_linear_deferred(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x W^T + b (... N), and h (... R): who reads y adds h up^T on the way, so that y is written and read once less.
+
+    The gradient that comes back at the first counts as y's, all of it; h must get none. One layer, `deferrable`.
+    """
+    require_frozen("lora_linear", weight, bias)
+    y, h = _lora_linear(x, weight, bias, down, up, True)
+    return y, h.view(*y.shape[:-1], -1)

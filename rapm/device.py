@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from rapm.config import Config, parse_vram
 from rapm.distributed import local_device
@@ -35,6 +36,23 @@ def pick_device(config: Config) -> torch.device:
         if budget := parse_vram(config.vram):
             cap(device, budget, CONTEXT)
     return device
+
+
+class Fetched:
+    """Numbers on their way from a device to the host: only who asks for them waits, and until they are there only."""
+
+    def __init__(self, x: Tensor) -> None:
+        """`x` as it is now, in the order of the current stream."""
+        self._host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+        self._there = torch.cuda.Event(blocking=True) if x.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def __call__(self) -> Tensor:
+        """The numbers, on the CPU."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._host
 
 
 def captured(step: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:

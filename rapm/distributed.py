@@ -26,7 +26,6 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from rapm.config import Config
 from rapm.errors import RunError, UserError
@@ -117,17 +116,19 @@ def fail(code: int, message: object) -> int:
         if os.environ.get("RANK", "0") == "0" or _count() == 1:
             print(f"rapm: {message}", file=sys.stderr)
         return code
+    ours = threading.current_thread() is threading.main_thread()  # not the ring's
     _ending.acquire()  # and never release: of two threads of ours the first ends the process
     mine = said = f"{_run.rank} {code}"
     try:
         said = _run.store.compare_set("failed", "", mine).decode()
     except RuntimeError:  # whoever kept the store is gone
-        if threading.current_thread() is threading.main_thread():
+        if ours:
             _ending.release()
             time.sleep(VERDICT)  # and the ring knows why
             _ending.acquire()
     if said == mine:
-        tqdm.write(f"rapm: {message}", file=sys.__stderr__)
+        line = "" if ours else "\n"  # from a thread: the main one's progress bar is still on its line
+        print(f"{line}rapm: {message}", file=sys.__stderr__, flush=True)
     _end(_run, int(said.split()[1]))
 
 
@@ -156,15 +157,6 @@ def largest(number: int) -> int:
 def smallest(number: int) -> int:
     """The smallest of the ranks' numbers, on all."""
     return -largest(-number)
-
-
-def mean(x: Tensor) -> Tensor:
-    """The mean over the ranks of a small tensor, on the CPU."""
-    if _run is None:
-        return x
-    x = x.cpu()
-    dist.all_reduce(x, group=_run.hosts)
-    return x / _run.world
 
 
 def from_first(value: Value) -> Value:
@@ -200,26 +192,26 @@ def owned(name: str, of: int | None = None) -> str:
 
 
 class Gradients:
-    """The ranks' gradients and a few numbers beside them in one fp32 buffer, so that a slot sends once.
+    """The ranks' gradients, and a few numbers beside them, in one fp32 buffer, so that a slot sends once.
 
-    A number is finite only where every rank's is, so that all take or skip an update together.
+    A mean is finite only where every rank's number is, so that all take or skip an update together.
     """
 
-    def __init__(self, *weights: Tensor, numbers: int) -> None:
-        """`weights`: fp32, whose gradients will come in this order. `numbers`: how many."""
-        self._sizes = [-(-x.numel() // ALIGNED) * ALIGNED for x in weights]
-        self.buffer = torch.zeros(sum(self._sizes) + numbers, device=weights[0].device)
+    def __init__(self, numbers: int, *weights: Tensor) -> None:
+        """`numbers`: how many there will be; `weights`: fp32, whose gradients will come in this order."""
+        self._sizes = [*(-(-x.numel() // ALIGNED) * ALIGNED for x in weights), numbers]
+        self.buffer = torch.zeros(sum(self._sizes), device=weights[0].device)
 
     def __call__(self, numbers: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
         """The means over the ranks: views of the buffer, good until the next call. May be captured."""
-        *parts, last = self.buffer.split([*self._sizes, len(numbers)])
-        views = [part[: x.numel()].view_as(x) for part, x in zip(parts, gradients, strict=True)]
-        for view, x in zip((*views, last), (*gradients, numbers), strict=True):
+        given = (*gradients, numbers)
+        views = [part[: x.numel()].view_as(x) for part, x in zip(self.buffer.split(self._sizes), given, strict=True)]
+        for view, x in zip(views, given, strict=True):
             view.copy_(x)
         if _run is not None:
             dist.all_reduce(self.buffer, group=_run.gradients)
             self.buffer /= _run.world
-        return last, *views
+        return views[-1], *views[:-1]
 
 
 def _meet(number: int, count: int, backend: str) -> _Run:

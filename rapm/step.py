@@ -92,7 +92,7 @@ class Step:
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
         shared = [lora.flat, self.discriminators.flat] if self.used else [lora.flat]
-        self.exchange = Gradients(*shared, numbers=len(SHARED)) if world() > 1 else None
+        self.exchange = Gradients(len(SHARED), *shared) if world() > 1 else None  # norms are taken afterwards
         self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
         self._allocate(example, uncond)
@@ -217,21 +217,20 @@ class Step:
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
         told = torch.cat([loss[None], distances, generator, discriminator, seen])
-        row, heads = told[: len(LOSSES) - 2], self.discriminators.flat.grad
         if self.exchange is not None:  # before the test: all ranks must come to the same
-            told, flat, *shared = self.exchange(told, flat, *([heads] if self.used else []))
-            if shared:
-                self.discriminators.flat.grad = heads = shared[0]
+            told, flat = self._shared(told, flat)
         norm = flat.norm()
-        norms = torch.stack([norm, heads.norm() if self.used else torch.zeros_like(norm)])
-        bad = ~torch.isfinite(torch.cat([told[: len(row)], norms, told[len(row) :]]))
+        heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
+        row, seen = told.tensor_split([len(LOSSES) - 2])
+        row = torch.cat([row, norm[None], heads[None]])
+        bad = ~torch.isfinite(torch.cat([row, seen]))
         good = ~bad.any()
         self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
                 optimizer.step()
-        self.sums += torch.cat([row, norms]).where(good, 0.0)
+        self.sums += row.where(good, 0.0)
         self.skipped += (~good).float()
         self.streak.copy_(torch.where(good, 0.0, self.streak + 1))
         self.worst.copy_(torch.maximum(self.worst, self.streak))
@@ -240,6 +239,15 @@ class Step:
         self.z.copy_(torch.where(good, z_n, ztilde))
         self.slot += 1
         self.key[1] += 1
+
+    def _shared(self, row: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The means over the ranks of both, and of the heads' gradient, in its place."""
+        heads = self.discriminators.flat
+        if not self.used:
+            row, flat = self.exchange(row, flat)
+        else:
+            row, flat, heads.grad = self.exchange(row, flat, heads.grad)
+        return row, flat
 
     @torch.no_grad()
     def held_out(

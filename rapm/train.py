@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -191,36 +191,47 @@ def solve_all(config: Config, teacher: Teacher, prompts: list[Row]) -> Store:
 
 
 def run(training: Training, folder: Path) -> None:
-    """Iterate to the end: log, validate, save. Of several ranks the first writes, and all stop after one iteration."""
+    """Iterate to the end: log, validate, save. Of several ranks the first writes, and all stop after one iteration.
+
+    A GPU's figures are read when it has the next iteration to do, unless they are needed at once.
+    """
     config, step, watch = training.config, training.step, Watch()
     start, first, pending, values = time.perf_counter(), training.done, 0, {}
     log = Log(folder, config.report_to, training.done) if distributed.first() else None
     bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
+
+    def tell(done: int, slots: int, read: Callable[[], dict[str, float]], host: dict[str, float]) -> dict[str, float]:
+        values = {**read(), **host}
+        if log:
+            log.write(done, values)
+            bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
+            if training.fault:
+                log.warn(*training.fault)
+            for warning in watch(values, slots):
+                log.warn(done, warning)
+        training.check()
+        return values
+
+    asked: tuple[int, int, Callable[[], dict[str, float]], dict[str, float]] | None = None
     with stop_signals() as stopped, cores(training.steps.values()), bar, log or nullcontext():
         while training.done < config.max_train_steps:
             training.iterate()
             bar.update()
             pending += config.steps
+            if asked is not None:
+                values, asked = tell(*asked), None
             stop = distributed.largest(max(stopped, default=0))
             done, last = training.done, training.done == config.max_train_steps
             measure = done % config.validation_steps == 0 or last
             save = done % config.checkpointing_steps == 0 or last or stop
             if done % config.log_steps == 0 or last or stop:
-                values = training.losses(pending)
                 seconds = time.perf_counter() - start
-                values |= {"lr": float(step.optimizer.param_groups[0]["lr"]), "seconds": seconds}
-                values["iterations_per_second"] = (done - first) / seconds
+                host = {"seconds": seconds, "iterations_per_second": (done - first) / seconds}
                 if step.z.is_cuda:
-                    values["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
-                if log:
-                    log.write(done, values)
-                    bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
-                    if training.fault:
-                        log.warn(*training.fault)
-                    for warning in watch(values, pending):
-                        log.warn(done, warning)
-                training.check()
-                pending = 0
+                    host["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                asked, pending = (done, pending, training.losses(pending), host), 0
+                if measure or save or not training.behind:
+                    values, asked = tell(*asked), None
             if not (measure or save):
                 continue
             if measure:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rapm import distributed
 from rapm.config import Config
-from rapm.device import captured
+from rapm.device import Fetched, captured
 from rapm.errors import RunError
 from rapm.finite import describe
 from rapm.lora import LoRA
@@ -62,6 +62,7 @@ class Training:
         self._mine = {size: torch.tensor([store.resolution(i) == size for i in trained]) for size in self.steps}
         self._dry = True  # no iteration has shown yet what it takes
         self._reported = 0.0  # skipped updates of earlier reports
+        self._worst = 0.0  # the most in a row, by the last report
         self.fault: tuple[int, str] | None = None  # the first skipped update of the last report: iteration, stage
         self._measured: tuple[int, Measured] | None = None
         self.done = 0
@@ -154,25 +155,37 @@ class Training:
             self._measured = self.done, self.validation(self.steps)
         return self._measured[1]
 
-    def losses(self, slots: int) -> dict[str, float]:
-        """The mean losses of the ranks' last `slots` slots, without those whose update was skipped; how many, ever.
+    @property
+    def behind(self) -> bool:
+        """Whether the device is still at work on what the host has given it."""
+        return self.step.z.is_cuda
 
-        Sets `fault`.
+    def losses(self, slots: int) -> Callable[[], dict[str, float]]:
+        """Asks the device for the figures of the last `slots` slots; the call that is returned waits for them.
+
+        The mean losses, without those whose update was skipped; how many were, ever; the learning rate. That call sets
+        `fault`.
         """
-        skipped = float(self.step.skipped)
-        self.fault = None
-        if skipped > self._reported:
-            self.fault = describe(self.step.fault.tolist(), self.config.steps, distributed.world())
-            self.step.fault.zero_()
-        counted = max(1.0, slots - (skipped - self._reported))
-        means = dict(zip(LOSSES, (distributed.mean(self.step.sums) / counted).tolist(), strict=True))
-        self.step.sums.zero_()
-        self._reported = skipped
-        return {**means, "skipped": skipped}
+        step = self.step
+        rate = step.optimizer.param_groups[0]["lr"]
+        fetched = Fetched(torch.cat([step.sums, torch.stack([step.skipped, step.worst, rate]), step.fault.float()]))
+        step.sums.zero_()
+        step.fault.zero_()
+
+        def read() -> dict[str, float]:
+            found = fetched()
+            skipped, self._worst, lr, *fault = found[len(LOSSES) :].tolist()
+            self.fault = describe([*map(int, fault)], self.config.steps, distributed.world()) if fault[0] else None
+            counted = max(1.0, slots - (skipped - self._reported))
+            self._reported = skipped
+            means = dict(zip(LOSSES, (found[: len(LOSSES)] / counted).tolist(), strict=True))
+            return {**means, "skipped": skipped, "lr": lr}
+
+        return read
 
     def check(self) -> None:
-        """RunError after too many updates in a row that were not finite."""
-        if float(self.step.worst) >= PATIENCE:
+        """RunError after too many updates in a row that were not finite, by the last figures that were read."""
+        if self._worst >= PATIENCE:
             last = f" (iteration {self.fault[0]}: {self.fault[1]})" if self.fault else ""
             raise RunError(
                 f"{PATIENCE} updates in a row were not finite, up to iteration {self.done}{last}: "
@@ -185,13 +198,14 @@ class Training:
 
     def _own(self) -> dict[str, Tensor]:
         """What each rank has for itself."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for i, own in enumerate(self.steps.values()):
             if own.replay is not None:
                 found |= {f"replay{i or ''}.{name}": x for name, x in own.replay.state_dict().items()}
         return found
 
     def _shared(self) -> dict[str, Tensor]:
+        """What all ranks have alike."""
         step = self.step
         tensors = {"lora": self.lora.flat, "skipped": step.skipped, "streak": step.streak}
         tensors |= {f"heads.{name}": x for name, x in step.discriminators.state_dict().items()}

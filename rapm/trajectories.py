@@ -147,8 +147,9 @@ def prepare(
     negatives = Negatives(teacher, config.negative_prompt)
     sizes = [_trajectory_bytes(shape, negatives(""), config) for shape in shapes]
     metadata = _metadata(teacher, rows, config, resolutions, max(sizes))
-    missing = _claim(folder, metadata, rows, sizes) if distributed.first() else {}
-    missing = _share(distributed.from_first({name: list(indices) for name, indices in missing.items()}), resolutions)
+    claimed = _claim(folder, metadata, rows, sizes) if distributed.first() else {}
+    shards = distributed.from_first({name: list(indices) for name, indices in claimed.items()})
+    missing = _share(shards, resolutions)
     count, todo = config.trajectories, sum(map(len, missing.values()))
     with tqdm(total=count, initial=count - todo, desc="trajectories", disable=not progress) as bar:
         for bucket, (resolution, shape) in enumerate(zip(resolutions, shapes, strict=True)):

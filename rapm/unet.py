@@ -26,7 +26,7 @@ from rapm.kernels.geglu import geglu
 from rapm.kernels.group_norm_silu import group_norm_silu
 from rapm.kernels.layer_norm import layer_norm
 from rapm.kernels.lora_conv import lora_conv
-from rapm.kernels.lora_linear import lora_linear
+from rapm.kernels.lora_linear import deferrable, lora_linear, lora_linear_deferred
 from rapm.memory.saved import KEEP, KEEP_ALL, Memory, Saved
 from rapm.stacks import Lora, Stack
 
@@ -59,6 +59,18 @@ class Text(NamedTuple):
         return Text(*(None if xs[0] is None else torch.cat(xs) for xs in zip(*texts, strict=True)))
 
 
+class Deferred(NamedTuple):
+    """y + low up^T, of which y is in memory, or y alone; the gradient at y is that of the sum."""
+
+    y: Tensor  # ... C
+    low: Tensor | None = None  # ... R
+    up: Tensor | None = None  # C R
+
+    def sum(self) -> Tensor:
+        """Of both: ... C."""
+        return self.y if self.low is None else self.y + F.linear(self.low, self.up).detach()
+
+
 class Linear(nn.Linear):
     """A linear layer that a LoRA may extend; `name` is its dotted path in the UNet. down: R C_in, up: C_out R."""
 
@@ -68,6 +80,12 @@ class Linear(nn.Linear):
         if lora is not None and self.name in lora:
             return lora_linear(x, self.weight, self.bias, *lora[self.name])
         return super().forward(x)  # a frozen product keeps nothing for backward
+
+    def deferred(self, x: Tensor, lora: Lora) -> Deferred:
+        """The same, for a reader that adds the update where that is faster."""
+        if lora is not None and self.name in lora and deferrable(x, lora[self.name][1]):
+            return Deferred(*lora_linear_deferred(x, self.weight, self.bias, *lora[self.name]), lora[self.name][1])
+        return Deferred(self(x, lora))
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -108,16 +126,19 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x + residual, its LayerNorm); without a residual x itself is the sum."""
+    """(x + residual, its LayerNorm); without a residual x itself is the sum. x may be `Deferred`, given in parts."""
 
-    def forward(self, x: Tensor, residual: Tensor | None, saved: Saved = KEEP) -> tuple[Tensor, Tensor]:  # B N C
+    def forward(
+        self, x: Tensor, residual: Tensor | None, saved: Saved = KEEP, low: Tensor | None = None,
+        up: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip  # B N C
         def norm(x: Tensor) -> Tensor:
             return layer_norm(x, self.weight, self.bias, self.eps)
 
         if residual is None:
             y = norm(x)
         else:
-            x, y = layer_norm(x, self.weight, self.bias, self.eps, residual)
+            x, y = layer_norm(x, self.weight, self.bias, self.eps, residual, low, up)
         saved.again("lean", y, norm, x)
         return x, y
 
@@ -171,14 +192,14 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])
         self.qkv = Stack([self.to_q, self.to_k, self.to_v])  # of the self attention
 
-    def forward(self, x: Tensor, made: Made, lora: Lora) -> Tensor:  # B N C
+    def forward(self, x: Tensor, made: Made, lora: Lora) -> Deferred:  # B N C
         if self.cross:
             k, v = (made[layer.name].unflatten(0, (len(x), -1)) for layer in (self.to_k, self.to_v))  # B L C
             q = self.to_q(x, lora)
         else:
             q, k, v = self._qkv(x, lora)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # B heads N d
-        return self.to_out[0](attention(q, k, v, self.backend).transpose(1, 2).flatten(2), lora)
+        return self.to_out[0].deferred(attention(q, k, v, self.backend).transpose(1, 2).flatten(2), lora)
 
     def _qkv(self, x: Tensor, lora: Lora) -> tuple[Tensor, ...]:  # B N C, three times
         return self.qkv.wide(x, lora).unflatten(-1, (3, -1)).unbind(-2)
@@ -192,12 +213,13 @@ class FeedForward(nn.Module):
         up, down = Linear(channels, 8 * channels), Linear(4 * channels, channels)
         self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
 
-    def forward(self, x: Tensor, lora: Lora, saved: Saved) -> Tensor:  # B N C
-        h = self.net[0]["proj"](x, lora)
-        saved.again("recompute", h, lambda x: self.net[0]["proj"](x, lora), x)
-        y = geglu(h)
-        saved.again("lean", y, geglu, h)
-        return self.net[2](y, lora)
+    def forward(self, x: Tensor, lora: Lora, saved: Saved) -> Deferred:  # B N C
+        up = self.net[0]["proj"]
+        h, *update = up.deferred(x, lora)
+        saved.again("recompute", h, lambda x: up.deferred(x, lora)[0], x)
+        y = geglu(h, *update)
+        saved.again("lean", y, geglu, h, *update)
+        return self.net[2].deferred(y, lora)
 
 
 class TransformerBlock(nn.Module):
@@ -213,12 +235,14 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(
-        self, branch: Tensor, x: Tensor | None, made: Made, lora: Lora, saved: Saved
-    ) -> tuple[Tensor, Tensor]:  # B N C: what is still to be added to the stream x, and the stream
-        x, h = self.norm1(branch, x, saved)
-        x, h = self.norm2(self.attn1(h, made, lora), x, saved)
-        x, h = self.norm3(self.attn2(h, made, lora), x, saved)
-        return self.ff(h, lora, saved), x
+        self, x: Tensor | None, y: Tensor, low: Tensor | None, up: Tensor | None, made: Made, lora: Lora, saved: Saved
+    ) -> tuple[Tensor | None, ...]:  # B N C: the stream, and in parts what is still to be added to it
+        x, h = self.norm1(y, x, saved, low, up)
+        y, *update = self.attn1(h, made, lora)
+        x, h = self.norm2(y, x, saved, *update)
+        y, *update = self.attn2(h, made, lora)
+        x, h = self.norm3(y, x, saved, *update)
+        return x, *self.ff(h, lora, saved)
 
 
 class Transformer(nn.Module):
@@ -239,12 +263,13 @@ class Transformer(nn.Module):
         h = h.permute(0, 2, 3, 1).flatten(1, 2)  # B N C
         if self.linear:
             h = self.proj_in(h, lora)
-        stream = None
+        stream, branch = None, Deferred(h)
         for block in self.transformer_blocks:
             if saved.checkpoints and stream is not None:  # one input to keep, not two: the same sum, only earlier
-                h, stream = h + stream, None
-            h, stream = saved.run(block, (h, stream), made, lora)
-        h = h + stream
+                stream, branch = None, Deferred(branch.sum() + stream)
+            stream, *parts = saved.run(block, (stream, *branch), made, lora)
+            branch = Deferred(*parts)
+        h = branch.sum() + stream
         if self.linear:
             h = self.proj_out(h, lora)
         h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # B C H W

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rapm.config import Config
+from rapm.device import Fetched
 from rapm.prefetch import Reader
 from rapm.step import Step
 from rapm.training import Training
@@ -208,3 +209,18 @@ def test_pinned_places_give_the_same_bits(tiny_teacher, store: Store, monkeypatc
         wanted = store[index]
         assert torch.equal(positions.cpu(), wanted.positions) and torch.equal(fine.cpu(), wanted.fine)
         assert torch.equal(hidden.cpu(), wanted.text.hidden.bfloat16())
+
+
+@pytest.mark.gpu
+def test_figures_are_those_of_when_they_were_asked_for() -> None:
+    """On a GPU that is behind: asking does not wait, and what comes after does not count."""
+    x = torch.zeros(4, device="cuda")
+    assert Fetched(x)().tolist() == [0.0] * 4  # pinned memory is there from now on
+    torch.cuda._sleep(500_000_000)
+    x += 1
+    start = time.perf_counter()
+    fetched = Fetched(x)
+    x += 1
+    asked = time.perf_counter() - start
+    assert fetched().tolist() == [1.0] * 4
+    assert asked < 0.05 < time.perf_counter() - start

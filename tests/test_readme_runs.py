@@ -87,6 +87,13 @@ REPORTS = {
                   "2": dict(trajectories=2.9, slots=57.0, sent_mib=5.0)},
         "speedup": dict(trajectories=1.93, slots=1.9),
     },
+    "low_precision": {
+        "card": CARD,
+        "slots": {"sdxl": {"int8": dict(weights_mib=3072.0, seconds=0.41, reserved_mib=10_240.0, allocated_mib=9000.0,
+                                        to_fp32=dict(output=0.02, position=0.001, gradient=0.05), to_bf16={})}},
+        "quality": dict(iterations=2000, seeds=3, pairs=4096,
+                        summary={"nf4": dict(d=[0.5, 0.04], prompt=[0.99, 0.001], rmse=[0.08, 0.0002])}),
+    },
     "full_teacher_sdxl": {
         "card": CARD, "family": "sdxl", "resolution": [1024, 1024], "unet_gb": 5.13,
         "seconds": {"make": 24.4, "load folder": 9.0}, "seconds_per_iteration": 0.474, "vram_mib": 20480.0,
@@ -180,3 +187,9 @@ def test_full_size_teachers(readme: ModuleType) -> None:
     text = section(readme, "full")
     assert "| | make | load folder | one iteration | GPU GiB | host GB | LoRA MB |" in text
     assert "| SDXL, 1024x1024 | 24 | 9 | 0.474 | 20.0 | 21.6 | 12.6 |" in text and "SD1.5" not in text
+
+
+def test_low_precision(readme: ModuleType) -> None:
+    text = section(readme, "low_precision")
+    assert "| SDXL int8 | 0.410 | 3.0 | 10.0 | 2.0e-02 | 1.0e-03 | 5.0e-02 |" in text
+    assert "| nf4 | 0.50 ± 0.04 | 99.0% ± 0.1% | 0.0800 ± 0.0002 |" in text and "of 3 seeds" in text

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -136,3 +138,34 @@ def test_a_chart_puts_points_where_they_belong():
     assert steps[0] == pytest.approx(steps[1], abs=0.2)  # and a 0 has no logarithm
     flat = svg(Chart("t", "", {"b": "B"}), {"b": [(i, 3.0) for i in range(1, 1001)]})
     assert "nan" not in flat and flat.count("L") <= 2 * 400
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on the path")
+def test_in_a_browser(folder: Path, tmp_path: Path) -> None:
+    """Headless Chromium draws the page as it was written: every chart, every picture, no script, no line in its log."""
+    path = write_report(folder)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--log-level=0",
+             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,4000"]  # fmt: skip
+    shot = tmp_path / "page.png"
+
+    def chromium(*words: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [BROWSER, *flags, *words, path.resolve().as_uri()], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done
+
+    dumped = chromium("--dump-dom")
+    written, drawn = Page(path), tmp_path / "dumped.html"
+    drawn.write_text(dumped.stdout, "utf-8")
+    for tag in ("svg", "img", "table", "polyline", "h2"):
+        counts = [source.lower().count(f"<{tag}") for source in (written.source, dumped.stdout)]
+        assert counts[0] == counts[1], f"{tag}: {counts}"
+    assert "<script" not in dumped.stdout.lower() and "CONSOLE" not in dumped.stderr
+    chromium(f"--screenshot={shot}")
+    picture = Image.open(shot).convert("L")
+    assert picture.size == (1200, 4000) and len(set(picture.resize((60, 200)).tobytes())) > 8  # something is drawn

@@ -54,9 +54,7 @@ def test_a_soak_that_the_limit_stops_leaves_a_whole_run(
                 self.end = 0.0  # has come
 
     monkeypatch.setattr(soak, "Watched", Late)
-    config = Config.preset("embedded").replace(
-        **soak.CHECK, max_train_steps=10_000, resolution=(64, 64), output_dir=str(tmp_path / "run")
-    )
+    config = Config.preset("embedded").replace(**soak.CHECK, max_train_steps=10_000, output_dir=str(tmp_path / "run"))
     found = soak.soak(config, math.inf)
     done = found["iterations"]
     assert done == 13 and found["missing"] == [] and found["skipped"] == 0
@@ -67,7 +65,8 @@ def test_a_soak_that_the_limit_stops_leaves_a_whole_run(
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[1:]))
     (checkpoints(tmp_path / "run")[0] / "state.safetensors").unlink()
-    problems = soak.missing(tmp_path / "run", config, done)
+    resolved = Config().replace(**Config.from_toml(tmp_path / "run" / "config.toml"))
+    problems = soak.missing(tmp_path / "run", resolved, done)
     assert [line.split(":")[0] for line in problems] == ["losses", "checkpoints"]
 
 

@@ -31,6 +31,7 @@ from rapm.report.validate import Validation
 from rapm.sample import GAP, LINE
 from rapm.step import Step
 from rapm.train import _set_aside, train
+from rapm.training import Training
 
 SETTINGS = """
 trajectories = 3
@@ -91,6 +92,30 @@ def test_a_run_leaves_everything(finished):
     assert {"huber_rel", "huber_abs", "gen_rel", "gen_abs", "disc_rel", "disc_abs", "lr"} <= set(lines[0])
     weights = load_file(finished / "pytorch_lora_weights.safetensors")
     assert any(x.abs().max() > 0 for name, x in weights.items() if "lora_up" in name)
+
+
+def test_a_run_whose_figures_are_read_late_tells_the_same(place, finished, tmp_path, monkeypatch):
+    """As on a GPU: when the next iteration has been given out, unless it is needed at once."""
+    told, iterate, write = [], Training.iterate, Log.write
+
+    def counted(self: Training) -> None:
+        iterate(self)
+        told.append(self.done)
+
+    def written(self: Log, iteration: int, values: dict) -> None:
+        write(self, iteration, values)
+        told.append(f"{iteration}{' measured' if 'val_rmse' in values else ''}")
+
+    monkeypatch.setattr(Training, "behind", True)
+    monkeypatch.setattr(Training, "iterate", counted)
+    monkeypatch.setattr(Log, "write", written)
+    assert main(arguments(place, tmp_path / "run")) == 0
+    assert told == [1, 2, 3, "2", 4, "4", "4 measured", 5, 6, "6", "6 measured"]
+    mine, theirs = (
+        [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "run/metrics.jsonl", finished / "metrics.jsonl")
+    )
+    assert mine == theirs
 
 
 def test_resumed_equals_uninterrupted(place, finished, tmp_path):

@@ -24,7 +24,7 @@ from rapm.kernels.int8_linear import int8_linear
 from rapm.kernels.lora_linear import lora_linear
 from rapm.kernels.quantise import Low, dequantise, int8, nf4
 from rapm.stacks import Lora, Stack, join, together
-from rapm.unet import Conv2d, Linear, UNet
+from rapm.unet import Conv2d, Deferred, Linear, UNet
 
 MODES = ("full", "int8", "nf4")  # each takes less memory than the one before
 
@@ -44,6 +44,10 @@ class LowPrecision(nn.Module):
         return dequantise(self.codes, self.scale, self.blocks, self.dtype)
 
     weight = property(whole)
+
+    def deferred(self, x: Tensor, lora: Lora) -> Deferred:
+        """Nothing is: the sum itself."""
+        return Deferred(self(x, lora))
 
     def parts(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters that stand for `weight`."""

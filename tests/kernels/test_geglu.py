@@ -37,6 +37,25 @@ def test_real_shapes(shape: tuple[int, ...], dtype: torch.dtype):
     check(geglu, geglu_ref, [tensor(*shape, dtype=dtype, grad=True)], dtype, roundings=ROUNDINGS)
 
 
+def with_update(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, h and up, which lies unaligned in a larger buffer."""
+    flat = tensor(shape[-1] * rank + 1, dtype=dtype)[1:]
+    return [tensor(*shape, dtype=dtype, grad=True), tensor(*shape[:-1], rank, dtype=dtype), flat.view(-1, rank)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rank"), [(SHAPES[0], 1), (SHAPES[1], 3), (SHAPES[2], 16), (SHAPES[4], 2)])
+def test_with_a_low_rank_update(shape: tuple[int, ...], rank: int, dtype: torch.dtype):
+    check(geglu, geglu_ref, with_update(shape, rank, dtype), dtype, roundings=ROUNDINGS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("shape", [REAL[0], REAL[5]])
+def test_real_shapes_with_an_update(shape: tuple[int, ...], rank: int):
+    check(geglu, geglu_ref, with_update(shape, rank, torch.bfloat16), torch.bfloat16, roundings=ROUNDINGS)
+
+
 def test_gelu_is_the_exact_one_far_out_too():
     gate = torch.cat([torch.linspace(-6, 12, 1801), torch.tensor([0.0, -0.0, 1e-30, -40.0, 1e4, -1e4, 1e25, -1e25])])
     x = torch.cat([torch.ones_like(gate), gate]).to(DEVICE).requires_grad_()
@@ -76,9 +95,12 @@ def test_the_pre_activation_alone_is_kept_and_not_written():
 
 def test_opcheck():
     x = tensor(2, 5, 20)
-    torch.library.opcheck(_geglu, (x.clone().requires_grad_(),))
-    torch.library.opcheck(_geglu, (x[:, 1:3],))
-    torch.library.opcheck(_geglu_backward, (tensor(2, 5, 10), x))
+    torch.library.opcheck(_geglu, (x.clone().requires_grad_(), None, None))
+    torch.library.opcheck(_geglu, (x[:, 1:3], None, None))
+    torch.library.opcheck(_geglu_backward, (tensor(2, 5, 10), x, None, None))
+    update = [t.detach() for t in with_update((2, 5, 20), 3, torch.float32)]
+    torch.library.opcheck(_geglu_backward, (tensor(2, 5, 10), *update))
+    torch.library.opcheck(_geglu, (update[0].clone().requires_grad_(), *update[1:]))
 
 
 def test_compiled_and_checkpointed_gradients_are_the_eager_ones():

@@ -287,8 +287,8 @@ USES = (1, True, False, True, 1e-5), (2, False, True, True, 1e-5), (3, False, Fa
 def test_real_shapes(channels: int, size: int, dtype: torch.dtype, use: tuple) -> None:
     batch, shift, residual, silu, eps = use
     inputs = make(batch, channels, size, size, dtype, shift, residual, frozen=batch < 3)
-    # A weight's gradient is a sum of size^2 dy xhat that nearly cancel, to their root, and a rounding of the mean,
-    # which v's offset makes as large as one of v, is the same in each: it counts in proportion to size.
+    # A weight's gradient is a sum of size^2 numbers that nearly cancel, to their root; the mean's rounding, which is as
+    # large as v's offset makes it, is the same in each of them: it counts in proportion to size.
     compare(inputs, dtype, 32, silu, eps, large=max(1.0, size / 16))
 
 

@@ -29,14 +29,18 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, affine: bool, residual: boo
     return [tensor(shape[-1], dtype=dtype, grad=affine) for _ in range(2)] + streams
 
 
-def run(weight: Tensor, bias: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    return layer_norm(x, weight, bias, EPS, residual)
+def run(weight: Tensor, bias: Tensor, x: Tensor, *added: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    return layer_norm(x, weight, bias, EPS, *added)
 
 
-def reference(
-    weight: Tensor, bias: Tensor, x: Tensor, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    return layer_norm_ref(x, weight, bias, EPS, residual)
+def reference(weight: Tensor, bias: Tensor, x: Tensor, *added: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    return layer_norm_ref(x, weight, bias, EPS, *added)
+
+
+def update(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> list[Tensor]:
+    """A LoRA's h, and its up, which lies unaligned in a larger buffer."""
+    flat = tensor(shape[-1] * rank + 1, dtype=dtype)[1:]
+    return [tensor(*shape[:-1], rank, dtype=dtype), flat.view(-1, rank)]
 
 
 def gradients(f: Callable, inputs: list[Tensor]) -> list[Tensor]:
@@ -66,6 +70,21 @@ def test_small_and_odd_shapes(shape: tuple[int, ...], dtype: torch.dtype, residu
 def test_real_shapes(shape: tuple[int, ...], dtype: torch.dtype, residual: bool):
     for affine in (False, True):
         check(run, reference, case(shape, dtype, affine, residual), dtype, roundings=ROUNDING * (1 + residual))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rank"), [(SHAPES[0], 1), (SHAPES[1], 3), (SHAPES[-1], 16)])
+def test_with_a_low_rank_update(shape: tuple[int, ...], rank: int, dtype: torch.dtype):
+    inputs = case(shape, dtype, True, True) + update(shape, rank, dtype)
+    check(run, reference, inputs, dtype, roundings=2 * ROUNDING)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("shape", REAL)
+def test_real_shapes_with_an_update(shape: tuple[int, ...], rank: int):
+    inputs = case(shape, torch.bfloat16, False, True) + update(shape, rank, torch.bfloat16)
+    check(run, reference, inputs, torch.bfloat16, roundings=2 * ROUNDING)
 
 
 def test_an_offset_does_not_cancel():
@@ -140,7 +159,8 @@ def test_one_parameter_alone():
 def test_opcheck():
     weight, bias, x, residual = case((2, 5, 24), torch.float32, True, True)
     torch.library.opcheck(_layer_norm, (x, weight, bias, EPS))
-    torch.library.opcheck(_add_layer_norm, (x, residual, weight.detach(), bias.detach(), EPS))
+    for added in ((None, None), update(tuple(x.shape), 3, x.dtype)):
+        torch.library.opcheck(_add_layer_norm, (x, residual, weight.detach(), bias.detach(), EPS, *added))
     stats = torch.stack([torch.zeros(10, device=DEVICE), torch.ones(10, device=DEVICE)])
     for ds, affine in ((None, False), (residual.detach(), True)):
         torch.library.opcheck(_layer_norm_backward, (x.detach(), ds, x.detach(), stats, weight.detach(), affine))

@@ -116,6 +116,21 @@ def test_only_what_is_wanted(case: tuple, wanted: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", runtime.DTYPES)
+@pytest.mark.parametrize("case", SMALL[:4])
+def test_deferred(case: tuple, dtype: torch.dtype) -> None:
+    """What is left out is h up^T, and the gradients at the sum are lora_linear's."""
+    args = inputs(case, dtype)
+
+    def whole(x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        y, h = lora_linear.lora_linear_deferred(x, weight, bias, down, up)
+        assert not h.requires_grad
+        return y + (h @ up.t()).detach()
+
+    check(whole, lora_linear_ref, args, dtype, roundings=ROUNDINGS)
+    assert lora_linear.deferrable(args[0], args[4]) and not lora_linear.deferrable(args[0], args[4].repeat(1, 17))
+
+
 def test_nothing_kept_without_gradients() -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -157,9 +172,10 @@ def test_real_shapes_of_q_k_v(case: tuple, rank: int) -> None:
 @pytest.mark.parametrize("case", [SMALL[1], SMALL[2], SMALL[4], GROUPED[2], GROUPED[3]])
 def test_opcheck(case: tuple) -> None:
     args = inputs(case, torch.float32)
-    torch.library.opcheck(_lora_linear, args)
+    for deferred in (False, True)[: 1 + lora_linear.deferrable(args[0], args[4])]:
+        torch.library.opcheck(_lora_linear, (*args, deferred))
     x, weight, _, down, up = (t.detach() for t in args)
-    y, h = _lora_linear(x, weight, None, down, up)
+    y, h = _lora_linear(x, weight, None, down, up, False)
     for given in ((x, h, True), (None, h, True), (x, None, False)):
         torch.library.opcheck(_lora_linear_backward, (y, *given[:2], weight, down, up, given[2]))
 
@@ -177,7 +193,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, down, up = (t.detach() for t in inputs(SMALL[1], torch.float32))
     dy, h = x.new_ones(len(x), len(weight)), x.new_ones(len(x), 1)
     ours = "_rows_kernel", "_sums_kernel", "_total_kernel"
-    forward = launched(monkeypatch, low_rank, lambda: _lora_linear._init_fn(x, weight, bias, down, up))
+    forward = launched(monkeypatch, low_rank, lambda: _lora_linear._init_fn(x, weight, bias, down, up, False))
     backward = launched(monkeypatch, low_rank, lambda: _lora_linear_backward._init_fn(dy, x, h, weight, down, up, True))
     for names, kernels in ((forward, ["_rows_kernel"]), (backward, ["_rows_kernel", "_sums_kernel"])):
         assert [name for name in names if name in ours] == kernels
