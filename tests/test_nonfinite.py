@@ -79,12 +79,12 @@ def again(step: Step, trajectory: Trajectory) -> None:
 
 def output(step, patch, bad):
     walk = step.walk
-    patch.setattr(step, "walk", lambda *a: (lambda out, zhat: (out * bad, zhat))(*walk(*a)))
+    patch.setattr(step, "walk", lambda *a, **o: (lambda out, zhat: (out * bad, zhat))(*walk(*a, **o)))
 
 
 def relative_target(step, patch, bad):
     walk = step.walk
-    patch.setattr(step, "walk", lambda *a: (lambda out, zhat: (out, zhat * bad))(*walk(*a)))
+    patch.setattr(step, "walk", lambda *a, **o: (lambda out, zhat: (out, zhat * bad))(*walk(*a, **o)))
 
 
 def absolute_target(step, patch, bad):
@@ -110,8 +110,8 @@ def last_feature(step, patch, bad):
     """As an overflow of the last layer alone."""
     features = step.unet.features
 
-    def spoilt(*arguments):
-        taps = features(*arguments)
+    def spoilt(*arguments, **options):
+        taps = features(*arguments, **options)
         taps[-1][:, 0, 0, 0] = bad
         return taps
 
@@ -408,5 +408,5 @@ def validated(training: Training, folder: Path, patch: pytest.MonkeyPatch, fd: f
     patch.setattr(training, "measure", lambda: dataclasses.replace(measured, figures=measured.figures | {
         "val_fd": fd, "val_fd_floor": 1.0}))  # fmt: skip
     with Log(folder, "none") as log:
-        validate(training, folder, log, Watch(), {})
+        validate(training, folder, log, Watch(), {}, training.state())
     return folder / "checkpoint-best"
