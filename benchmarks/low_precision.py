@@ -218,15 +218,15 @@ def products(check: bool) -> list[dict]:
 # 3. Quality
 
 
-def quality(iterations: int, trajectories: int, seeds: int, pairs: int) -> dict:
+def quality(iterations: int, trajectories: int, seeds: int, pairs: int, fine_steps: int = 10) -> dict:
     """Students of every mode on the embedded teacher, judged on its fp32 self."""
     cuda, runs = torch.cuda.is_available(), []
     with tempfile.TemporaryDirectory() as folder:
         for name, (precision, frozen) in QUALITY.items():
             base = Config.preset("embedded").replace(
                 fd_samples=0, trajectories=trajectories, max_train_steps=iterations, solve_batch=256,
-                validation_prompts=8, output_dir=str(Path(folder) / name), report_to="none",
-                mixed_precision=precision, frozen_weights=frozen,
+                validation_prompts=2, output_dir=str(Path(folder) / name), report_to="none",
+                mixed_precision=precision, frozen_weights=frozen, fine_steps=fine_steps,
             )  # fmt: skip
             teacher, base, prompts = prepare_teacher(base)
             store = solve_all(base, teacher, prompts)
@@ -294,9 +294,9 @@ def main() -> int:
             for row in report["products"]:
                 print(json.dumps(row), flush=True)
         if "quality" in parts:
-            few = dict(iterations=2, trajectories=4, seeds=1, pairs=128)
+            few = dict(iterations=2, trajectories=2, seeds=1, pairs=16)
             asked = {key: getattr(arguments, key) for key in few}
-            report["quality"] = quality(**(few if check else asked))
+            report["quality"] = quality(**(dict(few, fine_steps=2) if check else asked))
     print(f"{time.perf_counter() - start:.0f} s")
     if not check:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,8 @@ ddown), h (M R, for dup) and the codes; neither rounded numbers nor a weight in 
 Tensor cores read 8-bit operands along the dimension that is summed over, which is W's outputs in the backward: there
 the codes are turned first, in a launch and a buffer that live as long as the product (W's bytes, beside 2 M times as
 many operations). Launches: forward two (X and s; the product), backward three, and low_rank's where there is a LoRA.
-fp8 was weighed and left out: e4m3 rounds to 1 part in 16, int8 a row's normal numbers to 1 in 60, and multiplies no
-slower on any card, on RTX cards twice as fast.
-
+fp8 was weighed and left out: e4m3 keeps three bits after the first, which puts normal numbers off by 2.6%, int8 with a
+scale for each row by 0.8%; and by the data sheets of Ampere, Ada and Hopper int8 is nowhere the slower of the two.
 G layers of one size that share x are one, as in lora_linear.
 
 Shapes: M rows of x (all leading dimensions), K inputs, N outputs, R rank; x: ... K, codes: N K, scale and b: N,
@@ -160,7 +159,7 @@ def _begin(
 ) -> tuple[Tensor, Tensor]:
     """y = [bias] + t b and t = x a, for x (M K), a (K R) and b (R N), either the blocks of a diagonal where grouped."""
     if enabled(x) and small(a.shape[1] * groups_a):
-        y = x.new_empty(len(x), b.shape[1] * groups_b)
+        y = x.new_empty(len(x), b.shape[1])
         return y, rows(x, a, b, bias, y, groups_a=groups_a, groups_b=groups_b)
     t = blocks(x, a, groups_a, 0)
     y = blocks(t, b, groups_b, 1)
