@@ -14,6 +14,7 @@ EVAL = ["torchmetrics>=1.9", "torch-fidelity>=0.3"]
 TEST = [
     "pytest",
     "pytest-benchmark",
+    "pytest-cov",
     "pytest-timeout",
     "pytest-xdist",
     "hypothesis",
@@ -22,6 +23,7 @@ TEST = [
     "tensorboard",
     "torchmetrics>=1.9",
     "build",
+    "mypy",
     "pyarrow",
 ]
 
@@ -59,7 +61,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0 AND MIT",
-    license_files=["LICENSE", "rapm/bases/LICENSE"],
+    license_files=["LICENSE", "rapm/loading/bases/LICENSE"],
     keywords="diffusion distillation lora stable-diffusion sdxl few-step",
     classifiers=[
         "Development Status :: 4 - Beta",
@@ -95,6 +97,6 @@ setup(
         "eval": ["scikit-learn", *EVAL],
         "tensorboard": ["tensorboard"],
         "test": TEST,
-        "dev": [*TEST, "ruff", "mypy", "pre-commit"],
+        "dev": [*TEST, "ruff", "pre-commit"],
     },
 )

@@ -75,6 +75,12 @@ SLOT = """
 GPU milliseconds of one slot by family of kernels, LoRA rank 1, batch 1, bf16, as one CUDA graph, on one {card[device]}:
 before, with `RAPM_KERNELS=reference`, and after. {summary}
 """
+STOPS = """
+`tests/faults/kills.py` stopped runs {stops[stops]} times ({signals}) at random moments of every phase ({phases}): what
+lay on the disk was whole each time, and each of the {stops[runs_finished]} runs, started again until it got through,
+ended with the uninterrupted run's LoRA files, byte for byte. The slowest exit after SIGINT or SIGTERM took
+{stops[slowest_exit_seconds]:.1f} s.
+"""
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = {
     "calls": ("calls", "{:.0f}"), "fd": ("FD", "{:.2f}"), "d": ("d", "{:.2f}"), "prompt": ("prompt", "{:.1%}"),
@@ -322,6 +328,16 @@ def slot() -> str:
     return "\n\n".join([fill(SLOT.format(card=report["card"], summary=summary)), picture, rows_table(rows)])
 
 
+def stops() -> str:
+    """The campaign of stops."""
+    found = load("stops")
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+
+    return fill(STOPS.format(stops=found, signals=listed(found["by_signal"]), phases=listed(found["by_phase"])))
+
+
 def full() -> str:
     """The README's section on full-size teachers, of the models that are there."""
     return readme_runs.full({m: load(f"full_teacher_{m}") for m in MODELS if there(f"full_teacher_{m}")})
@@ -330,7 +346,7 @@ def full() -> str:
 # Section -> what writes it, the results without which it stays as it is
 SECTIONS = {
     "quality": (quality, "ablation"), "teacher": (teacher, "teacher"), "kernels": (kernels, "kernels"),
-    "slot": (slot, "slot_time"), "full": (full, "full_teacher_sdxl"),
+    "slot": (slot, "slot_time"), "stops": (stops, "stops"), "full": (full, "full_teacher_sdxl"),
 }  # fmt: skip
 # Those that show the report of their own name
 RUNS = ("step", "trajectories", "memory", "job", "soak", "crowd", "distributed", "low_precision")

@@ -19,9 +19,9 @@ import torch
 
 from rapm.config import Config
 from rapm.distributed import Gradients
+from rapm.finite import SHARED
 from rapm.loading.families import model_of
 from rapm.memory.sizes import Sizes, sizes_of
-from rapm.step import LOSSES
 from rapm.trajectories import shard_size
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ FABRICS = (
 def sent(sizes: Sizes, lora_rank: int) -> int:
     """Bytes of a slot's one all-reduce; `sizes` are those of a LoRA of rank 1."""
     weights = (torch.empty(n, device="meta") for n in (lora_rank * sizes.lora, sizes.heads))
-    return Gradients(len(LOSSES) - 2, *weights).buffer.nbytes
+    return Gradients(len(SHARED), *weights).buffer.nbytes
 
 
 def seconds(size: int, fabric: Fabric, algorithm: str) -> float:

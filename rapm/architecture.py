@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rapm.errors import UserError
 
@@ -39,7 +40,7 @@ SIZES = dict(
 # `upcast_attention` is read nowhere: SDPA keeps the softmax in fp32, and diffusers ignores the flag with it too.
 
 
-def complete(config: Mapping) -> dict:
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with diffusers' defaults filled in. UserError for what this UNet does not compute."""
     if not isinstance(config, Mapping):
         raise UserError("UNet config: not a JSON object")
@@ -65,5 +66,6 @@ def complete(config: Mapping) -> dict:
     return config
 
 
-def each(value: object) -> list:
+def each(value: object) -> list[Any]:
+    """A setting by level, where it may be one for all."""
     return list(value) if isinstance(value, (list, tuple)) else [value]

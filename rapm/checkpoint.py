@@ -10,6 +10,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -19,6 +20,7 @@ from rapm import distributed
 from rapm.config import Config
 from rapm.disk import write_atomic
 from rapm.errors import UserError
+from rapm.finite import finite
 
 STATE = "state.safetensors"
 BEST = "checkpoint-best"
@@ -51,6 +53,13 @@ def save_best(folder: Path, state: dict[str, Tensor], done: int, config: Config,
     _write(folder / BEST, state, done, config, {"fd": repr(fd)})
 
 
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove the empty folders that a kill leaves between making or removing one and its file."""
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
 def find_best(folder: Path) -> tuple[int, float] | None:
     """The iteration and the FD of `checkpoint-best`; None where there is none. UserError for a damaged one."""
     if not (folder / BEST / STATE).is_file():
@@ -73,13 +82,18 @@ def find_checkpoint(folder: Path, which: str) -> Path:
 
 
 def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]:
-    """The state and the number of iterations done. UserError for a damaged file or one made with other settings."""
+    """The state and the number of iterations done. UserError for a damaged file or one made with other settings.
+
+    Numbers that are not finite are damage.
+    """
     state, done, then = _open(path)
     # A decaying rate depends on where it ends.
     free = FREE | ({"max_train_steps"} if config.lr_schedule == "constant" else set())
     for name, value in asdict(config).items():
         if name not in free and then.get(name) != json.loads(json.dumps(value)):
             raise UserError(f"resume: {path} was made with {name} = {then.get(name)!r}, not {value!r}")
+    if bad := next((name for name, x in state.items() if not finite(x)), None):
+        raise UserError(f"resume: {path}: {bad} holds numbers that are not finite: give an earlier checkpoint")
     return state, done
 
 
@@ -102,7 +116,7 @@ def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extr
         raise
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], int, dict]:
+def _open(path: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     header = _header(path)
     with safe_open(path / STATE, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

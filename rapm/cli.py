@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from rapm import __version__
 from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions
@@ -42,7 +44,8 @@ HELP = {
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
+        """UserError with argparse's own words."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -57,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from rapm.export.files import ExportError
     from rapm.stop import Interrupted, Terminated, terminable
 
+    message: object
     try:
         arguments = build_parser().parse_args(argv)
         with terminable():
@@ -79,11 +83,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
+    """The whole command line; `run` of the parsed arguments is the function of the command."""
     parser = Parser(prog="rapm", description="Distil a text-to-image diffusion model into a 4-step LoRA.")
     parser.add_argument("--version", action="version", version=f"rapm-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
@@ -168,8 +173,8 @@ def settings(arguments: argparse.Namespace) -> Config:
     changes |= {field: value for field, value in given.items() if value is not None}
     if arguments.teacher_lora:
         changes["teacher_lora"] = tuple(arguments.teacher_lora)
-    if isinstance(changes.get("resolution"), str):
-        changes |= parse_resolutions(changes["resolution"])
+    if isinstance(sizes := changes.get("resolution"), str):
+        changes |= parse_resolutions(sizes)
     teacher = changes.get("teacher", "embedded")
     config = Config.preset(pick_preset(str(teacher), arguments.preset))
     return config.replace(**changes)
@@ -189,18 +194,21 @@ def pick_preset(teacher: str, wanted: str | None) -> str:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
+    """`rapm train`."""
     from rapm.train import train
 
     train(settings(arguments), resume=arguments.resume_from_checkpoint, dry_run=arguments.dry_run)
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
+    """`rapm plan`."""
     from rapm.memory.planner import plan_for
 
     print(plan_for(settings(arguments)))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
+    """`rapm doctor`; 1 where something does not work."""
     from rapm.doctor import examine
 
     lines, works = examine(arguments.output_dir)
@@ -209,6 +217,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def run_trajectories(arguments: argparse.Namespace) -> int:
+    """`rapm trajectories`; 1 for a damaged store."""
     from rapm.train import solve_only
     from rapm.trajectories import verify
 
@@ -221,6 +230,7 @@ def run_trajectories(arguments: argparse.Namespace) -> int:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
+    """`rapm sample`: the pictures' paths."""
     from rapm.draw import draw
     from rapm.prompts import read_prompts
 
@@ -245,6 +255,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
+    """`rapm evaluate`: the embedded teacher by its judge, every other by FID, KID and CLIP score."""
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
     embedded = Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded"
     judged = arguments.captions is None and embedded
@@ -278,6 +289,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
+    """`rapm export`."""
     import torch
 
     from rapm.train import export_run
@@ -289,12 +301,14 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
+    """`rapm report`."""
     from rapm.report.page import write_report
 
     print(write_report(arguments.folder))
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
+    """`rapm bench`."""
     from rapm.bench.run import run
 
     return run(arguments.ops, arguments.models, arguments.quick, arguments.output)

@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rapm.errors import UserError
 from rapm.kernels.attention import BACKENDS
@@ -110,7 +111,7 @@ class Config:
             raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
-    def replace(self, **changes: object) -> Config:
+    def replace(self, **changes: Any) -> Config:
         """A checked copy with `changes`. UserError for an unknown field or an impossible value."""
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
         if unknown:
@@ -120,7 +121,7 @@ class Config:
     def checked(self) -> Config:
         """This configuration. UserError, naming the field, for an impossible value."""
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), KINDS[field.type]
+            value, kinds = getattr(self, field.name), KINDS[str(field.type)]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise UserError(f"{field.name} = {value!r}: expected {field.type}")
         for name, choices in CHOICES.items():
@@ -161,7 +162,7 @@ class Config:
     def from_toml(cls, path: str | Path) -> dict[str, object]:
         """The settings of a TOML file, for `replace`. UserError if it cannot be read."""
         try:
-            settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            settings: dict[str, object] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"config {path}: cannot be read ({str(error).splitlines()[0]})") from error
         for name in ("resolution", "buckets", "teacher_lora"):
@@ -183,7 +184,7 @@ KINDS = {
     "tuple[str, ...]": (tuple,),
 }  # fmt: skip
 
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "embedded": dict(
         teacher="embedded", trajectories=200, solve_batch=64, lora_rank=16, learning_rate=3e-4,
         max_train_steps=600, validation_steps=200, checkpointing_steps=200,

@@ -39,7 +39,8 @@ class Discriminators(nn.Module):
 
     def forward(self, side: int, features: Sequence[Tensor]) -> list[Tensor]:
         """One discriminator's logits, in fp32: B C H W a tap -> B 1 H W."""
-        return logits_ref(features, self.flat[side])
+        logits: list[Tensor] = logits_ref(features, self.flat[side])
+        return logits
 
 
 class Replay(nn.Module):

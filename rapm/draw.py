@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -62,11 +63,11 @@ def draw(
     resolution = resolution or (run.resolution if teacher is None else None)
     steps = run.steps if steps is None else steps
     height, width = resolution or loaded.default_resolution
-    shared = dict(
+    shared: dict[str, Any] = dict(
         lora=_lora_name(lora), model=base_name(loaded), steps=steps, guidance=guidance, size=f"{width}x{height}"
     )
     shown: list[Tensor] = []
-    first, count = None, len(prompts) * len(seeds)
+    first, count = "", len(prompts) * len(seeds)
     for some, images in sample_batches(
         loaded, prompts, lora_path=lora, steps=steps, guidance=guidance, seeds=seeds, resolution=resolution,
         negative_prompt=negative_prompt, batch=batch,

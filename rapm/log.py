@@ -54,7 +54,9 @@ def check_tracker(report_to: str) -> None:
         raise UserError("report_to wandb: wandb is not installed (pip install wandb)")
 
 
-def _tracker(folder: Path, report_to: str, done: int) -> tuple[Callable[[int, dict[str, float]], None], Callable]:
+def _tracker(
+    folder: Path, report_to: str, done: int
+) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
     """What writes the figures of an iteration, and what ends it."""
     if report_to == "tensorboard" and find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter

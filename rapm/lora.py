@@ -64,7 +64,10 @@ class LoRA(nn.Module):
         """name -> (down, up): detached, contiguous fp32 copies on the device of `flat`."""
         layout = torch.contiguous_format
         views = self.views(torch.float32)
-        return {name: tuple(x.detach().clone(memory_format=layout) for x in pair) for name, pair in views.items()}
+        return {
+            name: (down.detach().clone(memory_format=layout), up.detach().clone(memory_format=layout))
+            for name, (down, up) in views.items()
+        }
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:

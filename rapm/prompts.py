@@ -47,6 +47,7 @@ class Prompts:
 
     @property
     def texts(self) -> list[str]:
+        """Without the negative ones."""
         return [row.text for row in self.rows]
 
     def __str__(self) -> str:
@@ -68,12 +69,12 @@ def load_prompts(source: str | Path, keep: int | None = None) -> Prompts:
     path, column = _split(str(source))
     if str(source) == "-":
         return _collect(_text_rows(sys.stdin.buffer, "the standard input"), "the standard input", keep)
-    read = READERS.get(path.suffix.lower(), _text_rows)
+    read = READERS.get(path.suffix.lower())
     if path.suffix.lower() == ".json":
         raise UserError(f"prompts: {path} is JSON: write one object a line, as .jsonl, or one prompt a line, as .txt")
     try:
         with open(path, "rb") as file:
-            rows = read(file, str(path)) if read is _text_rows else read(file, str(path), column)
+            rows = read(file, str(path), column) if read else _text_rows(file, str(path))
             return _collect(rows, str(path), keep)
     except OSError as error:
         raise UserError(f"prompts: cannot read {path}: {error.strerror or error}") from error

@@ -9,7 +9,7 @@ import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -21,8 +21,9 @@ from rapm.errors import UserError
 from rapm.export.lora_file import read_lora, text_lora
 from rapm.schedule import Schedule
 from rapm.solver import walk
+from rapm.stacks import Lora
 from rapm.trajectories import noise
-from rapm.unet import Lora, Text, UNet
+from rapm.unet import Text, UNet
 
 if TYPE_CHECKING:
     from rapm.teacher import Teacher
@@ -50,7 +51,7 @@ def sample(
     return last
 
 
-def sample_prompts(teacher: Teacher, prompts: list[str], **options: object) -> Tensor:
+def sample_prompts(teacher: Teacher, prompts: list[str], **options: Any) -> Tensor:
     """All pictures of `sample_batches` together: images B H W 3, uint8 on the CPU."""
     return torch.cat([images for _, images in sample_batches(teacher, prompts, **options)])
 
@@ -140,7 +141,8 @@ def _zoom(images: Sequence[Tensor]) -> int:
 
 def _cell(images: Sequence[Tensor]) -> tuple[int, int]:
     """Height and width of a picture's place: the largest ones', magnified."""
-    return tuple(_zoom(images) * max(image.shape[i] for image in images) for i in range(2))
+    height, width = (_zoom(images) * max(image.shape[i] for image in images) for i in range(2))
+    return height, width
 
 
 def _paste(images: Sequence[Tensor], columns: int, top: int, between: int) -> tuple[Image.Image, list[tuple[int, int]]]:

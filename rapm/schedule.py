@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +26,7 @@ NOISE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"
                 "rescale_betas_zero_snr")  # fmt: skip
 
 
-def recipe_scheduler(config: Mapping) -> DDIMScheduler:
+def recipe_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     """The stock sampler that everything here equals: DDIM "trailing", with the betas and prediction type of `config`.
 
     `config` is a scheduler_config.json of any sampler. UserError for one that is not a DDPM noise schedule.
@@ -61,7 +61,7 @@ class Schedule:
     prediction: str  # "epsilon" or "v_prediction"
 
     @classmethod
-    def from_config(cls, scheduler_config: Mapping) -> Schedule:
+    def from_config(cls, scheduler_config: Mapping[str, Any]) -> Schedule:
         """From diffusers' scheduler_config.json, with the very numbers of `recipe_scheduler`. UserError as there."""
         scheduler = recipe_scheduler(scheduler_config)
         return cls(scheduler.alphas_cumprod.double(), scheduler.config.prediction_type)

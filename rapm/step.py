@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rapm.config import Config
 from rapm.discriminators import Discriminators, Replay
 from rapm.distributed import Gradients, world
+from rapm.finite import LOSSES, PROBES, SHARED
 from rapm.kernels.disc_head import disc_head
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
@@ -29,9 +30,6 @@ from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, tra
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
 
-LOSSES = (
-    "loss", "huber_rel", "huber_abs", "gen_rel", "gen_abs", "disc_rel", "disc_abs", "grad_norm", "head_grad_norm",
-)  # fmt: skip
 SIDES = ("relative", "absolute")
 
 
@@ -72,8 +70,9 @@ class Step:
     """The student's training, slot by slot. `load` a trajectory, then call once for each slot.
 
     The LoRA gets the student loss, the heads their hinge losses; the UNet gets no gradient at all, the heads none of
-    the generator's, and both targets are constants. A slot whose loss or gradient is not finite changes no weight, is
-    counted (`skipped` in all, `worst` the most in a row), and the walk goes on from the teacher's position.
+    the generator's, and both targets are constants. A slot in which any of PROBES is not finite changes no weight, is
+    counted (`skipped` in all, `worst` the most in a row), and the walk goes on from the teacher's position. `fault` is
+    0, or of the first such slot its number in the run, from 1, and a 1 for each of PROBES that was not finite.
     """
 
     def __init__(self, unet: UNet, lora: LoRA, schedule: Schedule, config: Config, example: Trajectory, uncond: Text):
@@ -88,11 +87,12 @@ class Step:
         self.adversarial = torch.ones((), device=device)  # 0 while the heads warm up
         self.sums = torch.zeros(len(LOSSES), device=device)  # over slots, of LOSSES
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
+        self.fault = torch.zeros(1 + len(PROBES), dtype=torch.long, device=device)
 
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
         shared = [lora.flat, self.discriminators.flat] if self.used else [lora.flat]
-        self.exchange = Gradients(len(LOSSES) - 2, *shared) if world() > 1 else None  # norms are taken afterwards
+        self.exchange = Gradients(len(SHARED), *shared) if world() > 1 else None  # norms are taken afterwards
         self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
         self._allocate(example, uncond)
@@ -207,7 +207,7 @@ class Step:
         weights = config.weight_relative, config.weight_absolute
         pulls = position_loss(self.z, out, step, zhat, ztilde, weights, config.huber_c, self.counter)
         z_n, distances, gradient = pulls
-        generator, discriminator, *added = self._adversarial(z_n, zhat, ztilde)
+        generator, discriminator, seen, *added = self._adversarial(z_n, zhat, ztilde)
         gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
         (flat,) = torch.autograd.grad(out, self.lora.flat, gradient)
@@ -216,22 +216,26 @@ class Step:
         flat /= self.scale  # in place, here and below: at high ranks a copy more is the peak of the whole slot
         loss = sum(w * x for w, x in zip(weights, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
-        row = torch.cat([loss[None], distances, generator, discriminator])
+        told = torch.cat([loss[None], distances, generator, discriminator, seen])
         if self.exchange is not None:  # before the test: all ranks must come to the same
-            row, flat = self._shared(row, flat)
+            told, flat = self._shared(told, flat)
         norm = flat.norm()
-        good = torch.isfinite(norm + row.sum())
+        heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
+        row, seen = told.tensor_split([len(LOSSES) - 2])
+        row = torch.cat([row, norm[None], heads[None]])
+        bad = ~torch.isfinite(torch.cat([row, seen]))
+        good = ~bad.any()
         self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
                 optimizer.step()
-        heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
-        row = torch.cat([row, norm[None], heads[None]])
         self.sums += row.where(good, 0.0)
         self.skipped += (~good).float()
         self.streak.copy_(torch.where(good, 0.0, self.streak + 1))
         self.worst.copy_(torch.maximum(self.worst, self.streak))
+        fault = torch.cat([self.key[1:] + 1, bad.long()])
+        self.fault.copy_(torch.where(good | self.fault[0].bool(), self.fault, fault))
         self.z.copy_(torch.where(good, z_n, ztilde))
         self.slot += 1
         self.key[1] += 1
@@ -275,13 +279,14 @@ class Step:
         return torch.stack(hinge).unflatten(0, (-1, 2)), torch.stack(right).unflatten(0, (-1, 2)), z
 
     def _adversarial(self, z_n: Tensor, zhat: Tensor, ztilde: Tensor) -> tuple[Tensor | None, ...]:
-        """The generator's and the discriminators' terms, (2,) each; keep of the re-noising, and the gradient at x_u.
+        """The generator's and the discriminators' terms, (2,) each; the sums of the last features of the three, (3,);
+        keep of the re-noising, and the gradient at x_u.
 
         Sets the heads' gradient. The gradient at x_u is that of the weighted generator terms, `scale` times too large.
         """
         if not self.used:
             zero = z_n.new_zeros(2)
-            return zero, zero, None, None
+            return zero, zero, z_n.new_zeros(3), None, None
         x_u, u, keep = self.renoised(z_n, zhat, ztilde)
         x = x_u[:1].requires_grad_()
         fake = self.unet.features(x, u, self.text, None, self.memory.encoder, self._keys(1))
@@ -292,6 +297,7 @@ class Step:
                 each = [self.unet.features(x, u, self.text, keys=self._keys(1)) for x in x_u[1:].split(1)]
                 real = [torch.cat(taps) for taps in zip(*each, strict=True)]
             shown = [torch.cat([f, r])[:, None] for f, r in zip(fake, real, strict=True)]  # 3 1 C h w
+            seen = shown[-1].sum((1, 2, 3, 4), dtype=torch.float32)
             if self.replay is not None:
                 past = self.replay.swap([x[:, 0] for x in shown], self.place[self.slot][0], self.picks[self.slot][0])
                 shown = [torch.cat([x, p.transpose(0, 1)], dim=1) for x, p in zip(shown, past, strict=True)]
@@ -301,4 +307,4 @@ class Step:
         (gradient,) = torch.autograd.grad(fake, x, gradients)
         if len(self.used) == 1:  # the other one's terms are 0
             terms = [F.pad(term, (self.used[0], 1 - self.used[0])) for term in terms]
-        return *terms, keep, gradient
+        return *terms, seen, keep, gradient

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rapm.architecture import DEFAULTS
-from rapm.errors import UserError
+from rapm.errors import RunError, UserError
+from rapm.finite import finite
 from rapm.loading.families import Model
 from rapm.loading.single_file import config_folder
 from rapm.loading.source import Source, find, first_line, variant
@@ -82,21 +83,25 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: tuple[int, int] | None = None) -> Text:
-        """The prompts' embeddings as the stock pipeline computes them, B = len(prompts); fp32 on the CPU."""
+        """The prompts' embeddings as the stock pipeline computes them, B = len(prompts); fp32 on the CPU.
+
+        RunError for one that is not finite in the UNet's dtype.
+        """
         with self._visiting(*self._text_encoders.values()):
             batches = [prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH)]
             encoded = [self._encode_prompt(batch, do_classifier_free_guidance=False) for batch in batches]
-            return Text.cat([self._text(resolution, *out[::2]) for out in encoded])
+            return self._proven(Text.cat([self._text(resolution, *out[::2]) for out in encoded]), prompts)
 
     @torch.no_grad()
     def encode_negative(self, prompt: str = "", resolution: tuple[int, int] | None = None) -> Text:
         """What guidance moves away from, B = 1; fp32 on the CPU.
 
         An empty prompt is the stock pipeline's `negative_prompt=None`: zeros where an SDXL teacher asks for them.
+        RunError as in `encode`.
         """
         with self._visiting(*self._text_encoders.values()):
             out = self._encode_prompt("", do_classifier_free_guidance=True, negative_prompt=prompt or None)
-            return self._text(resolution, *out[1::2])
+            return self._proven(self._text(resolution, *out[1::2]), [prompt])
 
     def count_truncated(self, prompts: list[str]) -> int:
         """How many prompts have more tokens than the text encoder reads: it will not see their ends."""
@@ -151,7 +156,10 @@ class Teacher:
     def _encode_prompt(self, prompt: str | list[str], **options: object) -> tuple[Tensor, ...]:
         """SD: (positive, negative) embeddings; SDXL: these, then the pooled (positive, negative)."""
         device = self.pipe.text_encoder.device
-        return self.pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, **options)
+        found: tuple[Tensor, ...] = self.pipe.encode_prompt(
+            prompt=prompt, device=device, num_images_per_prompt=1, **options
+        )
+        return found
 
     def _text(self, resolution: tuple[int, int] | None, hidden: Tensor, pooled: Tensor | None = None) -> Text:
         if pooled is None:
@@ -159,6 +167,17 @@ class Teacher:
         height, width = resolution or self.default_resolution
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)  # original, crop, target
         return Text(hidden.cpu(), pooled.cpu(), time_ids.repeat(len(hidden), 1))
+
+    def _proven(self, text: Text, prompts: list[str]) -> Text:
+        """`text`, the rows of which are `prompts`, once every number has proven to be finite for the UNet."""
+        for name, x in zip(Text._fields, text, strict=True):
+            for prompt, row in zip(prompts, x if x is not None else (), strict=False):
+                if not finite(row.to(self.unet.dtype)):
+                    raise RunError(
+                        f"teacher {self.source}: not finite: the embeddings ({name}) of the prompt {prompt!r} in "
+                        f"{self.unet.dtype}: use mixed_precision bf16 or no, or get the text encoder again"
+                    )
+        return text
 
     @contextmanager
     def _visiting(self, *modules: nn.Module) -> Iterator[None]:
@@ -202,6 +221,7 @@ def load_teacher(
     for name, encoder in encoders.items():
         digests.add_module(name, encoder)
         _fuse(encoder, updates_of(styles, name))
+    _check_parts(source, {**encoders, "vae.decoder": pipe.vae.decoder})
     places = found.places(list(unet.state_dict()), dtype)
     mode = frozen if isinstance(frozen, str) else frozen(Model.of(source, unet.config, pipe))
     updates = updates_of(styles, "unet")
@@ -217,13 +237,25 @@ def _fuse(module: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
     """Adds to the layers' weights, each rounded once."""
     for layer, mine in updates.items():
         part = module.get_submodule(layer)
-        part.weight = nn.Parameter(fused(part.weight, mine).to(part.weight.dtype), requires_grad=False)
+        weight = part.get_parameter("weight")
+        part.weight = nn.Parameter(fused(weight, mine).to(weight.dtype), requires_grad=False)
 
 
 def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """By their names in the pipeline: one, or SDXL's two."""
     encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
     return {name: encoder for name, encoder in encoders.items() if encoder is not None}
+
+
+def _check_parts(source: str, parts: Mapping[str, nn.Module]) -> None:
+    """UserError for weights that are not finite; the UNet's are looked at while they are read."""
+    for part, module in parts.items():
+        for name, x in module.state_dict().items():
+            if not finite(x):
+                raise UserError(
+                    f"teacher: {source}: {part}.{name} holds numbers that are not finite: the file is damaged, or a "
+                    "merge that failed"
+                )
 
 
 @torch.no_grad()

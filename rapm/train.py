@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from rapm.checkpoint import (
     ranks,
     save_best,
     save_checkpoint,
+    sweep_checkpoints,
 )
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
@@ -34,7 +36,7 @@ from rapm.disk import held, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, client_name, write_workflow
-from rapm.export.files import export_lora, verify_export, writing
+from rapm.export.files import export_lora, verify_export
 from rapm.export.hub import claim_repo, upload
 from rapm.export.lora_file import WEIGHTS
 from rapm.export.merge import export_merged, verify_merged
@@ -205,6 +207,8 @@ def run(training: Training, folder: Path) -> None:
         if log:
             log.write(done, values)
             bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
+            if training.fault:
+                log.warn(*training.fault)
             for warning in watch(values, slots):
                 log.warn(done, warning)
         training.check()
@@ -253,7 +257,7 @@ def validate(
     """Measure the student, keep it if it is the best yet, draw the grid, and say it all."""
     done, measured = training.done, training.measure()
     fd, best = measured.figures.get("val_fd"), find_best(folder)
-    if fd is not None and (best is None or fd < best[1]):
+    if fd is not None and fd < (best[1] if best else math.inf):  # NaN is not
         save_best(folder, state, done, training.config, fd)
         best = done, fd
     log.write(done, measured.figures)
@@ -277,14 +281,13 @@ def finish(
     export_lora(folder, lora, teacher, config=config, steps_done=training.done, dtype=dtype)
     verify_export(folder, teacher, lora, **proof)
     measured = training.measure()
-    with writing(folder):
-        picture(training, measured.pictures, folder / "samples.png")
-        write_workflow(folder, teacher, config=config, prompt=prompts[0])
-        write_model_card(
-            folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
-            metrics={"held-out trajectories": card_figures(measured.figures)},
-        )  # fmt: skip
-        report = write_report(folder)
+    picture(training, measured.pictures, folder / "samples.png")
+    write_workflow(folder, teacher, config=config, prompt=prompts[0])
+    write_model_card(
+        folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
+        metrics={"held-out trajectories": card_figures(measured.figures)},
+    )  # fmt: skip
+    report = write_report(folder)
     print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
     print(best_line(folder, training.done, measured.figures.get("val_fd"), find_best(folder)))
     print(f"report: {report}")
@@ -356,6 +359,7 @@ def _claimed(folder: Path) -> Iterator[None]:
                 (folder / ".writable").unlink()
                 stack.enter_context(held(folder))
                 sweep(folder)
+                sweep_checkpoints(folder)
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
         distributed.wait()
@@ -377,7 +381,6 @@ def _set_aside(folder: Path, done: int) -> None:
             path.replace(folder / f"previous-{number}" / path.name)
 
 
-if __name__ == "__main__":
-    from rapm.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
+if __name__ == "__main__":  # the command line knows this module, not the other way round
+    sys.argv.insert(1, "train")
+    runpy.run_module("rapm", run_name="__main__")

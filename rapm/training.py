@@ -17,6 +17,7 @@ from rapm import distributed
 from rapm.config import Config
 from rapm.device import Fetched, captured
 from rapm.errors import RunError
+from rapm.finite import describe
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, out_of_memory
 from rapm.memory.snapshot import Snapshot
@@ -62,6 +63,7 @@ class Training:
         self._dry = True  # no iteration has shown yet what it takes
         self._reported = 0.0  # skipped updates of earlier reports
         self._worst = 0.0  # the most in a row, by the last report
+        self.fault: tuple[int, str] | None = None  # the first skipped update of the last report: iteration, stage
         self._measured: tuple[int, Measured] | None = None
         self.done = 0
 
@@ -161,16 +163,19 @@ class Training:
     def losses(self, slots: int) -> Callable[[], dict[str, float]]:
         """Asks the device for the figures of the last `slots` slots; the call that is returned waits for them.
 
-        The mean losses, without those whose update was skipped; how many were, ever; the learning rate.
+        The mean losses, without those whose update was skipped; how many were, ever; the learning rate. That call sets
+        `fault`.
         """
         step = self.step
         rate = step.optimizer.param_groups[0]["lr"]
-        fetched = Fetched(torch.cat([step.sums, torch.stack([step.skipped, step.worst, rate])]))
+        fetched = Fetched(torch.cat([step.sums, torch.stack([step.skipped, step.worst, rate]), step.fault.float()]))
         step.sums.zero_()
+        step.fault.zero_()
 
         def read() -> dict[str, float]:
             found = fetched()
-            skipped, self._worst, lr = found[len(LOSSES) :].tolist()
+            skipped, self._worst, lr, *fault = found[len(LOSSES) :].tolist()
+            self.fault = describe([*map(int, fault)], self.config.steps, distributed.world()) if fault[0] else None
             counted = max(1.0, slots - (skipped - self._reported))
             self._reported = skipped
             means = dict(zip(LOSSES, (found[: len(LOSSES)] / counted).tolist(), strict=True))
@@ -181,8 +186,9 @@ class Training:
     def check(self) -> None:
         """RunError after too many updates in a row that were not finite, by the last figures that were read."""
         if self._worst >= PATIENCE:
+            last = f" (iteration {self.fault[0]}: {self.fault[1]})" if self.fault else ""
             raise RunError(
-                f"{PATIENCE} updates in a row had a loss or gradient that is not finite, around iteration {self.done}: "
+                f"{PATIENCE} updates in a row were not finite, up to iteration {self.done}{last}: "
                 "lower learning_rate, or use mixed_precision bf16 or no"
             )
 

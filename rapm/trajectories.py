@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from rapm import distributed
 from rapm.disk import sweep, write_atomic
-from rapm.errors import UserError
+from rapm.errors import RunError, UserError
+from rapm.finite import finite
 from rapm.prompts import Row
 from rapm.solver import Solver, check_grid
 from rapm.unet import Text
@@ -73,7 +74,7 @@ class Store:
     def __init__(self, folder: Path, metadata: dict) -> None:
         self.folder, self.metadata = folder, metadata
         self.resolutions = _resolutions(metadata)
-        self._open: dict[int, tuple] = {}  # shard -> (file handle, the lists of its header)
+        self._open: dict[int, tuple] = {}  # shard -> (file handle, the lists of its header, the file's name)
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
@@ -89,15 +90,19 @@ class Store:
         return self.metadata["count"]
 
     def __getitem__(self, index: int) -> Trajectory:
-        (file, lists), row = self._place(index)
+        """UserError for numbers that are not finite."""
+        (file, lists, shard), row = self._place(index)
         rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
+        if bad := next((name for name, x in rows.items() if not finite(x)), None):
+            where = f"store {self.folder}: not finite: {bad} of trajectory {index}"
+            raise UserError(f"{where}, in {shard}: delete that file, it will be computed again")
         text = Text(rows["hidden"], rows.get("pooled"), rows.get("time_ids"))
         words = (lists[name][row] for name in LISTS)
         return Trajectory(rows["positions"][0], rows["fine"][0], text, *words)
 
     def negative(self, index: int) -> str:
         """The negative prompt of trajectory `index`; no tensor is read."""
-        (_, lists), row = self._place(index)
+        (_, lists, _), row = self._place(index)
         return lists["negatives"][row]
 
     def _place(self, index: int) -> tuple[tuple, int]:
@@ -108,9 +113,10 @@ class Store:
         group, row = divmod(turn, self.metadata["shard_size"])
         shard = group * len(self.resolutions) + bucket
         if shard not in self._open:
-            file = safe_open(self.folder / _shard_name(shard), framework="pt")
+            name = _shard_name(shard)
+            file = safe_open(self.folder / name, framework="pt")
             header = file.metadata()
-            self._open[shard] = file, {name: json.loads(header[name]) for name in LISTS}
+            self._open[shard] = file, {key: json.loads(header[key]) for key in LISTS}, name
         return self._open[shard], row
 
     def resolution(self, index: int) -> tuple[int, int]:
@@ -129,7 +135,8 @@ def prepare(
     Trajectory i has prompt i and resolution i, each taken in turn, and the noise of `trajectory_seed(config.seed, i)`.
     Of several ranks each computes its share of the shards, which are the same whoever does.
     A larger count extends a store, and so do more prompts, if the trajectories that are there would be the same.
-    UserError, before any work, if the folder holds others, cannot be written, or the disk is full.
+    UserError, before any work, if the folder holds others, cannot be written, or the disk is full. RunError for a
+    position that is not finite: it is not stored.
     """
     folder = Path(folder)
     grid = dict(steps=config.steps, fine_steps=config.fine_steps, guidance=config.guidance)
@@ -166,6 +173,7 @@ def prepare(
                     positions, fine = solver(shown, start_noise, uncond)
                     dtype = getattr(torch, config.trajectory_dtype)
                     solved.append((positions.to("cpu", dtype), fine.to("cpu", dtype)))
+                    _check_solved(*solved[-1], indices[batch], shard[batch])
                     bar.update(len(start_noise))
                 tensors = zip(TENSORS, (*map(torch.cat, zip(*solved, strict=True)), *text), strict=True)
                 unwanted = [row.negative or config.negative_prompt for row in shard]
@@ -207,6 +215,17 @@ def verify(folder: str | Path) -> list[str]:
         return [str(error)]
     problems = {name: _problem(folder / name, len(indices), metadata) for name, indices in _shards(metadata).items()}
     return [f"{name}: {problem}" for name, problem in problems.items() if problem]
+
+
+def _check_solved(positions: Tensor, fine: Tensor, indices: range, rows: list[Row]) -> None:
+    """RunError that names the first slot of the teacher's walk that is not finite; B N+1 C h w, B N C h w."""
+    bad = (~torch.cat([positions[:, 1:], fine], 2).isfinite()).flatten(2).any(2).nonzero()  # (row, slot)
+    if len(bad):
+        row, slot = bad[0].tolist()
+        raise RunError(
+            f"trajectory {indices[row]} ({rows[row].text!r}): not finite: the teacher's walk in slot {slot + 1} of "
+            f"{fine.shape[1]}: use mixed_precision bf16 or no, trajectory_dtype float32, or less guidance"
+        )
 
 
 def _trajectory_bytes(shape: tuple[int, int, int], text: Text, config: Config) -> int:
@@ -350,7 +369,10 @@ def _problem(path: Path, rows: int, metadata: dict) -> str | None:
     sealed = data[at + len(SEAL) : at + len(SEAL) + 64]
     if at < 0 or sealed != _sha256(data.replace(SEAL + sealed, SEAL + BLANK, 1)).encode():
         return "is damaged: its bytes are not those that were written; delete it, it will be computed again"
-    return None if _rows(path, metadata) == rows else "belongs to another store, or to a shorter one"
+    if _rows(path, metadata) != rows:
+        return "belongs to another store, or to a shorter one"
+    bad = next((name for name, x in load(data).items() if not finite(x)), None)
+    return bad and f"holds {bad} that are not finite: delete it, it will be computed again"
 
 
 def _shard_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:

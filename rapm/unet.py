@@ -67,6 +67,7 @@ class Deferred(NamedTuple):
     up: Tensor | None = None  # C R
 
     def sum(self) -> Tensor:
+        """Of both: ... C."""
         return self.y if self.low is None else self.y + F.linear(self.low, self.up).detach()
 
 
@@ -291,6 +292,7 @@ class Block(nn.Module):
         self.add_module(self.resampler, nn.ModuleList(nn.ModuleDict({"conv": conv}) for conv in convs))
 
     def layer(self, i: int, x: Tensor, made: Made, lora: Lora, memory: Memory) -> Tensor:
+        """The i-th resnet and, where the block has them, attention: B C H W to B C' H W."""
         with memory.layer(f"{self.name}.{i}") as saved:
             h, x = saved.run(self.resnets[i], (x,), made, lora)
             return self.attentions[i](h, x, made, lora, saved) if i < len(self.attentions) else h + x

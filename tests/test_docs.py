@@ -1,17 +1,30 @@
-"""The README says what the code and the measurements say."""
+"""The documents say what the code and the measurements say: every code block, command, flag, setting and file name."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
-from rapm.cli import build_parser
+import pytest
+
+from rapm.cli import build_parser, settings
+from rapm.config import Config
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for folder in (".", "docs", "csrc") for path in sorted((ROOT / folder).glob("*.md"))}  # fmt: skip
+README = TEXTS["README.md"]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+BLOCKS = [(name, *block) for name, text in TEXTS.items() for block in FENCED.findall(text)]
+LAUNCHERS = ("python", "torchrun", "accelerate")  # of a module
+OTHERS = ("pip", "make", "python", "cd", "git")  # commands of a block that are not ours
 
 
 def test_the_tables_are_those_of_the_results():
@@ -20,18 +33,105 @@ def test_the_tables_are_those_of_the_results():
     assert result.returncode == 0, result.stderr
 
 
-def test_every_command_parses():
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
-    commands = re.findall(r"^(?:rapm|python -m rapm\.train)\b.*$", blocks, flags=re.M)
-    assert len(commands) >= 4
-    for command in commands:
-        words = shlex.split(command.replace("python -m rapm.train", "rapm train"), comments=True)
-        build_parser().parse_args(words[1:])
+def bash(text: str, folder: Path) -> None:
+    """Every line is a command that exists, with arguments that its parser takes."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    extras = metadata("rapm-fast").get_all("Provides-Extra")
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] in LAUNCHERS and "-m" in words:
+            _, module, *words = words[words.index("-m") :]
+            words = [*module.split("."), *words]
+        assert words[0] in ("rapm", *OTHERS), line
+        if words[0] == "rapm":
+            build_parser().parse_args(words[1:])
+        elif words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= {*targets}, line
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), line
+        for extra in re.findall(r"\[(\w+)\]", line if words[0] == "pip" else ""):
+            assert extra in extras, line
+
+
+def python(text: str, folder: Path) -> None:
+    """It compiles, and every name that it imports is there."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                importlib.import_module(name.name)
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+
+
+def toml(text: str, folder: Path) -> None:
+    """A file for --config."""
+    (folder / "settings.toml").write_text(text)
+    settings(build_parser().parse_args(["train", "--config", str(folder / "settings.toml")]))
+
+
+READERS = {"bash": bash, "python": python, "toml": toml, "json": lambda text, folder: json.loads(text)}
+
+
+@pytest.mark.parametrize("file, language, text", BLOCKS, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(BLOCKS)])
+def test_every_block_is_what_it_says(tmp_path, file, language, text):
+    if language:  # without one it is a drawing
+        READERS[language](text, tmp_path)
+
+
+@pytest.mark.parametrize("language, text", [
+    ("bash", "rapm train --no_such_flag"), ("bash", "rapm trian"), ("bash", "frobnicate"), ("bash", "make tset"),
+    ("bash", "pip install rapm-fast[evil]"), ("bash", "python benchmarks/none.py"), ("python", "1 +"),
+    ("python", "from rapm.train import trian"), ("toml", "lora_rnk = 4"), ("toml", "lora_rank = 'x'"), ("json", "{"),
+])  # fmt: skip
+def test_a_block_that_is_wrong_is_found(tmp_path, language, text):
+    with pytest.raises(Exception):  # noqa: B017  # whatever its reader says
+        READERS[language](text, tmp_path)
+
+
+def test_the_python_block_runs(monkeypatch):
+    """With the job itself taken out."""
+    asked = []
+    monkeypatch.setattr("rapm.train.train", lambda config, **options: asked.append(config) or Path(config.output_dir))
+    blocks = [text for _, language, text in BLOCKS if language == "python"]
+    for text in blocks:
+        exec(compile(text, "README.md", "exec"), {})
+    assert blocks and all(isinstance(config, Config) for config in asked) and len(asked) == len(blocks)
+
+
+def test_commands_and_flags_in_the_text():
+    parser = build_parser()
+    (commands,) = [action.choices for action in parser._actions if hasattr(action, "choices") and action.choices]
+    flags = {flag for command in commands.values() for action in command._actions for flag in action.option_strings}
+    spans = re.findall(r"`([^`\n]+)`", FENCED.sub("", README))
+    ours = [span for span in spans if span.startswith("rapm ")]
+    assert len(ours) > 3
+    for span in ours:
+        words = shlex.split(span)
+        assert words[1] in commands and {word for word in words if word.startswith("--")} <= flags, span
+    wanted = {span.split()[0].partition("=")[0] for span in spans if span.startswith("--")}
+    assert len(wanted) > 5 and not wanted - flags, wanted - flags
 
 
 def test_every_file_it_names_is_there():
-    table = README.split("## The code")[1].split("## ")[0]
-    for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", table):
+    drawing, table = README.split("## The code")[1].split("## ")[0].split("| |\n", 1)
+    for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", table) + re.findall(r"\b([a-z]\w*\.py|[a-z]\w*/)(?=\W)", drawing):
         assert (ROOT / name).exists() or (ROOT / "rapm" / name).exists(), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for file, text in TEXTS.items():
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert ((ROOT / file).parent / link).exists(), link
+
+
+def test_the_drawing_shows_the_imports():
+    """Where an arrow leads from one to the next, one of them imports the other."""
+    drawing = README.split("## The code")[1].split("```")[1]
+    arrows = re.findall(r"(\w+\.py|\w+/) (?:-+>|<-+) (?=(\w+\.py|\w+/))", drawing)
+    assert len(arrows) >= 9
+    for arrow in arrows:
+        files = [[path] if path.is_file() else [*path.rglob("*.py")] for path in (ROOT / "rapm" / end for end in arrow)]
+        texts = ["".join(file.read_text(encoding="utf-8") for file in some) for some in files]
+        names = [f"from rapm.{re.split(r'[./]', end)[0]}" for end in arrow]
+        assert names[0] in texts[1] or names[1] in texts[0], " -> ".join(arrow)

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from exports import CONFIG, FAMILIES, PROMPTS, RANK, header, latents, rewrite, trained
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rapm.export import files as export
-from rapm.export.files import FILES, TARGETS, TOLERANCE, ExportError, export_lora, verify_export, writing
+from rapm.export.files import FILES, TARGETS, TOLERANCE, ExportError, export_lora, verify_export
 from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.unet import UNet
 
@@ -146,17 +145,10 @@ def test_a_full_disk_leaves_the_old_files(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(f"os.{stage}", fail)
-    with pytest.raises(ExportError, match=r"cannot be written \(No space left") as caught:
+    with pytest.raises(OSError, match="No space left") as caught:
         export_lora(tmp_path, lora, teacher, config=CONFIG, steps_done=8)
-    assert "\n" not in str(caught.value) and f"rapm export --run {tmp_path}" in str(caught.value)
+    assert caught.value.filename == str(tmp_path / FILES[0])
     assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "x.json"), SafetensorError("I/O error")])
-def test_what_cannot_be_written_is_one_line(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"x.json.*Permission denied|I/O error") as caught, writing(tmp_path):
-        raise error
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -119,7 +119,7 @@ OLD = {"lora_down": "lora.down", "lora_up": "lora.up"}  # before diffusers used 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_spelling_is_read(tiny_teacher: Callable, family: str, tmp_path: Path) -> None:
     teacher = tiny_teacher(family)
-    lora, original = trained(teacher.unet), original_names(teacher.unet.lora_targets())
+    lora, original = trained(teacher.unet), original_names(teacher.unet)
     spellings = {
         "diffusers' names by kohya's trainer": lambda name, part: f"{kohya_name(name)}.{part}.weight",
         "the original names": lambda name, part: f"{kohya_name(original[name])}.{part}.weight",

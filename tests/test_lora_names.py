@@ -18,6 +18,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 
 from rapm.export.files import TARGETS
 from rapm.export.lora_names import kohya_name, kohya_names, original_names, text_encoder_spellings, unet_spellings
+from rapm.loading.original import original_name
 from rapm.unet import UNet
 
 CONFIGS = {**full.FULL, **{f"tiny {family}": config for family, config in tiny.UNET.items()}}
@@ -128,7 +129,7 @@ def test_a1111_finds_every_layer_once(family: str) -> None:
 def test_original_names_are_those_that_diffusers_converts(family: str) -> None:
     """Its converter of single files turns every original name back into the layer's."""
     stock, unet = both(family)
-    names = original_names(unet.lora_targets())
+    names = original_names(unet)
     top = ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"]
     top += ["label_emb.0.0", "label_emb.0.2"] if "sdxl" in family else []
     ends = ("weight", "bias")
@@ -181,3 +182,18 @@ def test_text_encoders_of_both_versions_of_transformers() -> None:
         assert found == encoder
         assert layer.endswith("encoder.layers.1.mlp.fc1")
         encoders[found].get_submodule(layer)
+
+
+def test_a_number_of_layers_for_each_level() -> None:
+    """The blocks are numbered through without gaps, whatever a level has; equal numbers are the one number."""
+    config = {**tiny.SD1, "layers_per_block": [1, 3, 2]}
+    with torch.device("meta"):
+        names = original_names(UNet(config))
+    assert len({*names.values()}) == len(names)
+    for part, count in (("input", 1 + 1 + 3 + 2 + 2), ("output", 1 + 3 + 2 + 3)):  # one more a level, or a resampling
+        numbers = {int(name.split(".")[1]) for name in names.values() if name.startswith(f"{part}_blocks")}
+        assert numbers == set(range(part == "input", count))
+    alike = {**tiny.SD1, "layers_per_block": [1, 1, 1]}
+    with torch.device("meta"):
+        layers = UNet(alike).lora_targets()
+    assert all(original_name(name, alike) == original_name(name, tiny.SD1) for name in layers)

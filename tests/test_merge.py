@@ -14,10 +14,12 @@ from exports import PROMPTS, latents, trained
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from rapm.errors import RunError
 from rapm.export.files import ExportError
 from rapm.export.lora_file import folded
 from rapm.export.merge import MERGED, export_merged, verify_merged
 from rapm.sample import sample
+from rapm.stop import advice
 
 
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
@@ -76,7 +78,7 @@ def test_a_full_disk_leaves_the_old_one(
         raise error
 
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "save_pretrained", fill)
-    with pytest.raises(ExportError, match="cannot be written .No space left"):  # noqa: RUF043
+    with pytest.raises(RunError, match=r"No space left.*; once that is mended, try again"), advice("try again"):
         export_merged(tmp_path, trained(teacher.unet), teacher)
     assert json.loads((tmp_path / MERGED / "model_index.json").read_text()) == {}
     assert os.listdir(tmp_path) == [MERGED]

@@ -324,12 +324,16 @@ def test_a_rank_that_is_not_finite_makes_all_skip(store, tmp_path):
             Step.load = poisoned if bad and rank == 1 else sound
             training.iterate()
             weights.append([float(x.double().sum()) for x in (training.lora.flat, training.step.discriminators.flat)])
-        return [weights, training.losses(6)()["skipped"]]
+        return [weights, training.losses(6)()["skipped"], training.fault]
 
     first, second = results(Ranks(tmp_path / "ranks", together(work)))
     assert first == second
-    weights, skipped = first
+    weights, skipped, fault = first
     assert weights[0] == weights[1] != weights[2] and skipped == 2
+    assert fault == [
+        2,
+        "not finite in slot 1 of 2, which was skipped: the absolute target",
+    ]  # the other rank's, on both
 
 
 def test_ranks_share_a_size_and_every_epoch(store, monkeypatch):

@@ -21,7 +21,8 @@ from rapm.cli import main, pick_preset
 from rapm.errors import UserError
 from rapm.loading import single_file
 from rapm.loading.families import model_of
-from rapm.loading.single_file import base_parts, config_folder, original_name
+from rapm.loading.original import original_name
+from rapm.loading.single_file import base_parts, config_folder
 from rapm.loading.source import find
 from rapm.loading.weights import Header
 from rapm.teacher import load_teacher

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rapm.cli import main
 from rapm.errors import UserError
-from rapm.loading.single_file import original_name
+from rapm.loading.original import original_name
 from rapm.loading.style import parse_style
 from rapm.teacher import load_teacher
 

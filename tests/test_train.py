@@ -360,6 +360,7 @@ def test_a_disk_that_fills_up_loses_nothing(place, finished, tmp_path, monkeypat
         if refused:
             assert code == (2 if refused == "metadata.json" else 1), refused  # a store that cannot begin is no run yet
             assert len(errors) == 1 and "No space left on device" in errors[0], errors
+            assert ("rapm export --run" in errors[0]) == (refused == "diffusers/pytorch_lora")
         else:
             assert code == 0
     mine, theirs = (load_checkpoint_of(folder / "checkpoint-6") for folder in (tmp_path / "run", finished))
@@ -372,8 +373,11 @@ def test_what_a_kill_leaves_is_swept_up(place, finished, tmp_path):
     for name in ("checkpoint-3/state.safetensors", "README.md", "trajectories/shard-00000.safetensors"):
         (tmp_path / "run" / (name + TEMPORARY)).write_bytes(b"half")
     (tmp_path / "run/notes.tmp").write_text("the user's own")
+    (tmp_path / "run/checkpoint-mine").mkdir()
+    (tmp_path / "run/checkpoint-mine/notes").touch()
     assert main(arguments(place, tmp_path / "run", "--dry-run")) == 0
     assert [path.name for path in (tmp_path / "run").rglob("*.tmp")] == ["notes.tmp"]
+    assert not (tmp_path / "run/checkpoint-3").exists() and (tmp_path / "run/checkpoint-mine/notes").exists()
 
 
 def test_resume_refuses_another_configuration(place, finished, tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rapm.loading.single_file import original_name
+from rapm.loading.original import original_name
 
 SD1 = dict(
     sample_size=16, in_channels=4, out_channels=4, block_out_channels=[32, 64, 64], layers_per_block=1,

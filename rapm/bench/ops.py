@@ -73,10 +73,12 @@ def random_weight(*shape: int, grad: bool = False) -> Tensor:
 
 
 def kind(name: str) -> Callable[[Shapes], Counter]:
+    """Picks the shapes of one kind of layer."""
     return lambda found: found[name]
 
 
 def norm_ops(kernels: dict[str, ModuleType], liger: ModuleType | None) -> dict[str, Op]:
+    """group_norm_silu, layer_norm and geglu."""
     group_norm, layer_norm, geglu = (kernels[name] for name in ("group_norm_silu", "layer_norm", "geglu"))
 
     def make_group_norm(c: int, h: int, w: int, silu: bool, shift: bool, residual: bool) -> list:
@@ -269,6 +271,7 @@ def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
 
 
 def attention_ops(kernels: dict[str, ModuleType], xformers: ModuleType | None) -> dict[str, Op]:
+    """attention, beside PyTorch's backends and xformers."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def backend(which: SDPBackend) -> Callable:

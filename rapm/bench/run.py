@@ -47,6 +47,8 @@ from rapm.unet import Attention, Conv2d, FeedForward, GroupNorm, LayerNorm, Line
 
 
 class Model(NamedTuple):
+    """Whose shapes are timed."""
+
     unet: dict  # config.json, without what is diffusers' default
     side: int  # of the latents
 
@@ -149,6 +151,7 @@ def unet_shapes(model: str) -> Shapes:
 
 
 def need_gpu() -> None:
+    """UserError without one."""
     if not torch.cuda.is_available():
         raise UserError("no CUDA device here: kernels are timed on an NVIDIA GPU only")
 
@@ -167,6 +170,7 @@ def card() -> dict[str, str]:
 
 @functools.cache
 def cuda_driver() -> ctypes.CDLL:
+    """The CUDA driver's library."""
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
@@ -219,6 +223,7 @@ def limits() -> dict[str, float]:
 
 
 def tensors(tree: object) -> list[Tensor]:
+    """Those of a tree of arguments or results."""
     return [x for x in tree_leaves(tree) if torch.is_tensor(x)]
 
 
@@ -319,6 +324,7 @@ def measuring() -> Iterator[None]:
 
 @functools.cache
 def own_operators() -> dict[str, Op]:
+    """Without the libraries they are compared with."""
     return operators({}, peers=False)
 
 
@@ -358,6 +364,7 @@ def warm(tasks: list[tuple[str, tuple, str]]) -> str:
 
 
 def providers_of(op: Op, compiled: bool) -> dict[str, Provider]:
+    """All that are timed for `op`; with torch.compile if `compiled`."""
     out = {REFERENCE: Provider(op.reference, activations=op.activations, checked=False)}  # the measure of the others
     if compiled and op.compiled:
         torch._dynamo.reset()  # a shape is compiled for itself: too many others, and it would run eagerly

@@ -78,9 +78,11 @@ class Measures:
         self.clip_name, self.clip = clip, clip_metric(clip) if clip else None
 
     def features(self, paths: Sequence[Path], cache: Path, side: int | None, device: torch.device) -> Tensor:
+        """The FID network's features of the pictures, n F, kept in `cache`."""
         return features(paths, self.network, cache, name=self.network_name, side=side, device=device)
 
     def clip_score(self, paths, captions, cache: Path, side: int | None, device: torch.device) -> float | None:
+        """The mean over pictures and their captions; None without a CLIP."""
         if self.clip is None:
             return None
         return clip_score(paths, captions, self.clip, cache, name=self.clip_name, side=side, device=device)

@@ -10,6 +10,7 @@ Shapes: n pictures, F features of the judge.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from rapm.config import Config
 from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
 from rapm.export.lora_file import WEIGHTS, read_lora
+from rapm.finite import finite
 from rapm.sample import sample
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise, trajectory_seed
@@ -68,8 +70,13 @@ class Row:
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """|mean x - mean y|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) of two feature sets n F (Heusel et al. 2017), in fp64."""
+    """|mean x - mean y|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) of two feature sets n F (Heusel et al. 2017), in fp64.
+
+    NaN for features that are not finite.
+    """
     x, y = x.double(), y.double()
+    if not (finite(x) and finite(y)):
+        return math.nan
     cx, cy = torch.cov(x.T), torch.cov(y.T)
     values, vectors = torch.linalg.eigh(cx)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -97,9 +97,11 @@ class Clip(nn.Module):
         self.model, self.config = model, model.config
 
     def get_image_features(self, pixels: Tensor) -> Tensor:
+        """B 3 H W to B F."""
         return _tensor(self.model.get_image_features(pixel_values=pixels))
 
     def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Tokens B L and their mask to B F."""
         return _tensor(self.model.get_text_features(input_ids=ids, attention_mask=mask))
 
 

@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rapm.disk import write_atomic
 from rapm.schedule import Schedule, trailing_steps
@@ -86,7 +86,7 @@ def write_workflow(folder: Path, teacher: Teacher, *, config: Config, prompt: st
     write_atomic(folder / WORKFLOW, json.dumps(workflow, indent=1, ensure_ascii=False).encode())
 
 
-def comfyui_workflow(teacher: Teacher, config: Config, prompt: str) -> dict:
+def comfyui_workflow(teacher: Teacher, config: Config, prompt: str) -> dict[str, Any]:
     """A workflow in the format that ComfyUI saves, of nodes of its core alone."""
     height, width = config.resolution or teacher.default_resolution
     name = client_name(config)
@@ -113,8 +113,8 @@ def comfyui_workflow(teacher: Teacher, config: Config, prompt: str) -> dict:
     sampler = graph.add("KSamplerSelect", (2, 1), widgets=["euler"])
     levels = graph.add("ManualSigmas", (2, 2), widgets=[values])
     latent = graph.add("EmptyLatentImage", (2, 3), widgets=[width, height, 1])
-    inputs = {"model": model, "positive": positive, "negative": negative, "sampler": sampler, "sigmas": levels}
-    inputs = {key: (node, 0) for key, node in {**inputs, "latent_image": latent}.items()}
+    sources = {"model": model, "positive": positive, "negative": negative, "sampler": sampler, "sigmas": levels}
+    inputs = {key: (node, 0) for key, node in {**sources, "latent_image": latent}.items()}
     end = graph.add("SamplerCustom", (3, 0), inputs, [True, config.seed, "fixed", 1.0])
     image = graph.add("VAEDecode", (4, 0), {"samples": (end, 0), "vae": (base, 2)})
     graph.add("SaveImage", (4, 1), {"images": (image, 0)}, [name])
@@ -130,8 +130,8 @@ class _Graph:
     """Nodes and links as ComfyUI saves them."""
 
     def __init__(self) -> None:
-        self.nodes: list[dict] = []
-        self.links: list[list] = []
+        self.nodes: list[dict[str, Any]] = []
+        self.links: list[list[Any]] = []
 
     def add(
         self,
@@ -169,7 +169,7 @@ class _Graph:
         )
         return number
 
-    def saved(self) -> dict:
+    def saved(self) -> dict[str, Any]:
         return {
             "last_node_id": len(self.nodes),
             "last_link_id": len(self.links),

@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -63,7 +62,7 @@ LOW_TOLERANCE = {"int8": 3e-1, "nf4": 6e-1}
 
 
 class ExportError(RuntimeError):
-    """An export that could not be written, or does not do in stock software what the student does here."""
+    """An export that does not do in stock software what the student does here, or that the hub does not take."""
 
 
 def export_lora(
@@ -77,14 +76,16 @@ def export_lora(
 ) -> None:
     """Writes both files of `FILES` from `LoRA.export()`, each whole or not at all; alpha is the rank, the scale 1.
 
-    `dtype` is the files': fp32 loses nothing, and at the ranks used here is small. ExportError where nothing can be
+    `dtype` is the files': fp32 loses nothing, and at the ranks used here is small. OSError where nothing can be
     written.
     """
     folder = Path(folder)
     weights = {name: [x.to("cpu", dtype).contiguous() for x in pair] for name, pair in lora.items()}
     rank = len(next(iter(weights.values()))[0])
     headers = _headers(teacher, config, rank, steps_done)
-    stems, kohya, peft = kohya_names(teacher.unet), {}, {}
+    stems = kohya_names(teacher.unet)
+    kohya: dict[str, Tensor] = {}
+    peft: dict[str, Tensor] = {}
     for name, (down, up) in weights.items():
         kohya |= {
             f"{stems[name]}.lora_down.weight": down,
@@ -93,24 +94,10 @@ def export_lora(
         }
         peft |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     adapter = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "rank_pattern": {}, "alpha_pattern": {}}
-    adapter = json.dumps({f"unet.{key}": value for key, value in adapter.items()}, indent=2, sort_keys=True)
-    with writing(folder):
-        (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / FILES[0], save(kohya, headers | _hashes(kohya)))
-        write_atomic(folder / FILES[1], save(peft, headers | _hashes(peft) | {"lora_adapter_metadata": adapter}))
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What writes to a run's folder: a full disk or a folder that is not ours becomes an ExportError of one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
-        raise ExportError(
-            f"{where or folder} cannot be written ({why or error}); the checkpoints and what was "
-            f"written before are kept: once there is room, `rapm export --run {folder}`"
-        ) from error
+    settings = json.dumps({f"unet.{key}": value for key, value in adapter.items()}, indent=2, sort_keys=True)
+    (folder / FILES[1]).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FILES[0], save(kohya, headers | _hashes(kohya)))
+    write_atomic(folder / FILES[1], save(peft, headers | _hashes(peft) | {"lora_adapter_metadata": settings}))
 
 
 def verify_export(
@@ -172,7 +159,7 @@ def compare(
             ).images
     error = (theirs.float() - ours) / ours.std()
     exact = dtype == torch.float32 and teacher.frozen == "full"
-    size = (error.abs().max() if exact else error.square().mean().sqrt()).item()
+    size = float(error.abs().max() if exact else error.square().mean().sqrt())
     most = max(TOLERANCE[dtype], LOW_TOLERANCE.get(teacher.frozen, 0.0))
     if not size <= most:  # a NaN fails too
         raise ExportError(
@@ -190,7 +177,8 @@ def _visiting(pipe: DiffusionPipeline, device: torch.device, *, by_block: bool) 
         yield
         return
     blocks = [x for child in pipe.unet.children() for x in (child if isinstance(child, nn.ModuleList) else [child])]
-    moves = [(nn.Module.register_forward_pre_hook, device), (nn.Module.register_forward_hook, "cpu")]
+    hooks = (nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook)
+    moves: list[tuple[Any, Any]] = list(zip(hooks, (device, "cpu"), strict=True))
     handles = [hook(block, partial(_move, place)) for block in blocks for hook, place in moves]
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not pipe.unet:
@@ -255,10 +243,12 @@ def base_name(teacher: Teacher) -> str:
 
 
 def title(teacher: Teacher, config: Config) -> str:
+    """What clients show as the LoRA's name."""
     return f"RAPM {config.steps}-step LoRA of {base_name(teacher)}"
 
 
 def recipe(config: Config) -> str:
+    """How to sample, in words."""
     return f"DDIM with trailing timesteps, {config.steps} steps, guidance (CFG) 1.0"
 
 
@@ -315,7 +305,7 @@ def _load_in_stock(pipe: DiffusionPipeline, path: Path, weights: Weights) -> Non
 @contextmanager
 def _exact_products() -> Iterator[None]:
     """fp32 products without TF32 on a GPU: its ten bits would hide what is compared here."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]  # not in its stubs
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -27,7 +27,7 @@ def claim_repo(name: str) -> str:
     if get_token() is None:
         raise UserError("push_to_hub: no token for the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
     try:
-        return HfApi().create_repo(name, private=True, exist_ok=True).repo_id
+        return str(HfApi().create_repo(name, private=True, exist_ok=True).repo_id)
     except _failures() as error:
         raise UserError(f"push_to_hub: cannot make or open the model {name} on the hub ({_line(error)})") from error
 

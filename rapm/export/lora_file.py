@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rapm.errors import UserError
 from rapm.export.lora_names import WIDTHS, foreign_kind, text_encoder_spellings, unet_spellings
+from rapm.finite import finite
 from rapm.unet import UNet
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def read_lora(path: str | Path, unet: UNet) -> dict[str, tuple[Tensor, Tensor]]:
             f"LoRA: {path} reads text of width {width} ({WIDTHS.get(width, 'another family')}), this UNet of width "
             f"{ours} ({WIDTHS.get(ours, 'its own')}): {FITS}"
         )
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     spellings = unet_spellings(unet)
     for key, stem, part, x in _parts(path, tensors):
         if stem in spellings:
@@ -121,7 +122,7 @@ def text_lora(pipe: DiffusionPipeline, path: str | Path | None, scale: float = 1
 def fold(module: nn.Module, weights: Weights, scale: float = 1.0) -> None:
     """Adds scale times a LoRA to the layers of `module` that it names, for good."""
     for name, pair in weights.items():
-        weight = module.get_submodule(name).weight
+        weight = module.get_parameter(f"{name}.weight")
         weight.copy_(folded(weight, pair, scale))
 
 
@@ -180,9 +181,13 @@ def _pair(
     if not {"down", "up"} <= parts.keys():
         raise UserError(f"LoRA: {path} has only a part of {name}: it is damaged, get or export it again")
     down, up = parts["down"].float(), parts["up"].float()
-    _check_shapes(path, name, layer.weight, down, up)
+    _check_shapes(path, name, layer.get_parameter("weight"), down, up)
     alpha = parts["alpha"].item() if "alpha" in parts else alphas(name)
-    return down, up if alpha is None else up * (alpha / len(down))
+    up = up if alpha is None else up * (alpha / len(down))
+    for part, x in (("down", down), ("up", up)):
+        if not finite(x):
+            raise UserError(f"LoRA: {path}: {part} of {name} holds numbers that are not finite: get or export it again")
+    return down, up
 
 
 def _adapter_alpha(path: Path, header: Mapping[str, str], part: str) -> Callable[[str], float | None]:
@@ -195,7 +200,8 @@ def _adapter_alpha(path: Path, header: Mapping[str, str], part: str) -> Callable
 
     def alpha(name: str) -> float | None:
         matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(matches, adapter.get(f"{part}.lora_alpha"))
+        found: float | None = next(matches, adapter.get(f"{part}.lora_alpha"))
+        return found
 
     return alpha
 

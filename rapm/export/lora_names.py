@@ -9,19 +9,13 @@ every layer there. So the names of kohya's trainer are also the ones that lose n
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
+from rapm.loading.original import original_name
 from rapm.unet import UNet
 
-RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
 # What a key says of a file that is not a plain LoRA of these families.
 FOREIGN = (
     (r"\.hada_w[12]_[ab]$|\.hada_t[12]$", "a LoHa"),
@@ -40,33 +34,9 @@ FOREIGN = (
 WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 
 
-def original_names(layers: Iterable[str]) -> dict[str, str]:
-    """Each of a UNet's LoRA targets, all of which are in `layers`, with its name in the original code's UNet.
-
-    There every down level is its numbered blocks and one that halves the picture; an up level's last block doubles it.
-    """
-    layers = list(layers)
-    blocks = {name: name.split(".") for name in layers}
-    resnets = {(words[0], int(words[1]), words[3]) for words in blocks.values() if words[2] == "resnets"}
-    sizes = Counter((part, level) for part, level, _ in resnets)
-    attends = {int(words[1]) for words in blocks.values() if words[0] == "up_blocks" and words[2] == "attentions"}
-
-    def original(words: list[str]) -> str:
-        if words[0] == "mid_block":
-            _, kind, index, *rest = words
-            block = "middle_block.1" if kind == "attentions" else f"middle_block.{2 * int(index)}"
-        else:
-            part, level, kind, index, *rest = words
-            level, size, down = int(level), sizes[part, int(level)], part == "down_blocks"
-            first = sum(sizes[part, below] + down for below in range(level)) + down
-            if kind == "downsamplers":
-                return f"input_blocks.{first + size}.0.op"
-            if kind == "upsamplers":
-                return f"output_blocks.{first + size - 1}.{1 + (level in attends)}.conv"
-            block = f"{'input' if down else 'output'}_blocks.{first + int(index)}.{int(kind == 'attentions')}"
-        return f"{block}.{RESNET.get(rest[0], '.'.join(rest))}"
-
-    return {name: original(words) for name, words in blocks.items()}
+def original_names(unet: UNet) -> dict[str, str]:
+    """Each of a UNet's LoRA targets, with its name in the original code's UNet."""
+    return {name: original_name(name, unet.config) for name in unet.lora_targets()}
 
 
 def kohya_name(name: str) -> str:
@@ -76,16 +46,15 @@ def kohya_name(name: str) -> str:
 
 def kohya_names(unet: UNet) -> dict[str, str]:
     """Layer -> its name in a file as kohya's trainer writes it for the UNet's family."""
-    layers = unet.lora_targets()
-    names = original_names(layers) if unet.config["addition_embed_type"] == "text_time" else {x: x for x in layers}
+    theirs = unet.config["addition_embed_type"] == "text_time"
+    names = original_names(unet) if theirs else {layer: layer for layer in unet.lora_targets()}
     return {layer: kohya_name(name) for layer, name in names.items()}
 
 
 def unet_spellings(unet: UNet) -> dict[str, str]:
     """What LoRA files call a UNet's layers -> the layer: kohya's and the original code's names, peft's, diffusers'."""
-    layers = unet.lora_targets()
-    spellings = {}
-    for layer, original in original_names(layers).items():
+    spellings: dict[str, str] = {}
+    for layer, original in original_names(unet).items():
         processor = re.sub(r"\.to_(out\.0|\w)$", lambda m: ".processor.to_" + m[1].removesuffix(".0"), layer)
         names = [kohya_name(layer), kohya_name(original), f"diffusion_model.{original}", processor, f"unet.{processor}"]
         names += [layer, f"unet.{layer}", f"base_model.model.{layer}"]
@@ -99,7 +68,7 @@ def text_encoder_spellings(encoders: Mapping[str, nn.Module]) -> dict[str, tuple
     `encoders` by diffusers' names, text_encoder and text_encoder_2. transformers 5 leaves out the prefix `text_model`.
     """
     kohya = {"text_encoder": ("lora_te1_", "lora_te_"), "text_encoder_2": ("lora_te2_",)}
-    spellings = {}
+    spellings: dict[str, tuple[str, str]] = {}
     for encoder, module in encoders.items():
         for layer, part in module.named_modules():
             if isinstance(part, nn.Linear):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rapm.export.files import base_name, compare, writing
+from rapm.export.files import base_name, compare
 from rapm.export.lora_file import Weights, folded
 
 if TYPE_CHECKING:
@@ -27,24 +29,25 @@ def export_merged(folder: str | Path, lora: Weights, teacher: Teacher, *, dtype:
 
     Weights in safetensors of `dtype`, the scheduler the recipe's. The sum is rounded to `dtype` once: fp32 loses
     nothing, bf16 keeps 8 bits of a weight, and with them not all of a small update. Needs host memory for a second
-    UNet. ExportError where it cannot be written.
+    UNet. OSError where it cannot be written.
     """
     folder = Path(folder)
     path, new, old = (folder / name for name in (MERGED, f"{MERGED}.tmp", f"{MERGED}.old"))
-    with writing(folder):
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            merged_pipeline(teacher, lora, dtype).save_pretrained(new, safe_serialization=True)
-            for file in new.rglob("*.*"):
-                with open(file, "rb+") as written:
-                    os.fsync(written.fileno())
-            if path.exists():
-                path.replace(old)
-            new.replace(path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        merged_pipeline(teacher, lora, dtype).save_pretrained(new, safe_serialization=True)
+        for file in new.rglob("*.*"):
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        if path.exists():
+            path.replace(old)
+        new.replace(path)
+    except SafetensorError as error:  # its way to say what the disk said
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -62,12 +65,14 @@ def merged_pipeline(teacher: Teacher, lora: Weights, dtype: torch.dtype) -> Diff
         unet = UNet2DConditionModel.from_config(teacher.unet.config)
     unet.load_state_dict(state, assign=True)
     pipe = copy.copy(teacher.pipe)
-    parts = {name: _cast(copy.deepcopy(x), dtype) for name, x in pipe.components.items() if isinstance(x, nn.Module)}
-    for part in parts.values():  # where it was loaded from is nobody else's business
-        if hasattr(part, "register_to_config"):
-            part.register_to_config(_name_or_path="")
+    parts: dict[str, Any] = {
+        name: _cast(copy.deepcopy(x), dtype) for name, x in pipe.components.items() if isinstance(x, nn.Module)
+    }
+    for module in parts.values():  # where it was loaded from is nobody else's business
+        if hasattr(module, "register_to_config"):
+            module.register_to_config(_name_or_path="")
         else:
-            part.config._name_or_path = ""
+            module.config._name_or_path = ""
     # means nothing to "trailing" timesteps, but the stock pipeline warns of another offset
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
     pipe.register_modules(**parts, unet=unet.eval(), scheduler=scheduler)

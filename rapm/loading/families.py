@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,7 +17,7 @@ from rapm.zoo import EMBEDDED
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-SD15 = dict(cross_attention_dim=768, sample_size=64)
+SD15: dict[str, Any] = dict(cross_attention_dim=768, sample_size=64)
 SD21 = dict(
     cross_attention_dim=1024, sample_size=96, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
 )  # fmt: skip
@@ -34,13 +34,13 @@ class Model(NamedTuple):
     """What a plan needs to know of a teacher."""
 
     name: str
-    unet: dict  # its config, complete
+    unet: dict[str, Any]  # its config, complete
     text: int  # parameters of the text encoders
     vae: int  # parameters of the VAE
     factor: int = 8  # pixels of an image to one of its latents
 
     @classmethod
-    def of(cls, source: str, config: dict, pipe: DiffusionPipeline) -> Model:
+    def of(cls, source: str, config: dict[str, Any], pipe: DiffusionPipeline) -> Model:
         """That of a teacher whose UNet has the complete `config`, and need not be loaded."""
         encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
         text = sum(p.numel() for encoder in encoders if encoder is not None for p in encoder.parameters())
@@ -70,7 +70,7 @@ def model_of(teacher: str) -> Model:
     folder = EMBEDDED if teacher == "embedded" else Path(teacher).expanduser()
     if folder.is_dir():
         return _folder(teacher, folder)
-    at_hand = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}.get(local_family(teacher))
+    at_hand = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}.get(local_family(teacher) or "")
     family = teacher if teacher in FAMILIES else at_hand or _family_of(teacher)
     config, text, vae = FAMILIES[family]
     return Model(family, complete(config), text, vae)

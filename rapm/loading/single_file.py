@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from rapm.errors import UserError
+from rapm.loading.original import original_name
 from rapm.loading.weights import Header
 
 BASES = Path(__file__).parent / "bases"
@@ -29,11 +31,6 @@ ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "st
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "an instruct-pix2pix model", 9: "an inpainting model"}
 LORA = re.compile(r"^lora_(unet|te\d?)_|\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|\.(hada|lokr)_w1")
 SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-TOP = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-       "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-       "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
 
 
 def family_of(path: Path, header: Header) -> str:
@@ -63,9 +60,9 @@ def family_of(path: Path, header: Header) -> str:
     return family
 
 
-def base_parts(family: str, header: Header) -> dict[str, dict]:
+def base_parts(family: str, header: Header) -> dict[str, dict[str, Any]]:
     """The configs of the family's base by part, the UNet's sample size as the header gives it."""
-    parts = json.loads((BASES / f"{family}.json").read_text("utf-8"))
+    parts: dict[str, dict[str, Any]] = json.loads((BASES / f"{family}.json").read_text("utf-8"))
     size = re.fullmatch(r"(\d+)x(\d+)", header.metadata.get("modelspec.resolution", ""))  # W x H, in pixels
     if size and all(int(side) % 8 == 0 for side in size.groups()):
         width, height = (int(side) // 8 for side in size.groups())
@@ -92,7 +89,7 @@ def header_statements(header: Header) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def config_folder(parts: Mapping[str, Mapping]) -> Iterator[Path]:
+def config_folder(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
     """`parts` and the tokenizers as the config folder that diffusers' from_single_file reads, for a while."""
     merges = (BASES / "merges.txt").read_text("utf-8")
     vocabulary = json.dumps(_vocabulary(merges.splitlines()[1:]), ensure_ascii=False)
@@ -112,38 +109,14 @@ def config_folder(parts: Mapping[str, Mapping]) -> Iterator[Path]:
         yield folder
 
 
-def unet_places(path: Path, header: Header, names: Iterable[str], config: Mapping) -> dict[Path, dict[str, str]]:
+def unet_places(
+    path: Path, header: Header, names: Iterable[str], config: Mapping[str, Any]
+) -> dict[Path, dict[str, str]]:
     """Where the UNet's weights `names` lie, as `fill` takes it; what the file has beyond them keeps its own name."""
     places = {name: UNET + original_name(name, config) for name in names}
     theirs = set(places.values())
     beyond = {name: name for name in header.shapes if name.startswith(UNET) and name not in theirs}
     return {path: {name: place for name, place in places.items() if place in header.shapes} | beyond}
-
-
-def original_name(name: str, config: Mapping) -> str:
-    """A UNet parameter's or layer's name in the original code, which numbers all blocks through."""
-    for ours, original in TOP.items():
-        if name == ours or name.startswith(ours + "."):
-            return original + name.removeprefix(ours)
-    part, *rest = name.split(".")
-    per_level = config["layers_per_block"] + 1  # numbered blocks of a level, its resampling one among them
-    if part == "mid_block":
-        kind, index, *rest = rest
-        block = f"middle_block.{2 * int(index)}" if kind == "resnets" else "middle_block.1"
-    else:
-        level, kind, index, *rest = rest
-        last = per_level * (int(level) + 1)
-        if kind == "downsamplers":
-            return ".".join([f"input_blocks.{last}.0.op", *rest[1:]])
-        if kind == "upsamplers":
-            attends = config["up_block_types"][int(level)].startswith("CrossAttn")
-            return ".".join([f"output_blocks.{last - 1}.{1 + attends}.conv", *rest[1:]])
-        number = per_level * int(level) + int(index)
-        block = f"input_blocks.{number + 1}" if part == "down_blocks" else f"output_blocks.{number}"
-        block += ".0" if kind == "resnets" else ".1"
-    if kind == "resnets":
-        rest[0] = RESNET[rest[0]]
-    return ".".join([block, *rest])
 
 
 _SUPPORTED = "supported are text-to-image checkpoints of SD1.x, SD2.x and SDXL base"

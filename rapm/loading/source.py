@@ -47,7 +47,7 @@ class Source:
     @property
     def pipeline(self) -> str:
         """diffusers' class."""
-        return self.parts["model_index"]["_class_name"]
+        return str(self.parts["model_index"]["_class_name"])
 
     def predicting(self, prediction: str) -> Source:
         """With a prediction type. SD2's epsilon models are of 512 pixels, its v models, like its base, of 768."""
@@ -89,6 +89,7 @@ def variant(folder: Path) -> str | None:
 
 
 def first_line(error: Exception) -> str:
+    """Of a library's message, 160 letters at most."""
     return textwrap.shorten(str(error).strip().partition("\n")[0], 160)
 
 
@@ -140,7 +141,7 @@ def _fetch(hub_id: str) -> Path:
             "one .safetensors, download that and give the file"
         ) from error
     except (OSError, ValueError, HfHubHTTPError) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(
                 f"teacher: {hub_id} cannot be stored, the hub's cache {cache} cannot be written ({error.strerror}): "
                 "set HF_HOME to a folder that can"
@@ -179,13 +180,13 @@ def _file(given: str, path: Path) -> Source:
     return source if prediction is None else source.predicting(prediction)
 
 
-def _family(unet: Mapping) -> str:
+def _family(unet: Mapping[str, Any]) -> str:
     if unet["addition_embed_type"] == "text_time":
         return "sdxl"
     return "sd2" if unet["use_linear_projection"] else "sd1"
 
 
-def _check_index(where: object, index: Mapping) -> None:
+def _check_index(where: object, index: Mapping[str, Any]) -> None:
     """UserError unless model_index.json is of a supported pipeline."""
     kind = index.get("_class_name")
     if kind not in PIPELINES:
@@ -224,8 +225,9 @@ def _instead(folder: Path) -> str:
     return EXPECTED
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
     except (OSError, ValueError) as error:
         raise UserError(f"teacher: {path} is not a readable JSON file ({first_line(error)})") from error

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,10 +75,11 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from error
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict[str, Any]:
     """A part's config.json. UserError if it cannot be read."""
     try:
-        return json.loads((folder / "config.json").read_text("utf-8"))
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        return config
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a readable diffusers part, config.json: {error}: get it again") from error
 
@@ -136,7 +138,7 @@ def fill(
     updates = updates or {}
     check_fit(unet, places)
     low_precision(unet, frozen, dtype)
-    state = {}
+    state: dict[str, Tensor] = {}
     for path, names in places.items():
         for name, x in _stream(path, names):
             y = x.to(dtype, copy=True)  # a copy: x is the mapped file

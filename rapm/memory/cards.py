@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def link_rate(device: torch.device) -> float:
     return host.nbytes / max(out, back) * 1e-9
 
 
-def _seconds(run, times: int) -> float:
+def _seconds(run: Callable[[], object], times: int) -> float:
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -20,6 +20,8 @@ MOVED_CELLS = 96  # over all that can be moved to the host
 
 
 class Option(NamedTuple):
+    """A policy of one layer: bytes kept and moved, seconds added to a slot."""
+
     policy: Policy
     kept: int
     moved: int
@@ -48,6 +50,8 @@ def options(name: str, sizes: Sizes, card: Card, last: bool) -> list[Option]:
 
 
 class Choice(NamedTuple):
+    """A policy for every layer, and what they keep, move and cost together."""
+
     policies: dict[str, Policy]
     kept: int
     moved: int
@@ -91,8 +95,8 @@ class Chooser:
                 after[better], pick[better] = candidate[better], i
             best = after
             self.picks.append(pick)
-        moved = np.arange(shape[1]) * self.moved_grain / self.link
-        unhidden = np.maximum(0, moved - self.hidden) + np.maximum(0, moved - 2 * self.hidden)
+        link = np.arange(shape[1]) * self.moved_grain / self.link
+        unhidden = np.maximum(0, link - self.hidden) + np.maximum(0, link - 2 * self.hidden)
         self.total = best + unhidden[None, :]
 
     @property

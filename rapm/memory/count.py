@@ -60,6 +60,8 @@ class Pass(NamedTuple):
 
 
 class Note(NamedTuple):
+    """One tensor that a forward keeps, its size in bytes."""
+
     layer: str
     unit: int  # 0 outside resnets and transformer blocks
     size: int
@@ -78,6 +80,7 @@ class Ledger(Memory):
         self.notes: list[Note] = []
 
     def layer(self, name: str) -> Noted:
+        """As `Memory.layer`, and noting."""
         return Noted(self, name)
 
     @contextmanager
@@ -87,6 +90,7 @@ class Ledger(Memory):
             yield
 
     def note(self, layer: str, unit: int, x: Tensor, level: str | None) -> Tensor:
+        """Count the storage of `x`, once."""
         storage = x.untyped_storage()
         if storage._cdata not in self._seen:
             self._refs.append(StorageWeakRef(storage))
@@ -105,6 +109,7 @@ class Noted(Saved):
         self.ledger, self.name, self.unit, self.units, self.depth = ledger, name, 0, 0, 0
 
     def run(self, module: nn.Module, tensors: tuple, *given: object) -> object:
+        """As `Saved.run`, a unit of its own."""
         self.units += 1
         self.unit = self.units
         try:
@@ -113,6 +118,7 @@ class Noted(Saved):
             self.unit = 0
 
     def pack(self, x: Tensor) -> object:
+        """As `Saved.pack`, and noted."""
         self.depth += 1
         kept = super().pack(x)
         self.depth -= 1
@@ -130,6 +136,7 @@ def meta_unet(config: dict, dtype: torch.dtype) -> UNet:
 
 
 def meta_text(config: dict, batch: int = 1) -> Text:
+    """Embeddings of `batch` prompts on the meta device."""
     with torch.device("meta"):
         contexts = config["cross_attention_dim"]
         hidden = torch.empty(batch, TOKENS, contexts[-1] if isinstance(contexts, (list, tuple)) else contexts)

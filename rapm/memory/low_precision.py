@@ -46,6 +46,7 @@ class LowPrecision(nn.Module):
     weight = property(whole)
 
     def deferred(self, x: Tensor, lora: Lora) -> Deferred:
+        """Nothing is: the sum itself."""
         return Deferred(self(x, lora))
 
     def parts(self, weight: Tensor) -> dict[str, Tensor]:
@@ -78,25 +79,30 @@ class Transient(LowPrecision):
 
 
 class Nf4Linear(Transient, Linear):  # type: ignore[misc]
+    """A linear layer in 4 bits."""
+
     pack = staticmethod(nf4)
 
 
 class Int8Conv2d(Transient, Conv2d):  # type: ignore[misc]
-    pass
+    """A convolution in 8 bits."""
 
 
 class LowStack(Stack):
     """A stack of such layers: those of the text one by one, once an iteration; q, k and v as one product."""
 
     def join(self) -> None:
+        """The layers' codes beside one another in memory."""
         for name in (*Low._fields, "bias"):
             if getattr(self.layers[0], name) is not None:
                 join([getattr(layer, name) for layer in self.layers])
 
     def base(self, x: Tensor) -> Tensor:
+        """As `Stack.base`."""
         return torch.stack([layer(x) for layer in self.layers])
 
     def wide(self, x: Tensor, lora: Lora) -> Tensor:
+        """As `Stack.wide`."""
         first, names = self.layers[0], (*Low._fields, "bias")
         missing = [name for name in names if getattr(first, name) is None]
         codes, scale, blocks, bias = (
@@ -119,6 +125,7 @@ class Note(NamedTuple):
     geometry: tuple
 
     def weight(self) -> Tensor:
+        """Made again."""
         with torch.no_grad():
             return self.make().as_strided(*self.geometry)
 

@@ -125,6 +125,7 @@ class Entry:
         self.loaded: Mark | None = None
 
     def unpack(self, view: tuple, _: object) -> Tensor:
+        """The tensor, back on the device."""
         x = self.owner.fetch(self)
         self.left -= 1
         if self.left == 0:

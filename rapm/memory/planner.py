@@ -100,6 +100,7 @@ class Planner:
         return max(train, *(self._phase(phase, plan, 1, True, True, True) for phase in PHASES if phase != "train"))
 
     def smallest_words(self) -> str:
+        """`smallest` as --vram takes it, rounded up."""
         return f"{math.ceil(self.smallest() / GIB * 10) / 10:.1f}G"
 
     def _parts(self, plan: Plan, extra: int | None) -> tuple[float, float, float]:

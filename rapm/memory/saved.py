@@ -61,6 +61,7 @@ class Again:
         return self, (x.size(), x.stride(), x.storage_offset())
 
     def unpack(self, view: tuple, layer: Saved) -> Tensor:
+        """The tensor of `view`, computed again at the first call."""
         if self.value is None:
             with torch.no_grad():
                 self.value = self.make(*(None if x is None else layer.unpack(x) for x in self.kept))
@@ -97,6 +98,7 @@ class Saved:
 
     @property
     def checkpoints(self) -> bool:
+        """Whether modules run again as a whole."""
         return self.level == LEVELS.index("checkpoint") and torch.is_grad_enabled()
 
     def run(self, module: nn.Module, tensors: tuple[Tensor | None, ...], *given: object) -> object:
@@ -119,6 +121,7 @@ class Saved:
         return x.detach()  # x itself, if it is an output, would hold its own graph
 
     def unpack(self, kept: object) -> Tensor:
+        """The inverse of `pack`."""
         if isinstance(kept, Tensor):
             return kept
         source, view = kept
@@ -136,6 +139,7 @@ class Memory:
         self.offload = offload
 
     def layer(self, name: str) -> Saved:
+        """What the layer keeps, by its policy."""
         policy = self.policies.get(name)
         return KEEP if policy is None else Saved(policy, self.offload)
 

@@ -66,7 +66,7 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     sides, features = (h, w), 0
     for i, width in enumerate(channels):  # after each down block, all but the last of which halve the size; mid
         if i < len(channels) - 2:
-            sides = tuple(-(-side // 2) for side in sides)
+            sides = -(-sides[0] // 2), -(-sides[1] // 2)
         features += width * sides[0] * sides[1] * dtype.itemsize
     heads = 2 * layout(channels)[1] if config.adversarial_relative or config.adversarial_absolute else 0
     hidden = unet.config["cross_attention_dim"]

@@ -19,7 +19,8 @@ class Snapshot:
 
     def _tensors(self) -> list[Tensor]:
         step = self.step
-        found = [step.lora.flat, step.discriminators.flat, step.sums, step.skipped, step.streak, step.worst]
+        found = [step.lora.flat, step.discriminators.flat, step.sums]
+        found += [step.skipped, step.streak, step.worst, step.fault]
         found += step.replay.buffers() if step.replay is not None else []
         for optimizer in self.optimizers:
             found += [x for moments in optimizer.state.values() for x in moments.values()]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from safetensors import safe_open
@@ -55,6 +56,7 @@ MACHINE = (
     Chart("GPU memory", "Peak of what PyTorch has allocated, in MiB.", {"vram_mib": "peak"}),
     Chart("Skipped updates", "Losses or gradients that were not finite, so far.", {"skipped": "updates"}),
 )
+Series = dict[str, list[tuple[int, float]]]  # figure -> (iteration, value)
 HIDDEN = {"iteration", "warning", "seconds"}
 
 
@@ -69,14 +71,14 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; none where there is no file yet."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
 
 
-def page(folder: Path, config: Config, lines: list[dict]) -> str:
+def page(folder: Path, config: Config, lines: list[dict[str, Any]]) -> str:
     """The report as HTML."""
     series = _series(lines)
     done = max((line["iteration"] for line in lines), default=0)
@@ -125,9 +127,9 @@ def page(folder: Path, config: Config, lines: list[dict]) -> str:
 """
 
 
-def _series(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
+def _series(lines: list[dict[str, Any]]) -> Series:
     """figure -> (iteration, value), finite ones only."""
-    series: dict[str, list[tuple[int, float]]] = {}
+    series: Series = {}
     for line in lines:
         for name, value in line.items():
             if name not in ("iteration", "warning") and math.isfinite(value):
@@ -135,7 +137,7 @@ def _series(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
-def _slot_charts(series: dict, steps: int) -> tuple[Chart, ...]:
+def _slot_charts(series: Series, steps: int) -> tuple[Chart, ...]:
     return tuple(
         Chart(f"D_{side} by slot, held out", "Hinge loss; slot 0 starts at the noise. 2 is chance.",
               {name: f"slot {n}" for n in range(steps) if (name := f"val_disc_{side}_slot{n}") in series}, 2.0)
@@ -143,7 +145,7 @@ def _slot_charts(series: dict, steps: int) -> tuple[Chart, ...]:
     )  # fmt: skip
 
 
-def _tiles(series: dict, last: dict, best: tuple | None, done: int, config: Config) -> str:
+def _tiles(series: Series, last: dict[str, Any], best: tuple[int, float] | None, done: int, config: Config) -> str:
     tiles = []
     if best:
         floor = f"the teacher's own: {last['val_fd_floor']:.2f}"
@@ -164,7 +166,7 @@ def _tiles(series: dict, last: dict, best: tuple | None, done: int, config: Conf
     return f'<dl class="tiles">{"".join(cards)}</dl>' if tiles else ""
 
 
-def _warnings(lines: list[dict]) -> str:
+def _warnings(lines: list[dict[str, Any]]) -> str:
     found = [line for line in lines if "warning" in line]
     if not found:
         return '<p class="fine">No warnings.</p>' if lines else ""
@@ -203,12 +205,12 @@ def _figure(path: Path, caption: str, width: int) -> str:
     return f'<figure class="grid"><figcaption>{escape(caption)}</figcaption>{image}{below}</figure>'
 
 
-def _charts(charts: Iterable[Chart], series: dict, best: tuple | None = None) -> str:
+def _charts(charts: Iterable[Chart], series: Series, best: tuple[int, float] | None = None) -> str:
     mark = best[0] if best else None
-    drawn = (
+    drawn = [
         svg(c, series, mark if "val_fd" in c.figures else None) for c in charts if any(f in series for f in c.figures)
-    )
-    return f'<div class="charts">{"".join(drawn)}</div>' if (drawn := list(drawn)) else ""
+    ]
+    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _use(folder: Path, config: Config) -> str:
@@ -247,7 +249,7 @@ def _evaluation(path: Path) -> str:
     return "".join(parts)
 
 
-def _plan(folder: Path, config: Config, last: dict, done: int) -> str:
+def _plan(folder: Path, config: Config, last: dict[str, Any], done: int) -> str:
     """What was to be done, in which memory, and how long it takes."""
     slots, fine = config.steps, config.steps * config.fine_steps
     rows = [
@@ -281,7 +283,7 @@ def _settings(config: Config) -> str:
     return f"<details><summary>all settings; bold ones are not the default</summary>{table}</details>"
 
 
-def _table(rows: Iterable, columns: Iterable[str], folded: str = "") -> str:
+def _table(rows: Iterable[Iterable[object]], columns: Iterable[str], folded: str = "") -> str:
     def text(value: object) -> str:
         return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 

@@ -58,7 +58,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._episodes: set[str] = set()
-        self._norms = {name: deque(maxlen=HISTORY) for name in ("grad_norm", "head_grad_norm")}
+        self._norms: dict[str, deque[float]] = {name: deque(maxlen=HISTORY) for name in ("grad_norm", "head_grad_norm")}
         self._skipped = 0.0
         self._least = float("inf")
 

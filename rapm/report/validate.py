@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rapm.errors import RunError
 from rapm.evaluate.embedded import frechet_distance
+from rapm.finite import finite
 from rapm.sample import sample
+from rapm.stacks import Lora
 from rapm.step import SIDES, Step
 from rapm.trajectories import Negatives, Store, Trajectory, noise, trajectory_seed
-from rapm.unet import Lora, Text
+from rapm.unet import Text
 
 if TYPE_CHECKING:
     from rapm.config import Config
@@ -51,9 +54,11 @@ class Features:
     """Pictures as K numbers, fitted so that the teacher's own have mean 0 and covariance 1."""
 
     def __init__(self, teacher: Teacher, reference: Iterable[tuple[Tensor, Text]]) -> None:
-        """`reference`: batches of the teacher's latents, B C h w, with their text."""
+        """`reference`: batches of the teacher's latents, B C h w, with their text. RunError if it cannot see them."""
         self.teacher = teacher
         raw = torch.cat([self._raw(z, text) for z, text in reference])
+        if not finite(raw):
+            raise RunError("validation: not finite: the teacher's features of its own pictures: set fd_samples 0")
         self.mean = raw.mean(0)
         scale = raw.std(0) + 1e-6 * raw.std()  # the taps' units have nothing to do with each other
         _, sizes, directions = torch.linalg.svd((raw - self.mean) / scale, full_matrices=False)
@@ -63,7 +68,8 @@ class Features:
 
     def __call__(self, z: Tensor, text: Text) -> Tensor:
         """n C h w with n rows of text -> n K, fp64 on the CPU."""
-        return (self._raw(z, text) - self.mean) @ self.map
+        found: Tensor = (self._raw(z, text) - self.mean) @ self.map
+        return found
 
     @torch.no_grad()
     def _raw(self, z: Tensor, text: Text) -> Tensor:
@@ -119,7 +125,8 @@ class Validation:
 
     def _held_out(self, steps: Mapping[tuple[int, int], Step]) -> tuple[dict[str, float], list[Tensor]]:
         """The heads' hinge (2 is chance) and accuracy, the latents' RMSE, and the student's latents."""
-        config, count, hinges, rights, ends, error, numbers = self.config, len(self.held_out), [], [], {}, 0.0, 0
+        config, count, hinges, rights, error, numbers = self.config, len(self.held_out), [], [], 0.0, 0
+        ends: dict[int, Tensor] = {}
         for indices, batch in self._batches(self.held_out):
             # Training counts up from 0; the same numbers at every validation.
             counter = -(indices[0] - self.held_out.start + 1) * config.steps
@@ -189,8 +196,9 @@ class Validation:
         return sample(self.teacher.unet, self.teacher.schedule, text, start, self.config.steps, lora=weights)
 
     def _teacher(self, like: Trajectory, start: Tensor, steps: int) -> Tensor:
-        guided = dict(guidance=self.config.guidance, uncond=self.negatives(like.negative, like.text))
-        return sample(self.teacher.unet, self.teacher.schedule, like.text, start, steps, **guided)
+        uncond, guidance = self.negatives(like.negative, like.text), self.config.guidance
+        unet, schedule = self.teacher.unet, self.teacher.schedule
+        return sample(unet, schedule, like.text, start, steps, guidance=guidance, uncond=uncond)
 
     def _decode(self, latents: list[Tensor]) -> list[Tensor]:
         stacks = (torch.stack(list(same)).float() for _, same in groupby(latents, key=lambda z: z.shape))

@@ -48,6 +48,8 @@ class Judge(nn.Module):
         self.kind = nn.Linear(64, 1 + len(KINDS))
         self.colour = nn.Linear(64, len(COLOURS))
         self.background = nn.Linear(96 + 128, len(BACKGROUNDS))
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
 

@@ -109,6 +109,7 @@ class Group(NamedTuple):
 
 
 def read_groups() -> list[Group]:
+    """Those of prompt_words.txt."""
     text = Path(__file__).with_name("prompt_words.txt").read_text(encoding="utf-8")
     groups = []
     for block in text.strip().split("\n\n")[1:]:

@@ -102,6 +102,7 @@ class Drawer:
         return torch.cat([pick(self.single, count // 3), pick(self.pair, count - count // 3)])
 
     def pictures(self, index: Tensor) -> Tensor:
+        """The scenes of `index`, B 3 H W in [-1, 1]."""
         return scenes.render(index, self.generator, train=not self.unseen)
 
 
@@ -144,6 +145,7 @@ def progress(name: str, steps: int, every: int = 10) -> Iterator[tuple[int, Call
 
 
 def mixed(device: torch.device) -> torch.autocast:
+    """bf16 autocast on a GPU, nothing on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
@@ -327,6 +329,7 @@ def compare_guidance(folder: Path, device: torch.device) -> dict[str, list[dict]
 
 
 def main() -> None:
+    """Train and save the judge and the teacher."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent, help="gets embedded/, judge.safetensors, teacher.json"

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -46,7 +47,7 @@ FILES = "files"  # the other trap: before the n-th operation on a file of the ou
 OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
 SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGINT, signal.SIGTERM)
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-GRACE = 10.0  # seconds that a signalled run has to save and exit
+GRACE = 10.0  # seconds that a signalled run has to save and exit, without those in which others had the cores
 LIMIT = 120.0  # for one child
 SMALL = dict(
     block_out_channels=[32, 32], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -129,8 +130,16 @@ def in_phase(phase: str, entry: int, delay: float) -> Trap:
     return arm
 
 
+def waited(pid: int) -> float:
+    """Seconds in which a process's first thread was ready and had no core."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
+
+
 def run(words: list[str], trap: Trap | None = None, number: int = signal.SIGKILL) -> tuple[int, float]:
-    """The exit code of a child (minus the signal that ended it), and the seconds from the strike to its end."""
+    """The exit code of a child (minus the signal that ended it), and the seconds from the strike to its end.
+
+    Those seconds are what they are on an idle machine: without those it waited for a core.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -139,7 +148,7 @@ def run(words: list[str], trap: Trap | None = None, number: int = signal.SIGKILL
             os.dup2(null, stream)
 
         def strike() -> None:
-            os.write(write, b"%f" % time.monotonic())
+            os.write(write, b"%f" % (time.monotonic() - waited(os.getpid())))
             os.kill(os.getpid(), number)
 
         code = 70
@@ -150,16 +159,17 @@ def run(words: list[str], trap: Trap | None = None, number: int = signal.SIGKILL
         finally:
             os._exit(code)
     os.close(write)
-    deadline, done = time.monotonic() + LIMIT, (0, 0)
-    while done == (0, 0):
+    deadline = time.monotonic() + LIMIT
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             raise AssertionError(f"a run took more than {LIMIT:.0f} s")
         time.sleep(0.01)
-        done = os.waitpid(pid, os.WNOHANG)
+    end = time.monotonic() - waited(pid)
+    _, status = os.waitpid(pid, 0)
     struck = os.read(read, 64)
     os.close(read)
-    return os.waitstatus_to_exitcode(done[1]), time.monotonic() - float(struck) if struck else 0.0
+    return os.waitstatus_to_exitcode(status), max(0.0, end - float(struck)) if struck else 0.0
 
 
 def whole(output: Path) -> list[str]:
@@ -191,7 +201,12 @@ def left_over(output: Path) -> list[str]:
     return [str(path) for path in [*output.rglob("*.tmp"), *empty]]
 
 
-def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> dict:
+def progress(text: str) -> None:
+    """On the error stream, at once: the figures alone go to the other one."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = progress) -> dict:
     """`kills` stops in a row of runs; AssertionError at the first thing that is not as it was."""
     draw, place_of_runs = random.Random(seed), place(folder)
     reference = folder / "reference"
@@ -221,6 +236,8 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = p
         damaged = whole(output)
         assert not damaged, f"{where}: {damaged}"
         stops[phase, signal.Signals(number).name] += 1
+        if sum(stops.values()) % 20 == 0:
+            say(f"{sum(stops.values())} stops, {finished} runs finished, slowest exit {slowest:.1f} s")
     code, _ = run(command(place_of_runs, output))
     assert code == 0, f"the last run ended with {code}"
     check_end(output, expected)
@@ -228,7 +245,8 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = p
     for (phase, _), n in stops.items():
         by_phase[phase] += n
     return {
-        "stops": sum(stops.values()), "runs_finished": finished + 1, "by_phase": dict(by_phase),
+        "stops": sum(stops.values()), "runs_finished": finished + 1, "file_operations": operations,
+        "by_phase": dict(by_phase),
         "by_signal": dict(sum((Counter({name: n}) for (_, name), n in stops.items()), Counter())),
         "slowest_exit_seconds": round(slowest, 2), "seconds": round(time.monotonic() - start),
     }  # fmt: skip
@@ -265,15 +283,38 @@ def check_end(output: Path, expected: dict) -> None:
     assert not left_over(output), f"{output.name}: left over: {left_over(output)}"
 
 
+def together(count: int, kills: int, seed: int) -> dict:
+    """`count` campaigns at a time, each in a process of its own and with its own seed; the sum of what they found."""
+    command = [sys.executable, __file__, "--kills", str(-(-kills // count)), "--seed"]
+    campaigns = [subprocess.Popen([*command, str(seed + i)], stdout=subprocess.PIPE, text=True) for i in range(count)]
+    total: dict = {}
+    for each in campaigns:
+        text = each.communicate()[0]
+        if each.returncode:
+            raise SystemExit(f"a campaign failed: {' '.join(each.args)}")
+        for name, value in json.loads(text[text.index("{") :]).items():
+            if isinstance(value, dict):
+                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
+            elif name in ("stops", "runs_finished"):
+                total[name] = total.get(name, 0) + value
+            else:
+                total[name] = max(total.get(name, 0), value)
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--campaigns", type=int, default=1, help="that many at a time share the stops")
     parser.add_argument("--output", type=Path, help="where to write the figures, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a child of a process with threads of OpenMP's hangs
-    with tempfile.TemporaryDirectory() as folder:
-        found = campaign(Path(folder), arguments.kills, arguments.seed)
+    if arguments.campaigns > 1:
+        found = together(arguments.campaigns, arguments.kills, arguments.seed)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            found = campaign(Path(folder), arguments.kills, arguments.seed)
     print(json.dumps(found, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")

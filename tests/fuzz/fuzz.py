@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of every reader, for as long as wanted: python tests/fuzz/fuzz.py [--seconds 600].
 
-Needs atheris (pip install atheris), which is no part of `make test`. Ends at the first finding, with the input that
-made it; prints how many cases each reader took.
+Needs atheris (pip install atheris), which is no part of `make test`. Ends at the first finding and says where it
+keeps the input that made it, a crash-* among the temporary files; prints how many cases each reader took.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main() -> None:
             finally:
                 (folder / file).write_bytes(sound[kind])
 
-        atheris.Setup([sys.argv[0], str(folder / "corpus"), "-max_len=200000", "-timeout=60"], one)
+        finding = f"-artifact_prefix={tempfile.gettempdir()}{os.sep}rapm-"  # not the folder one happens to be in
+        atheris.Setup([sys.argv[0], str(folder / "corpus"), "-max_len=200000", "-timeout=60", finding], one)
         atheris.Fuzz()
 
 
