@@ -203,7 +203,9 @@ def train(place: Path, output: Path, *extra: str) -> Callable[[int], int]:
 def test_a_signal_to_one_saves_and_ends_all(place, tmp_path, number):
     ranks = Ranks(tmp_path, train(place, tmp_path / "run"))
     metrics = tmp_path / "run/metrics.jsonl"
+    end = time.monotonic() + LIMIT
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert time.monotonic() < end, (ranks.said, ranks.codes())
         time.sleep(0.02)
     os.kill(ranks.pids[1], number)
     assert ranks.codes() == [128 + number] * 2
