@@ -108,7 +108,7 @@ def test_commands_and_flags_in_the_text():
     flags = {flag for command in commands.values() for action in command._actions for flag in action.option_strings}
     spans = re.findall(r"`([^`\n]+)`", FENCED.sub("", README))
     ours = [span for span in spans if span.startswith("rapm ")]
-    assert len(ours) > 3
+    assert len(ours) > 1
     for span in ours:
         words = shlex.split(span)
         assert words[1] in commands and {word for word in words if word.startswith("--")} <= flags, span
