@@ -81,7 +81,7 @@ def test_shapes_of_a_pass(model: str, blocks: int, resnets: int, transformers: i
     assert counts["layer_norm"] == 3 * blocks and counts["attention"] == 2 * blocks and counts["geglu"] == blocks
     with torch.device("meta"):
         targets = UNet(MODELS[model].unet).lora_targets()
-    ranks = {name: op.shapes(found) for name, op in OPS.items() if name.endswith("rank 1")}
+    ranks = {name: op.shapes(found) for name, op in OPS.items() if name.startswith("lora_") and name.endswith("rank 1")}
     layers = [n * (shape[-1] if "linear" in name else 1) for name, found in ranks.items() for shape, n in found.items()]
     assert sum(layers) == len(targets)
     assert sum(OPS["frozen_conv"].shapes(found).values()) == counts["conv"]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -181,7 +181,7 @@ def _pair(
     if not {"down", "up"} <= parts.keys():
         raise UserError(f"LoRA: {path} has only a part of {name}: it is damaged, get or export it again")
     down, up = parts["down"].float(), parts["up"].float()
-    _check_shapes(path, name, layer.get_parameter("weight"), down, up)
+    _check_shapes(path, name, cast(Tensor, layer.weight), down, up)  # which may be made of fewer bits
     alpha = parts["alpha"].item() if "alpha" in parts else alphas(name)
     up = up if alpha is None else up * (alpha / len(down))
     for part, x in (("down", down), ("up", up)):

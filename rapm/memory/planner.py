@@ -119,13 +119,13 @@ class Planner:
     def _train(self, plan: Plan, kept: int, extra: int | None = None) -> int:
         """Bytes of the process at the peak of a slot that keeps `kept`; `extra`: the most that is computed again."""
         fixed, slot, end = self._parts(plan, extra)
-        return int(fixed + max(slot + kept * (1 + cards.KEPT_OVERHEAD), end) * cards.RESERVED)
+        return int(fixed + max(slot + kept, end) * cards.RESERVED)
 
     def _room(self, plan: Plan) -> int:
         """Bytes that may be kept; below 0 where not even nothing fits."""
         fixed, slot, end = self._parts(plan, None)
         free = (plan.budget - fixed) / cards.RESERVED
-        return int((free - slot) / (1 + cards.KEPT_OVERHEAD)) if free >= max(slot, end) else -1
+        return int(free - slot) if free >= max(slot, end) else -1
 
     def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
         """Bytes of the process in a phase other than training."""
