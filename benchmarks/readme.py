@@ -322,7 +322,6 @@ def slot() -> str:
         if any(mode["families"].get(family, 0.0) >= 0.05 for mode in columns.values()):
             rows.append((label, row(lambda mode, family=family: f"{mode['families'].get(family, 0.0):.1f}")))
     rows.append(("launches", row(lambda mode: f"{mode['launches']:,}")))
-    rows.append(("peak GiB", row(lambda mode: f"{mode['allocated_mib'] / 1024:.1f}")))
     summary = " and ".join(ratios) + "." if ratios else ""
     picture = "![GPU time of one slot by family](docs/slot_time.svg)"
     return "\n\n".join([fill(SLOT.format(card=report["card"], summary=summary)), picture, rows_table(rows)])

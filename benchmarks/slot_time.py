@@ -114,8 +114,7 @@ def gpu_kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
 
 
 def measure(unet: UNet, model: str, iterations: int = 5) -> dict:
-    """One slot as a CUDA graph: GPU milliseconds, launches and milliseconds by family, memory with the UNet's own."""
-    torch.cuda.reset_peak_memory_stats()
+    """One slot as a CUDA graph: GPU milliseconds, launches and milliseconds by family."""
     config = Config.preset(model).replace(lora_rank=1)
     trajectory = random_trajectory(unet, config, MODELS[model].side)
     step = make_step(unet, config, trajectory)
@@ -141,12 +140,9 @@ def measure(unet: UNet, model: str, iterations: int = 5) -> dict:
     kernels = gpu_kernels(lambda: [slot() for _ in range(PROFILED)])
     if float(step.skipped) or not torch.isfinite(step.sums).all():
         raise SystemExit(f"{model}: {float(step.skipped):.0f} slots were not finite: what was timed is not a training")
-    mib = 2**-20
     return {
         "gpu_ms": statistics.median(times),
         **summary([(name, ms / PROFILED) for name, ms in kernels], len(kernels) // PROFILED),
-        "allocated_mib": torch.cuda.max_memory_allocated() * mib,
-        "reserved_mib": torch.cuda.max_memory_reserved() * mib,
     }
 
 

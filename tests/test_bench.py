@@ -283,9 +283,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             totals[model][name] = bench.totals([made], {"copy_gbs": 100.0, "bf16_tflops": 700.0})
     limits = {"copy_gbs": 100.0, "bf16_tflops": 700.0}
     kernels = dict(card=card, limits=limits, quick=False, left_out={"xformers": "no module"}, rows=rows, totals=totals)
-    mode = dict(
-        gpu_ms=60.0, kernel_ms=58.0, launches=16000, families={"gemm": 40.0, "norm": 18.0}, allocated_mib=4096.0
-    )
+    mode = dict(gpu_ms=60.0, kernel_ms=58.0, launches=16000, families={"gemm": 40.0, "norm": 18.0})
     after = {**mode, "gpu_ms": 30.0, "kernel_ms": 29.0, "families": {"gemm": 28.0, "other": 1.0}, "launches": 2000}
     slot_time = dict(card=card, models={model: {"before": mode, "after": after} for model in MODELS})
     for name, report in (("kernels", kernels), ("slot_time", slot_time)):
