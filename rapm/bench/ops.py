@@ -383,8 +383,8 @@ def slot_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
     return {
         "disc_head": Op(
             kind("taps"), make_heads, heads_cost, heads.disc_head_ref, heads.disc_head, {}, "flop", compiled_heads,
-            # bf16 products against fp32 ones, and LeakyReLU's slope jumps where its input is near 0: on SD1.5's 8x8 maps
-            # that is 0.13, of kernels that are within a hundredth of a model with the same roundings (test_disc_head)
+            # bf16 products against fp32 ones, and LeakyReLU's slope jumps where its input is near 0: on SD1.5's 8x8
+            # maps that is 0.13, of kernels within a hundredth of a model that rounds as they do (test_disc_head)
             slack=0.15,
         ),
         "position_loss": Op(
