@@ -11,7 +11,7 @@ demo: .venv/ready  ## distil the embedded teacher into runs/demo
 	$(RUN) rapm.train --output_dir runs/demo
 
 test: .venv/ready  ## all tests; fails where they cover less than 90% of rapm/
-	$(RUN) pytest -n auto --dist loadfile --cov --cov-report=term
+	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: .venv/ready  ## ruff: rules and format
 	$(RUN) ruff check .

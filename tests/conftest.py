@@ -28,7 +28,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
+LONGEST = ("test_compile.py", "test_step_parity.py")  # one process's work for many minutes: they start first
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
