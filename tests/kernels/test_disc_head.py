@@ -225,9 +225,7 @@ def test_real_shapes(name: str, J: int, dtype: torch.dtype):
     expected = model(features, weights, FACTORS, sides, dtype)
     assert all(x[0].abs().max() < 0.99 and x[1].min() > 1.01 for x in expected[4])
     actual = disc_head(features, weights, FACTORS, logits=True)
-    # The gradient of a norm's bias is a sum of thousands of rounded numbers of either sign: more than that of a few.
-    limits = [1.5 * rounded_results(dtype) + other_slopes(*tap) for tap in taps]
-    compare(actual, expected, limits, dtype, taps, sides)
+    compare(actual, expected, [rounded_results(dtype) + other_slopes(*tap) for tap in taps], dtype, taps, sides)
 
 
 def flat(result: tuple) -> list[Tensor]:
