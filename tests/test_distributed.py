@@ -64,14 +64,10 @@ def bench() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a very tiny teacher, prompts and settings."""
-    folder = tmp_path_factory.mktemp("place")
+    """With a UNet that is smaller still."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.UNET, "sd1", {**tiny.SD1, **SMALL})
-        tiny.tiny_pipeline("sd1", folder / "teacher")
-    (folder / "prompts.txt").write_text("a cat\na dog\na house on a hill\n")
-    (folder / "settings.toml").write_text(SETTINGS)
-    return folder
+        return tiny.place(tmp_path_factory.mktemp("place"), SETTINGS)
 
 
 def arguments(place: Path, output: Path, *extra: str) -> list[str]:

@@ -48,12 +48,7 @@ validation_steps = 4
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny teacher, prompts and settings."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny.tiny_pipeline("sd1", folder / "teacher")
-    (folder / "prompts.txt").write_text("a cat\na dog\na house on a hill\n")
-    (folder / "settings.toml").write_text(SETTINGS)
-    return folder
+    return tiny.place(tmp_path_factory.mktemp("place"), SETTINGS)
 
 
 def arguments(place: Path, output: Path, *extra: str) -> list[str]:

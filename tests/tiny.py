@@ -192,3 +192,11 @@ def bases(folders: dict[str, Path], path: Path) -> Path:
         parts |= {name: {"pad_token": "<|endoftext|>"} for name in parts if name.startswith("tokenizer")}
         (path / f"{family}.json").write_text(json.dumps(parts))
     return path
+
+
+def place(folder: Path, settings: str) -> Path:
+    """`folder` with a tiny teacher, prompts and settings: what a run of the command needs."""
+    tiny_pipeline("sd1", folder / "teacher")
+    (folder / "prompts.txt").write_text("a cat\na dog\na house on a hill\n")
+    (folder / "settings.toml").write_text(settings)
+    return folder
