@@ -197,12 +197,9 @@ class Attention(nn.Module):
             k, v = (made[layer.name].unflatten(0, (len(x), -1)) for layer in (self.to_k, self.to_v))  # B L C
             q = self.to_q(x, lora)
         else:
-            q, k, v = self._qkv(x, lora)
+            q, k, v = self.qkv.wide(x, lora).unflatten(-1, (3, -1)).unbind(-2)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # B heads N d
         return self.to_out[0].deferred(attention(q, k, v, self.backend).transpose(1, 2).flatten(2), lora)
-
-    def _qkv(self, x: Tensor, lora: Lora) -> tuple[Tensor, ...]:  # B N C, three times
-        return self.qkv.wide(x, lora).unflatten(-1, (3, -1)).unbind(-2)
 
 
 class FeedForward(nn.Module):
