@@ -1,8 +1,9 @@
 """Convolution of a frozen weight: y = conv2d(x, W) + b, differentiated by x alone.
 
 Stock autograd keeps x for the gradient of W, whether or not W wants one; this keeps nothing but W, which is there
-anyway. No kernel of ours: both products are cuDNN's, and backward asks it for the input's gradient with a stand-in
-input, of which only the sizes are read.
+anyway. No kernel of ours: both products are cuDNN's. Backward is the transposed convolution, which asks for no input:
+PyTorch's convolution_backward takes its layout from the input, and for a stand-in without one it turns dy to channels
+first and back.
 
 Shapes: x: B C H W, W: N C k k, b: N, y: B N H' W', H' = (H + 2 padding - k) // stride + 1. All are channels-last.
 """
@@ -45,12 +46,10 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: i
 
 def conv_input_grad(dy: Tensor, weight: Tensor, shape: list[int], stride: int, padding: int) -> Tensor:
     """The gradient of conv2d's input, of `shape`, inside an operator: channels-last, the same bits every run."""
-    stand_in = dy.new_empty(()).expand(shape)
-    geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1  # dilation, transposed, output padding, groups
+    covered = ((n - 1) * stride - 2 * padding + weight.shape[2] for n in dy.shape[2:])
+    beyond = [size - end for size, end in zip(shape[2:], covered, strict=True)]  # rows and columns no window begins in
     with _deterministic():
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            dy.contiguous(memory_format=LAYOUT), stand_in, weight, None, *geometry, (True, False, False)
-        )
+        dx = F.conv_transpose2d(dy.contiguous(memory_format=LAYOUT), weight, None, stride, padding, beyond)
     return dx.contiguous(memory_format=LAYOUT)
 
 

@@ -6,7 +6,7 @@ P, out of cache: h[m, r] = sum_t P[m + offset(t), r, t]. Backward, with g = dy u
 dx = conv_transposed(dy, W) + S D, ddown = S^T x, dup = dy^T h. So all products are lora_linear's, at rank Q = T R.
 It keeps x (for ddown), h (M' R, for dup) and the weights, and of these only what a wanted gradient needs.
 
-Launches beside the frozen products: forward two (P; h and y += up h), backward three (g; S and dx += S D; both
+Launches beside the frozen products: forward two (P; h and y += b + up h), backward three (g; S and dx += S D; both
 weights), four for long matrices. Over TRITON_COLUMNS the products of P, S, g and the weights are cuBLAS's.
 A 1x1 convolution of stride 1 is lora_linear.
 
@@ -45,11 +45,11 @@ def _taps(p, m, exists, tap, r, R, H, W, HO, WO, SIDE: tl.constexpr, STRIDE: tl.
 
 @jit
 def _gather_kernel(
-    p, up, h, y, M, N, R, H, W, HO, WO, SPAN,
+    p, up, bias, h, y, M, N, R, H, W, HO, WO, SPAN,
     SIDE: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """h (M R) from P, and y (M N) += h up^T: BM positions of the output and SPAN columns of y."""
+    """h (M R) from P, and y (M N) += [bias] + h up^T: BM positions of the output and SPAN columns of y."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     r = tl.arange(0, BR)[None, :]
     exists = m < M
@@ -64,7 +64,7 @@ def _gather_kernel(
     tl.store(h + m * R + r, t, mask=exists & (r < R) & (tl.program_id(1) == 0))
     begin = tl.program_id(1) * SPAN
     y += m.to(tl.int64) * N
-    update(t, up, 1, R, None, y, exists, begin, tl.minimum(begin + SPAN, N), R, R, 0, True, BN, BR)
+    update(t, up, 1, R, bias, y, exists, begin, tl.minimum(begin + SPAN, N), R, R, 0, True, BN, BR)
 
 
 @jit
@@ -117,8 +117,10 @@ def _launch(m: int, n: int, rank: int, x: Tensor) -> tuple[tuple[int, int], int,
     return (blocks, triton.cdiv(n, span)), span, dict(tile, BR=width_of(rank))
 
 
-def _gather(p: Tensor, up: Tensor, y: Tensor, size: torch.Size, geometry: tuple[int, int, int]) -> Tensor:
-    """h, from P of an input of H W; y (B N H' W') += up h."""
+def _gather(
+    p: Tensor, up: Tensor, bias: Tensor | None, y: Tensor, size: torch.Size, geometry: tuple[int, int, int]
+) -> Tensor:
+    """h, from P of an input of H W; y (B N H' W') += bias + up h."""
     batch, n, *out = y.shape
     m, rank = batch * out[0] * out[1], up.shape[1]
     h = p.new_empty(m, rank)
@@ -126,7 +128,7 @@ def _gather(p: Tensor, up: Tensor, y: Tensor, size: torch.Size, geometry: tuple[
     side, stride, padding = geometry
     taps = triton.next_power_of_2(side**2)
     _gather_kernel[grid](
-        p, up, h, y, m, n, rank, *size, *out, span, SIDE=side, TAPS=taps, STRIDE=stride, PADDING=padding, **tile
+        p, up, bias, h, y, m, n, rank, *size, *out, span, SIDE=side, TAPS=taps, STRIDE=stride, PADDING=padding, **tile
     )
     return h
 
@@ -155,10 +157,10 @@ def _spread(
 def _lora_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:  # y, h
-    y = conv(x, weight, bias, stride, padding)
+    y = conv(x, weight, None, stride, padding)  # cuDNN adds a bias in a launch of its own
     d, positions = _flat(down), _positions(x)
     p = rows(positions, d.t()) if len(d) <= TRITON_COLUMNS else positions @ d.t()
-    return y, _gather(p, up.flatten(1), y, x.shape[2:], (down.shape[2], stride, padding))
+    return y, _gather(p, up.flatten(1), bias, y, x.shape[2:], (down.shape[2], stride, padding))
 
 
 @torch.library.custom_op("rapm::lora_conv_backward", mutates_args=())

@@ -46,6 +46,7 @@ class Walk:
         self.maps = torch.tensor([step_coefficients(schedule, t, s) for t, s in pairs], device=device)
         self.z = noise.to(device, torch.float32, copy=True)
         self.text = Text(*(None if x is None else x.clone() for x in self._both(text, uncond)))
+        self.keys = self._keys()
         self.place = torch.zeros(1, dtype=torch.long, device=device)
 
     def restart(self, text: Text, noise: Tensor, uncond: Text | None = None) -> None:
@@ -54,14 +55,21 @@ class Walk:
         for mine, theirs in zip(self.text, self._both(text, uncond), strict=True):
             if mine is not None:
                 mine.copy_(theirs)
+        for mine, made in zip(self.keys, self._keys(), strict=True):
+            mine.copy_(made)
         self.place.zero_()
 
     @torch.no_grad()
     def __call__(self) -> None:
         x = self.z if self.guidance is None else torch.cat([self.z, self.z])
-        out = self.unet(x.to(self.unet.dtype), self.times[self.place], self.text, self.lora)
+        out = self.unet(x.to(self.unet.dtype), self.times[self.place], self.text, self.lora, keys=self.keys)
         self.z.copy_(guided_step(self.z, out, self.maps[self.place][0], self.guidance))
         self.place += 1
+
+    @torch.no_grad()
+    def _keys(self) -> list[Tensor]:
+        """The text's frozen keys and values, which all steps share."""
+        return self.unet.text_keys(self.text)
 
     def _both(self, text: Text, uncond: Text | None) -> Text:
         text = text.to(self.unet.device, self.unet.dtype)

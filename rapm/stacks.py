@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rapm.kernels.lora_linear import lora_linear
 
@@ -67,23 +67,25 @@ def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 
 class Stack:
-    """`layers` of one shape that read the same input."""
+    """`layers` of one shape that read the same input; each adds the bias of its like in `biases` to its own."""
 
-    def __init__(self, layers: Sequence[Linear]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[Linear], biases: Sequence[nn.Module] = ()) -> None:
+        self.layers, self.biases = list(layers), list(biases)
 
     names = property(lambda self: tuple(layer.name for layer in self.layers))
     size = property(lambda self: sum(layer.weight.numel() for layer in self.layers))  # of the weights
 
     def join(self) -> None:
         """Lay the weights below one another, in place."""
-        for kind in ("weight", "bias"):
-            if getattr(self.layers[0], kind) is not None:
-                join([getattr(layer, kind) for layer in self.layers])
+        for modules, kind in ((self.layers, "weight"), (self.layers, "bias"), (self.biases, "bias")):
+            if modules and getattr(modules[0], kind) is not None:
+                join([getattr(module, kind) for module in modules])
 
     def frozen(self) -> tuple[Tensor, Tensor | None]:
         """The weights (n C K) and biases (n C), each below one another."""
         bias = None if self.layers[0].bias is None else together([layer.bias for layer in self.layers])
+        if self.biases:
+            bias = bias + together([module.bias for module in self.biases])
         return together([layer.weight for layer in self.layers]), bias
 
     def low_rank(self, lora: Lora) -> Pair | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,8 +91,8 @@ class Linear(nn.Linear):
 class FrozenConv2d(nn.Conv2d):
     """A convolution that no LoRA extends."""
 
-    def forward(self, x: Tensor) -> Tensor:  # B C_in H W -> B C_out H' W'
-        return frozen_conv(x, self.weight, self.bias, self.stride[0], self.padding[0])
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:  # B C_in H W -> B C_out H' W'
+        return frozen_conv(x, self.weight, self.bias if bias else None, self.stride[0], self.padding[0])
 
 
 class Conv2d(FrozenConv2d):
@@ -100,10 +100,11 @@ class Conv2d(FrozenConv2d):
 
     name = ""
 
-    def forward(self, x: Tensor, lora: Lora = None) -> Tensor:  # B C_in H W -> B C_out H' W'
+    def forward(self, x: Tensor, lora: Lora = None, bias: bool = True) -> Tensor:  # B C_in H W -> B C_out H' W'
         if lora is not None and self.name in lora:
-            return lora_conv(x, self.weight, self.bias, *lora[self.name], self.stride[0], self.padding[0])
-        return super().forward(x)
+            b = self.bias if bias else None
+            return lora_conv(x, self.weight, b, *lora[self.name], self.stride[0], self.padding[0])
+        return super().forward(x, bias)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -172,8 +173,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(inputs, channels, 1) if inputs != channels else None
 
     def forward(self, x: Tensor, made: Made, lora: Lora, saved: Saved) -> tuple[Tensor, Tensor]:  # x: B C H W
-        shift = made[self.time_emb_proj.name]  # B C
-        h = self.conv1(self.norm1(x, saved, silu=True), lora)
+        shift = made[self.time_emb_proj.name]  # B C, conv1's bias in it
+        h = self.conv1(self.norm1(x, saved, silu=True), lora, bias=False)
         y = self.conv2(self.norm2(h, saved, silu=True, shift=shift), lora)
         return y, x if self.conv_shortcut is None else self.conv_shortcut(x, lora)
 
@@ -366,9 +367,10 @@ class UNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (Linear, Conv2d, Block)):
                 module.name = name
-        self.time_stacks = _stacks(m.time_emb_proj for m in self.modules() if isinstance(m, ResnetBlock))
+        resnets = [m for m in self.modules() if isinstance(m, ResnetBlock)]
+        self.time_stacks = _stacks([m.time_emb_proj for m in resnets], [m.conv1 for m in resnets])
         attentions = [m for m in self.modules() if isinstance(m, Attention)]
-        self.text_stacks = _stacks(layer for m in attentions if m.cross for layer in (m.to_k, m.to_v))
+        self.text_stacks = _stacks([layer for m in attentions if m.cross for layer in (m.to_k, m.to_v)])
         self.stacks = [*self.time_stacks, *self.text_stacks, *(m.qkv for m in attentions if not m.cross)]
 
     def join(self) -> UNet:
@@ -450,9 +452,9 @@ class UNet(nn.Module):
         return made
 
 
-def _stacks(layers: Iterable[Linear]) -> list[Stack]:
-    """Layers that read the same input, by their shape."""
-    shapes: dict[torch.Size, list[Linear]] = defaultdict(list)
-    for layer in layers:
-        shapes[layer.weight.shape].append(layer)
-    return [Stack(group) for group in shapes.values()]
+def _stacks(layers: Sequence[Linear], biases: Sequence[nn.Module] = ()) -> list[Stack]:
+    """Layers that read the same input, by their shape; each may add the bias of a module at its place in `biases`."""
+    shapes: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, layer in enumerate(layers):
+        shapes[layer.weight.shape].append(i)
+    return [Stack([layers[i] for i in group], [biases[i] for i in group if biases]) for group in shapes.values()]

@@ -51,7 +51,7 @@ def two_a_shard(monkeypatch):
 def calls(teacher, monkeypatch):
     """The batch sizes of the UNet's calls."""
     sizes, forward = [], teacher.unet.forward
-    monkeypatch.setattr(teacher.unet, "forward", lambda z, *args: sizes.append(len(z)) or forward(z, *args))
+    monkeypatch.setattr(teacher.unet, "forward", lambda z, *a, **k: sizes.append(len(z)) or forward(z, *a, **k))
     return sizes
 
 

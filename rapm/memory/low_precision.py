@@ -69,11 +69,11 @@ class Transient(LowPrecision):
 
     weight = property(lambda self: self.whole() if self._made is None else self._made)
 
-    def forward(self, x: Tensor, *lora: Lora) -> Tensor:
+    def forward(self, x: Tensor, *given: Lora, **options: bool) -> Tensor:
         self._made = self.weight
         try:
             with _not_kept(self._made, self.whole):
-                return super().forward(x, *lora)
+                return super().forward(x, *given, **options)
         finally:
             self._made = None
 

@@ -130,7 +130,7 @@ class Planner:
     def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
         """Bytes of the process in a phase other than training."""
         sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
-        forward = cards.FORWARD * sizes.student.widest  # a row
+        forward = cards.FORWARD * sizes.student.widest + sizes.keys  # a row; the keys are there twice where they change
         guided = (2 * batch * forward if self.config.guidance > 1 else batch * forward) + sizes.largest
         state = sizes.state
         if phase == "encode":

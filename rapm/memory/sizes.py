@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
     targets: int  # layers that it extends
     heads: int  # numbers in the heads
     features: int  # bytes of one set of features
+    keys: int  # bytes of one text's keys and values
     text: int  # bytes of the text encoders, in fp32
     vae: int  # bytes of the VAE, in fp32
     pixels: int
@@ -55,6 +56,7 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     whole = sum(p.nbytes for p in unet.parameters())
     blocks = *unet.down_blocks, unet.mid_block, *unet.up_blocks
     block = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    keys = TOKENS * sum(len(layer.weight) for stack in unet.text_stacks for layer in stack.layers) * dtype.itemsize
     low_precision(unet, config.frozen_weights)
     made = {m: m.weight.nbytes for m in unet.modules() if isinstance(m, LowPrecision)}
     channels = unet.feature_channels
@@ -75,7 +77,7 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     return Sizes(
         sum(p.nbytes for p in unet.parameters()), whole, block,
         sum(size for m, size in made.items() if isinstance(m, Transient)), max(made.values(), default=0), lora,
-        len(targets), heads, features, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
+        len(targets), heads, features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
         count_student(unet, latents, config.lora_rank), count_encoder(unet, latents), positions + text,
     )  # fmt: skip
 

@@ -124,6 +124,20 @@ def test_compile_and_checkpoint() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_changes_no_layout(stride: int) -> None:
+    """Of channels-last tensors nothing is copied: neither pass launches a copy kernel of PyTorch's."""
+    x, *rest = inputs((1, 320, 320, 64, 64, 3, stride, 1), torch.bfloat16)
+    dy = torch.randn_like(frozen_conv(x, *rest))
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        torch.autograd.grad(frozen_conv(x, *rest), x, dy)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    assert names and not [name for name in names if "copy" in name.lower()]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", [(1, 320, 320, 64, 64, 3, 1, 1), (1, 2560, 1280, 8, 8, 3, 1, 1)])
 def test_same_bits_and_captured(case: tuple[int, ...]) -> None:
     x, *rest = inputs(case, torch.bfloat16)
