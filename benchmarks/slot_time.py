@@ -54,7 +54,7 @@ FAMILIES = (
 REPLACES = {
     "group_norm": "norm", "layer_norm": "norm", "geglu": "elementwise", "attention": "attention", "frozen": "conv",
     "lora_gemm": "gemm", "lora": "lora", "low_rank": "lora", "disc_head": "heads", "position": "elementwise",
-    "renoise": "elementwise", "guided": "elementwise", "int8": "gemm", "quantise": "copy",
+    "renoise": "elementwise", "guided": "elementwise", "int8": "gemm", "quantise": "copy", "short": "attention",
 }  # fmt: skip
 PROFILED = 2  # slots; all are the same graph
 OTHER_LIMIT = 0.03  # a larger share of `other` means that the table above is out of date

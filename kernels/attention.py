@@ -1,9 +1,10 @@
-"""Softmax attention, softmax(q k^T / sqrt(d)) v, by the fastest library for each case: no kernel of our own.
+"""Softmax attention, softmax(q k^T / sqrt(d)) v, by whatever is fastest for each case.
 
-PyTorch's scaled_dot_product_attention is cuDNN's, FlashAttention or the memory-efficient one; xformers is a fourth
-where it is installed and its binary fits. Which is fastest depends on shapes, dtype, direction and card, and PyTorch's
-own choice is a fixed order, so "auto" times them once for each case, when that first runs outside a CUDA graph, and
-stays with the winner, which may differ from run to run: torch.use_deterministic_algorithms gives PyTorch's choice.
+PyTorch's scaled_dot_product_attention is cuDNN's, FlashAttention or the memory-efficient one; ours (short_attention)
+takes few keys, and xformers is there where it is installed and its binary fits. Which is fastest depends on shapes,
+dtype, direction and card, and PyTorch's own choice is a fixed order, so "auto" times them once for each case, when that
+first runs outside a CUDA graph, and stays with the winner, which may differ from run to run:
+torch.use_deterministic_algorithms gives PyTorch's choice.
 
 Shapes: B batch, H heads, N positions, L of k and v, d of a head; q, k, v and the output: B H N d over memory B N H d.
 """
@@ -24,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rapm.kernels import runtime
+from rapm.kernels.short_attention import short_attention
 
 BACKENDS = ("auto", "sdpa", "xformers")
 WARMUP, RUNS = 2, 7  # of a candidate; the median counts
@@ -52,6 +54,7 @@ CANDIDATES = {
     "cudnn": _only(SDPBackend.CUDNN_ATTENTION),
     "flash": _only(SDPBackend.FLASH_ATTENTION),
     "efficient": _only(SDPBackend.EFFICIENT_ATTENTION),
+    "short": short_attention,
     "xformers": _xformers,
 }
 RUN = {"sdpa": attention_ref, **CANDIDATES}
@@ -134,7 +137,7 @@ def _time(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
     """Milliseconds of each candidate that takes this case, the fastest first; of "sdpa" where none does."""
     times = {}
     for name in CANDIDATES:
-        if name == "xformers" and xformers_problem():
+        if (name == "xformers" and xformers_problem()) or (name == "short" and not runtime.enabled(q)):
             continue
         try:
             times[name] = _milliseconds(name, q, k, v)

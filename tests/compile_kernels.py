@@ -24,8 +24,9 @@ from rapm.kernels.disc_head import disc_head, layout
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
 from rapm.kernels.renoise import renoise
+from rapm.kernels.short_attention import fits, short_attention
 from rapm.memory.low_precision import low_precision
-from rapm.unet import Text, UNet
+from rapm.unet import Attention, Text, UNet
 
 Call = tuple[str, tuple]
 LOW = ("int8", "nf4")
@@ -100,6 +101,18 @@ def pass_through(config: dict, side: int, dtype: torch.dtype, rank: int, mode: s
         torch.autograd.backward(features, [torch.empty_like(x) for x in features])
 
 
+def prompt(config: dict, dtype: torch.dtype) -> None:
+    """Attention over a prompt in heads of every width that ours takes: with gradients for all, and for q alone."""
+    with torch.device("meta"):
+        layers = [m for m in UNet(config).modules() if isinstance(m, Attention)]
+        sizes = {(m.heads, m.to_q.out_features // m.heads) for m in layers}
+        for heads, width in (size for size in sizes if fits(77, size[1])):
+            q, k = (torch.empty(1, n, heads, width, dtype=dtype).transpose(1, 2) for n in (1024, 77))
+            for trained in (True, False):
+                y = short_attention(q.requires_grad_(), *(k.detach().requires_grad_(trained) for _ in range(2)))
+                y.backward(torch.empty_like(y))
+
+
 def slot(channels: list[int], side: int, dtype: torch.dtype) -> None:
     """What a slot calls beside the UNet."""
     with torch.device("meta"):
@@ -137,6 +150,7 @@ def recorded(dtypes: bool = True, full: bool = True) -> Iterator[Call]:
             pass_through(*run)
         for config, side, dtype, rank in runs:
             pass_through(config, side, dtype, rank)
+            prompt(config, dtype)
             slot([*config["block_out_channels"], config["block_out_channels"][-1]], side, dtype)
     yield from record.calls.values()
 

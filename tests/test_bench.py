@@ -32,8 +32,9 @@ KERNEL_FILES = list((ROOT / "kernels").glob("*.py"))
 SMALL = {
     "group_norm_silu": (64, 5, 3, True, True, True), "layer_norm": (6, 48, True), "geglu": (6, 32),
     "lora_linear": (6, 32, 48, True, 3), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
-    "attention": (2, 12, 7, 16), "disc_head": ((16, 4, 4), (32, 2, 2)), "position_loss": (6, 4), "renoise": (6, 4),
-    "guided_step": (6, 4), "int8_linear": (6, 64, 48, True), "quantise": (64, 48),
+    "attention": (2, 12, 7, 16), "short_attention": (2, 12, 7, 16), "disc_head": ((16, 4, 4), (32, 2, 2)),
+    "position_loss": (6, 4), "renoise": (6, 4), "guided_step": (6, 4), "int8_linear": (6, 64, 48, True),
+    "quantise": (64, 48),
 }  # fmt: skip
 OPS = operators({})
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from rapm.stacks import add_low_rank, product
 
 KERNELS = (
-    "group_norm_silu", "layer_norm", "geglu", "lora_linear", "lora_conv", "frozen_conv", "attention", "disc_head",
-    "position_loss", "renoise", "guided_step", "int8_linear", "quantise",
+    "group_norm_silu", "layer_norm", "geglu", "lora_linear", "lora_conv", "frozen_conv", "attention",
+    "short_attention", "disc_head", "position_loss", "renoise", "guided_step", "int8_linear", "quantise",
 )  # fmt: skip
 RANKS = 1, 64
 WHOLE = "whole weight"  # a quantised layer's baseline: lora_linear with the weight that its codes stand for
@@ -295,9 +295,17 @@ def attention_ops(kernels: dict[str, ModuleType], xformers: ModuleType | None) -
             lambda *qkv: xformers.memory_efficient_attention(*qkv).transpose(1, 2),
             lambda *qkv: [x.transpose(1, 2) for x in qkv], activations=3,
         )  # fmt: skip
-    module = kernels["attention"]
-    attention, reference = module.attention, module.attention_ref
-    return {"attention": Op(kind("attention"), make, cost, reference, attention, others, "flop", activations=3)}
+
+    def few_keys(found: Shapes) -> Counter:
+        return Counter({shape: n for shape, n in found["attention"].items() if short.fits(*shape[2:])})
+
+    module, short = kernels["attention"], kernels["short_attention"]
+    every = make, cost, module.attention_ref, module.attention, others, "flop"
+    few = make, cost, short.short_attention_ref, short.short_attention, others, "flop"
+    return {
+        "attention": Op(kind("attention"), *every, activations=3),
+        "short_attention": Op(few_keys, *few, activations=3),
+    }
 
 
 def slot_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
