@@ -22,15 +22,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
 from scheduling import Ended, Job, schedule
-
-from rapm.bench.run import need_gpu
-from rapm.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -143,6 +140,12 @@ def main() -> int:
     if arguments.list:
         print("\n".join(f"{job.name:24}{job.seconds:5.0f} s on {job.gpus}: {job.words}" for job in wanted))
         return 0
+    begin = time.monotonic()
+    import torch  # here: on a fresh machine it takes some of the time
+
+    from rapm.bench.run import need_gpu
+    from rapm.errors import UserError
+
     try:
         need_gpu()
     except UserError as error:
@@ -154,7 +157,8 @@ def main() -> int:
     cards = seen.split(",")[: len(cards)] if seen else cards
     left_out = {job.name: why for job in wanted if (why := refused(job, len(cards)))}
     able = [job for job in wanted if job.name not in left_out]
-    ended = schedule(able, cards, arguments.seconds, lambda *words: launch(*words, output))
+    left = arguments.seconds - (time.monotonic() - begin)
+    ended = schedule(able, cards, left, lambda *words: launch(*words, output))
     started = {end.job.name for end in ended}
     left_out |= {job.name: f"{job.seconds:.0f} s were not left" for job in able if job.name not in started}
     print(told(ended, left_out, output))
