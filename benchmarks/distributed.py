@@ -28,6 +28,7 @@ from slot_time import SCHEDULE, make_step, random_trajectory, random_unet
 from torch import Tensor
 
 from rapm import distributed
+from rapm.bench.results import keep
 from rapm.bench.run import MODELS, card, example_text, need_gpu
 from rapm.checkpoint import STATE, checkpoints
 from rapm.config import Config
@@ -230,6 +231,13 @@ def slots(unet: torch.nn.Module, config: Config, side: int) -> tuple[float, floa
     return distributed.world() * ITERATIONS * config.steps / statistics.median(times), sent
 
 
+def conclude(report: dict) -> dict:
+    """`report` with how many times as fast several GPUs are as one, once both are measured."""
+    one, several = (report["ranks"].get(str(ranks), {}) for ranks in (1, RANKS))
+    report["speedup"] = {name: several[name] / one[name] for name in ("trajectories", "slots") if one and several}
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trajectories", type=int, default=256, help="64 are a shard, which one process computes")
@@ -252,18 +260,17 @@ def main() -> None:
         "trajectories": arguments.trajectories,
         "ranks": {},
     }
+    keep(arguments.output, report, conclude=conclude)
     print("equal:", ", ".join(f"{name} {value:.1e}" for name, value in report["equal"].items()), flush=True)
     for ranks in (1, RANKS):
         with tempfile.TemporaryDirectory() as place:
             words = ["--worker", f"{place}/rates.json", "--trajectories", str(arguments.trajectories)]
             subprocess.run(launch(ranks, __file__, *words), check=True)
             report["ranks"][ranks] = json.loads(Path(place, "rates.json").read_text())
+        whole = keep(arguments.output, report, conclude=conclude)
     one, several = (report["ranks"][ranks] for ranks in (1, RANKS))
-    report["speedup"] = {name: several[name] / one[name] for name in ("trajectories", "slots")}
-    for name, factor in report["speedup"].items():
+    for name, factor in whole["speedup"].items():
         print(f"{name:<13}{one[name]:8.2f}/s with 1 GPU{several[name]:9.2f}/s with {RANKS}{factor:7.2f} times")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

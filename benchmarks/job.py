@@ -31,6 +31,7 @@ import torch
 from slot_time import SCHEDULE, random_unet
 from step import SMALL
 
+from rapm.bench.results import keep
 from rapm.bench.run import MODELS, Model, card, example_text, limits, measuring, need_gpu
 from rapm.config import Config
 from rapm.errors import UserError
@@ -185,18 +186,18 @@ def conclude(report: dict, slot_time: Mapping, model: Planned) -> dict:
     return report
 
 
-def best_batch(device: str, otherwise: int) -> int:
-    """The fastest batch of benchmarks/trajectories.py on such a card."""
-    path = RESULTS / "trajectories.json"
-    report = json.loads(path.read_text()) if path.is_file() else {}
+def best_batch(report: Mapping, device: str, otherwise: int) -> int:
+    """The fastest batch of benchmarks/trajectories.py's report, if it is of such a card."""
     rows = report.get("models", {}).get("sdxl", {}).get("rapm", {})
     if not rows or report["card"]["device"] != device:
         return otherwise
     return int(min(rows, key=lambda batch: rows[batch]["seconds"]))
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def read(folder: Path, name: str) -> dict:
+    """Another benchmark's report: `folder`'s, otherwise the one that the README shows."""
+    found = [path for path in (folder / f"{name}.json", RESULTS / f"{name}.json") if path.is_file()]
+    return json.loads(found[0].read_text()) if found else {}
 
 
 def main() -> int:
@@ -229,7 +230,8 @@ def main() -> int:
         report = {"card": card()}
         with measuring():
             report["limits"] = limits()
-        batch = arguments.batch or best_batch(report["card"]["device"], config.solve_batch)
+        solved = read(arguments.output.parent, "trajectories")
+        batch = arguments.batch or best_batch(solved, report["card"]["device"], config.solve_batch)
         config = config.replace(solve_batch=batch)
     budget = None
     if arguments.vram != "auto":
@@ -238,28 +240,26 @@ def main() -> int:
         if device.type == "cuda":
             cap(device, budget.bytes)
     report |= {"share": arguments.share, "vram": arguments.vram, "stages": {}}
-    earlier = {} if check else read(arguments.output)
-    if all(earlier.get(name) == report[name] for name in ("card", "vram")):
-        report["stages"] = earlier["stages"]
+
+    def concluded(report: dict) -> dict:
+        return conclude(report, read(arguments.output.parent, "slot_time"), model_of("sdxl"))
+
     teacher = teacher_of(random_unet(model.unet, device.type, torch.float32 if check else torch.bfloat16), model.side)
     with tempfile.TemporaryDirectory() as name:
         for stage in arguments.stages:
-            whole = config.trajectories if stage == "trajectories" else config.max_train_steps
-            count = max(1, round(arguments.share * whole))
+            of = config.trajectories if stage == "trajectories" else config.max_train_steps
+            count = max(1, round(arguments.share * of))
             if stage == "trajectories":
                 batch = config.solve_batch  # a last one of another size would be captured for itself
                 found = measure_trajectories(teacher, Path(name), config, max(batch, count // batch * batch))
             else:
                 found = measure_training(teacher, Path(name), config, max(count, WARM), budget)
-            report["stages"][stage] = {**found, "share": found["measured"] / whole}
-            print(f"{stage}: {found['seconds']:.3f} s each, {hours(found):.2f} h for {whole}", flush=True)
-            if not check:
-                report = conclude(report, read(RESULTS / "slot_time.json"), model_of("sdxl"))
-                arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    if "hours" in report:
-        print(f"the whole job: {report['hours']:.2f} h (goal: under {GOAL_HOURS})")
-        for there, row in report.get("estimates", {}).items():
+            report["stages"][stage] = {**found, "share": found["measured"] / of}
+            print(f"{stage}: {found['seconds']:.3f} s each, {hours(found):.2f} h for {of}", flush=True)
+            told = report if check else keep(arguments.output, report, same=("card", "vram"), conclude=concluded)
+    if "hours" in told:
+        print(f"the whole job: {told['hours']:.2f} h (goal: under {GOAL_HOURS})")
+        for there, row in told.get("estimates", {}).items():
             print(f"  estimate, {there}: {row['hours']:.1f} h")
     return 0
 

@@ -36,6 +36,7 @@ from slot_time import make_step, random_trajectory, random_unet
 from step import SMALL
 from torch import Tensor
 
+from rapm.bench.results import keep
 from rapm.bench.run import MODELS, card, graph_ms, need_gpu
 from rapm.config import Config
 from rapm.device import captured
@@ -280,27 +281,29 @@ def main() -> int:
         except UserError as error:
             print(f"low_precision: {error}", file=sys.stderr)
             return 2
-    report: dict = {"card": {} if check else card()}
-    if not check and arguments.output.is_file():  # what an earlier run measured on such a card is kept
-        earlier = json.loads(arguments.output.read_text())
-        report = earlier if earlier["card"] == report["card"] else report
-    start = time.perf_counter()
+    report, start = {"card": {} if check else card()}, time.perf_counter()
+
+    def note(part: str, found: object) -> None:
+        report[part] = found
+        if not check:
+            keep(arguments.output, report)
+
     with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
         if "slots" in parts:
-            report["slots"] = {name: slots(name, check) for name in MODELS}
-            print("\n".join(told(name, rows) for name, rows in report["slots"].items()), flush=True)
+            found = {}
+            for name in MODELS:
+                found[name] = slots(name, check)
+                note("slots", found)
+                print(told(name, found[name]), flush=True)
         if "products" in parts:
-            report["products"] = products(check)
+            note("products", products(check))
             for row in report["products"]:
                 print(json.dumps(row), flush=True)
         if "quality" in parts:
             few = dict(iterations=2, trajectories=2, seeds=1, pairs=16)
             asked = {key: getattr(arguments, key) for key in few}
-            report["quality"] = quality(**(dict(few, fine_steps=2) if check else asked))
+            note("quality", quality(**(dict(few, fine_steps=2) if check else asked)))
     print(f"{time.perf_counter() - start:.0f} s")
-    if not check:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -35,6 +35,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from rapm.architecture import complete
+from rapm.bench.results import keep
 from rapm.bench.run import MODELS, Model, card, need_gpu
 from rapm.config import Config
 from rapm.device import captured
@@ -322,9 +323,6 @@ def main() -> int:
             print(f"memory: {error}", file=sys.stderr)
             return 2
     report: dict = {"card": {} if check else card(), "rows": {}}
-    if not check and arguments.output.is_file():  # what an earlier run measured on such a card is kept
-        earlier = json.loads(arguments.output.read_text())
-        report = earlier if earlier["card"] == report["card"] else report
     cases = []
     for name in arguments.models:
         for rank in arguments.ranks or RANKS[name]:
@@ -342,8 +340,7 @@ def main() -> int:
         print(f"{kind} {name} rank {rank} {what}: {told(row, fastest)}", flush=True)
         failures += "failed" in row and "torchtune" not in row["failed"]
         if not check:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+            keep(arguments.output, report)
     return int(check and failures > 0)
 
 

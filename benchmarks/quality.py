@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from rapm.config import Config
 from rapm.device import pick_device
+from rapm.disk import write_atomic
 from rapm.evaluate.embedded import Evaluation, Row, Sampler, table, teacher_samplers
 from rapm.train import Training, prepare_teacher, solve_all
 
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8192)
     parser.add_argument("--points", type=int, default=8, help="of the held-out curve")
     parser.add_argument("--only", type=int, default=None, help="the first N variants, to try the script")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="results/ablation.json or search.json")
     arguments = parser.parse_args()
     variants = SEARCH if arguments.what == "search" else {**ABLATION, WATCHING: heads(1e-6)}
     variants = dict(list(variants.items())[: arguments.only])
@@ -169,8 +170,9 @@ def main() -> None:
         ],
         "summary": {name: spread([r.row for r in runs if r.name == name]) for name in variants},
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{arguments.what}.json").write_text(json.dumps(report, indent=1) + "\n")
+    output = arguments.output or RESULTS / f"{arguments.what}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, f"{json.dumps(report, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

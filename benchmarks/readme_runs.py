@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tables import fill, rows_table
@@ -100,14 +101,14 @@ def not_measured(failed: Mapping[str, str]) -> list[str]:
 
 def step(report: Mapping) -> str:
     parts, failed = ["## What it costs", "### An iteration", fill(STEP.format(**report))], {}
-    for model, found in report["models"].items():
+    for model, found in sorted(report["models"].items(), key=lambda item: [*NAMES].index(item[0])):
         providers = {name: row for name, row in found.items() if name != "tflop"}
         failed |= {f"{short(model)} {name}": row["failed"] for name, row in providers.items() if "failed" in row}
         done = {name: row for name, row in providers.items() if "failed" not in row}
         if not done:
             continue
         slowest, rows = max(row["seconds"] for row in done.values()), []
-        for name, row in done.items():
+        for name, row in sorted(done.items(), key=lambda item: item[1]["seconds"]):
             share = found["tflop"] / report["limits"]["bf16_tflops"] / row["seconds"]
             cells = {
                 "s": f"{row['seconds']:.3f}",
@@ -147,9 +148,10 @@ def memory(report: Mapping) -> str:
             moved.append((budget, cells or {"s": row["failed"], "reserved GiB": ""}))
         else:
             tables.setdefault((model, rank), {}).setdefault(budget, {})[kind] = row
-    for (model, rank), budgets in tables.items():
+    for (model, rank), budgets in sorted(tables.items()):
         fastest = budgets.get("none", {}).get("rapm", {})
-        rows = [(budget, _budget_cells(found, fastest)) for budget, found in budgets.items()]
+        falling = sorted(budgets, key=lambda budget: -math.inf if budget == "none" else -float(budget.rstrip("GB")))
+        rows = [(budget, _budget_cells(budgets[budget], fastest)) for budget in falling]
         parts += [f"**{NAMES[model]}, rank {rank}**", rows_table(rows)]
     if moved:
         parts += [fill(MOVED.format(budget="8G")), rows_table(moved)]
@@ -252,11 +254,10 @@ def distributed(report: Mapping) -> str:
     for ranks, found in report["ranks"].items():
         cells = {f"{name} a second": f"{found[name]:.2f}" for name in ("trajectories", "slots")}
         rows.append((f"{ranks} GPU{'s' * (int(ranks) > 1)}", cells))
-    rows.append(("times", {f"{name} a second": f"{factor:.2f}" for name, factor in report["speedup"].items()}))
-    model = NAMES[report["model"]]
-    return "\n\n".join(
-        ["### Two GPUs", fill(DISTRIBUTED.format(card=report["card"], model=model, equal=equal)), rows_table(rows)]
-    )
+    if report["speedup"]:
+        rows.append(("times", {f"{name} a second": f"{factor:.2f}" for name, factor in report["speedup"].items()}))
+    told = fill(DISTRIBUTED.format(card=report["card"], model=NAMES[report["model"]], equal=equal))
+    return "\n\n".join(["### Two GPUs", told, *([rows_table(rows)] if rows else [])])
 
 
 def low_precision(report: Mapping) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from rapm.bench.results import keep
 from rapm.bench.run import MODELS, card, example_text, kernel_mode, need_gpu
 from rapm.config import Config
 from rapm.device import captured
@@ -179,26 +179,21 @@ def main() -> None:
         sys.exit(2)
     torch.manual_seed(0)
     report: dict = {"card": card(), "models": {}}
-    if arguments.output.is_file():  # what an earlier run measured on such a card, and this one does not, is kept
-        earlier = json.loads(arguments.output.read_text())
-        report = earlier if earlier["card"] == report["card"] else report
     for model in arguments.models:
-        unet, modes = random_unet(MODELS[model].unet, "cuda"), report["models"].get(model, {})
+        unet, modes = random_unet(MODELS[model].unet, "cuda"), report["models"].setdefault(model, {})
         for name in arguments.modes:
             with kernel_mode(MODES[name]), torch.cuda.stream(torch.cuda.Stream()):
                 modes[name] = found = measure(unet, model)
+            keep(arguments.output, report, depth=2)
             gc.collect()
             torch.cuda.empty_cache()
             families = ", ".join(f"{k} {v:.1f}" for k, v in Counter(found["families"]).most_common())
             print(f"{model} {name}: {found['gpu_ms']:.1f} ms, {found['launches']} launches: {families}")
             if found["families"].get("other", 0) > OTHER_LIMIT * found["kernel_ms"]:
                 print("  unclassified:", *(f"{v:.3f} ms {k}" for k, v in found["unclassified"]), sep="\n    ")
-        report["models"][model] = modes
         del unet
         gc.collect()
         torch.cuda.empty_cache()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

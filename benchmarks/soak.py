@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from rapm.bench.results import keep
 from rapm.bench.run import card, need_gpu
 from rapm.checkpoint import checkpoints, load_checkpoint
 from rapm.config import Config
@@ -225,12 +226,7 @@ def main() -> int:
             good = not found["missing"] and (found["flat"] or arguments.check)
             print(told(found))
     if not arguments.check:
-        report = {"card": card()}
-        if arguments.output.is_file():  # what another call measured on such a card is kept
-            earlier = json.loads(arguments.output.read_text())
-            report = earlier if earlier["card"] == report["card"] else report
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**report, name: found}, indent=1) + "\n")
+        keep(arguments.output, {"card": card(), name: found}, depth=0)
     return 0 if good else 1
 
 

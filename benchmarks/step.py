@@ -10,8 +10,8 @@ Providers, each in a process of its own, so that nobody's memory counts for anot
     rapm      rapm.step, captured, everything kept for backward
     lean      the same, but that outputs of norms and GEGLUs are computed again (rapm/memory/saved.py)
 
-First all of them must compute the same losses, in fp32 on small UNets of each family, over slots that update: whoever
-does not is named, and nothing is timed.
+First all of them must compute the same losses, in fp32 on small UNets of each family that is timed, over slots that
+update: whoever does not is named, and nothing is timed. Another call's models and providers stay in the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from peers import Naive, Peer, Stock, stock_unet
 from slot_time import SCHEDULE, make_step, random_trajectory, random_unet
 from torch.utils.flop_counter import FlopCounterMode
 
+from rapm.bench.results import keep
 from rapm.bench.run import MODELS, Model, card, example_text, kernel_mode, limits, measuring, need_gpu
 from rapm.config import Config
 from rapm.device import captured
@@ -126,9 +127,11 @@ def losses(name: str, unet: UNet, config: Config, trajectory: Trajectory, slots:
     return torch.stack(rows)
 
 
-def check(device: str, slots: int = 3) -> None:
-    """SystemExit unless all providers compute the same losses."""
+def check(device: str, families: Collection[str] = tuple(SMALL), slots: int = 3) -> None:
+    """SystemExit unless all providers compute the same losses on small UNets of `families`."""
     for family, changes in SMALL.items():
+        if family not in families:
+            continue
         torch.manual_seed(0)
         unet = UNet(MODELS[family].unet | changes)
         unet = unet.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
@@ -250,26 +253,21 @@ def main() -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             print(json.dumps(measure(*arguments.one)))
         return
-    check("cuda")
+    check("cuda", {"sdxl" if model == "sdxl" else "sd15" for model in arguments.models})
     with measuring():
         limit = limits()
     report: dict = {"card": card(), "limits": limit, "models": {}}
-    if arguments.output.is_file():  # what an earlier run measured on such a card, and this one does not, is kept
-        earlier = json.loads(arguments.output.read_text())
-        if earlier["card"] == report["card"]:
-            report["models"] = earlier["models"]
     for model in arguments.models:
-        rows = report["models"].setdefault(model, {"tflop": tflop(model)})
+        rows = report["models"][model] = {"tflop": tflop(model)}
         for provider in arguments.providers:
             rows[provider] = found = one(model, provider)
+            keep(arguments.output, report, depth=2)
             if "failed" in found:
                 print(f"{model} {provider}: {found['failed']}")
                 continue
             share = rows["tflop"] / limit["bf16_tflops"] / found["seconds"]
             memory = f"{found['allocated_mib']:.0f} MiB allocated, {found['reserved_mib']:.0f} reserved"
             print(f"{model} {provider}: {found['seconds']:.4f} s, {share:.0%} of the limit, {memory}", flush=True)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from slot_time import SCHEDULE, random_unet
 from step import SMALL, pass_tflop
 from torch import Tensor
 
+from rapm.bench.results import keep
 from rapm.bench.run import MODELS, card, example_text, limits, measuring, need_gpu
 from rapm.config import Config
 from rapm.errors import UserError
@@ -105,8 +106,8 @@ def seconds(call, batch: int) -> float:
     return statistics.median(times)
 
 
-def measure(model: str, rate: float, batches: tuple[int, ...]) -> dict:
-    """`stock` and `rapm` by batch: seconds a trajectory, share of the card's rate, peak MiB."""
+def measure(model: str, rate: float, batches: tuple[int, ...]) -> Iterator[dict]:
+    """`stock`, `rapm` by batch: seconds a trajectory, share of the card's rate, peak MiB. What is there, after each."""
     config, side = Config.preset(model), MODELS[model].side
     grid = dict(steps=config.steps, fine_steps=config.fine_steps, guidance=config.guidance)
     unet = random_unet(MODELS[model].unet, "cuda")
@@ -123,11 +124,12 @@ def measure(model: str, rate: float, batches: tuple[int, ...]) -> dict:
     stock, args = Stock(unet, grid), inputs(unet, side, 1)
     rows["stock"] = row(lambda: stock(*args), 1)
     print(f"{model} stock: {rows['stock']['seconds']:.3f} s a trajectory", flush=True)
+    yield rows
     for batch in batches:
         solver, args = Solver(unet, Schedule.from_config(SCHEDULE), **grid), inputs(unet, side, batch)
         rows["rapm"][batch] = found = row(lambda: solver(*args), batch)  # noqa: B023  # called before the next batch
         print(f"{model} rapm, batch {batch}: {found['seconds']:.3f} s, {found['share']:.0%} of the rate", flush=True)
-    return rows
+        yield rows
 
 
 def main() -> None:
@@ -147,9 +149,9 @@ def main() -> None:
         report = {"card": card(), "limits": limit, "models": {}}
         for model in arguments.models:
             batches = tuple(arguments.batches or BATCHES[model])
-            report["models"][model] = measure(model, limit["bf16_tflops"], batches)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+            for rows in measure(model, limit["bf16_tflops"], batches):
+                report["models"][model] = rows
+                keep(arguments.output, report, depth=3)
 
 
 if __name__ == "__main__":

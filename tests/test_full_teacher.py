@@ -1,9 +1,10 @@
-"""Full-size teachers on a GPU, from disk to pictures: python tests/test_full_teacher.py sd15|sdxl [--write]
+"""Full-size teachers on a GPU, from disk to pictures: python tests/test_full_teacher.py sd15|sdxl [--output FILE]
 
 A random pipeline of the published configs, saved by diffusers in fp16 and as one original-layout file; loaded from both
 by the code that users run (one fingerprint), trained for 20 iterations in bf16, exported and proven in stock diffusers,
-sampled. Without weights of real models, the times are real and the pictures are noise. `--write` keeps the figures in
-benchmarks/results/full_teacher_MODEL.json. `tiny` runs the same on a CPU, as the test without a GPU does.
+sampled. Without weights of real models, the times are real and the pictures are noise. `--output` keeps the
+figures; the README shows benchmarks/results/full_teacher_MODEL.json. `tiny` runs the same on a CPU, as the test without
+a GPU does.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def test_the_whole_way_at_full_size(model, tmp_path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["tiny", *FAMILIES])
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--output", type=Path, help="where to write the figures, as JSON")
     options = parser.parse_args()
     device = "cpu" if options.model == "tiny" else "cuda"
     with tempfile.TemporaryDirectory() as name:
@@ -170,9 +171,8 @@ if __name__ == "__main__":
             single_file.BASES = tiny.bases({"sd1": tiny.tiny_pipeline("sd1", Path(name, "base"))}, Path(name, "bases"))
         results = run(options.model, Path(name), device)
     print(table(options.model, results))
-    if options.write and device == "cuda":
+    if options.output and device == "cuda":
+        from rapm.bench.results import keep
         from rapm.bench.run import card
 
-        path = ROOT / "benchmarks" / "results" / f"full_teacher_{options.model}.json"
-        path.write_text(json.dumps({"card": card(), **results}, indent=1) + "\n")
-        print(path)
+        keep(options.output, {"card": card(), **results}, depth=0)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rapm.bench.ops import KERNELS, Op, Provider, Shapes, operators
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.kernels import runtime
 from rapm.kernels.attention import choices
@@ -478,7 +479,7 @@ def bench(
             print(f"[{time.perf_counter() - start:.0f} s] {line(model, name, total, rows)}", flush=True)
             report["attention_choices"] = choices()
             if output:
-                output.write_text(json.dumps(rounded(report), indent=1) + "\n", encoding="utf-8")
+                write_atomic(output, f"{json.dumps(rounded(report), indent=1)}\n".encode())
     if not quick and (missed := torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]):
         print(f"{missed} graphs were compiled again: torch.compile's cache did not have them")
     return rounded(report)

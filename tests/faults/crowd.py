@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def case(output: Path, spare: int, expected: dict, settings: dict) -> dict:
     return {"crowded_at": at, "code": code, "ended_at": done, "stepped_down": stepped, "line": line, "same_lora": True}
 
 
-def campaign(place: Path, spares: list[int], settings: dict) -> dict:
-    """Every case, by MiB that are left."""
+def campaign(place: Path, spares: list[int], settings: dict) -> Iterator[dict]:
+    """The cases by MiB that are left, after each of them."""
     lines = (f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
     (place / "settings.toml").write_text("".join([f'store = "{place / "store"}"\n', *lines]))
     (place / "store").mkdir()
@@ -131,7 +132,7 @@ def campaign(place: Path, spares: list[int], settings: dict) -> dict:
     for spare in spares:
         found[str(spare)] = case(place / f"run-{spare}", spare * 2**20, expected, settings)
         print(f"{spare} MiB left: {found[str(spare)]}", flush=True)
-    return found
+        yield found
 
 
 def main() -> int:
@@ -149,11 +150,12 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         settings = CHECK if arguments.check else SETTINGS
-        found = campaign(Path(folder), arguments.spares[:1] if arguments.check else arguments.spares, settings)
-    if arguments.output:
-        from rapm.bench.run import card
+        for found in campaign(Path(folder), arguments.spares[:1] if arguments.check else arguments.spares, settings):
+            if arguments.output:
+                from rapm.bench.results import keep
+                from rapm.bench.run import card
 
-        arguments.output.write_text(json.dumps({"card": card(), "cases": found}, indent=1) + "\n")
+                keep(arguments.output, {"card": card(), "cases": found})
     return 0
 
 
