@@ -132,8 +132,9 @@ def _short_attention_backward(
     length = k.shape[2]
     tile = dict(BACKWARD, BL=_power(length), BD=_power(width))
     blocks = triton.cdiv(n, tile["BN"])
-    # As many programs as blocks, unless each leaves sums behind: then as many as processors
-    programs = min(blocks, max(1, triton.cdiv(processors(q.device), heads * batch))) if wants_kv else blocks
+    # As many programs as blocks, unless each leaves sums behind: then no more than processors, of which each has
+    # registers for one, so that the first over would take as long again as all the others
+    programs = min(blocks, max(1, processors(q.device) // (heads * batch))) if wants_kv else blocks
     span = triton.cdiv(blocks, programs) * tile["BN"]
     programs = triton.cdiv(n, span)
     dq = q.new_empty(batch, n, heads, width) if wants_q else None
