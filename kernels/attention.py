@@ -58,6 +58,8 @@ CANDIDATES = {
     "xformers": _xformers,
 }
 RUN = {"sdpa": attention_ref, **CANDIDATES}
+# What says that a candidate does not take a case. Triton's own (too little shared memory, say) are no RuntimeErrors.
+REFUSALS = (RuntimeError, ValueError, *((runtime.triton.TritonError,) if runtime.triton else ()))
 # case -> candidate -> ms, the fastest first
 _TIMES: dict[tuple, dict[str, float]] = {}
 
@@ -141,7 +143,7 @@ def _time(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
             continue
         try:
             times[name] = _milliseconds(name, q, k, v)
-        except (RuntimeError, ValueError):  # no such kernel for this dtype, width or card
+        except REFUSALS:  # no such kernel for this dtype, width or card
             continue
     times = times or {"sdpa": _milliseconds("sdpa", q, k, v)}
     return dict(sorted(times.items(), key=lambda item: item[1]))

@@ -31,6 +31,8 @@ def short_attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return p @ v
 
 
+# The width of a head and the strides between heads are constants: 40 is no multiple of 16, and as an argument it would
+# leave loads and stores of two bytes each.
 @jit
 def _at(x, b, h, i, d, x_b, x_h, x_n):
     """Pointers to rows i (a column) and d (a row) of head h."""
@@ -47,8 +49,8 @@ def _softmax(q, k, scale, j, L):
 
 @jit
 def _short_attention_fwd_kernel(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, N, H, L, D, scale,
-    BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    q, q_b, q_h: tl.constexpr, q_n, k, k_b, k_h: tl.constexpr, k_n, v, v_b, v_h: tl.constexpr, v_n, o,
+    N, H, L, D: tl.constexpr, scale, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n, j = tl.program_id(0) * BN + tl.arange(0, BN)[:, None], tl.arange(0, BL)[:, None]
@@ -63,7 +65,8 @@ def _short_attention_fwd_kernel(
 
 @jit
 def _short_attention_bwd_kernel(
-    g, g_b, g_h, g_n, q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dq, parts, N, H, L, D, scale, natural, SPAN,
+    g, g_b, g_h: tl.constexpr, g_n, q, q_b, q_h: tl.constexpr, q_n, k, k_b, k_h: tl.constexpr, k_n,
+    v, v_b, v_h: tl.constexpr, v_n, dq, parts, N, H, L, D: tl.constexpr, scale, natural, SPAN,
     BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -129,8 +132,9 @@ def _short_attention_backward(
     length = k.shape[2]
     tile = dict(BACKWARD, BL=_power(length), BD=_power(width))
     blocks = triton.cdiv(n, tile["BN"])
-    # As many programs as blocks, unless each leaves sums behind: then as many as processors
-    programs = min(blocks, max(1, triton.cdiv(processors(q.device), heads * batch))) if wants_kv else blocks
+    # As many programs as blocks, unless each leaves sums behind: then no more than processors, of which each has
+    # registers for one, so that the first over would take as long again as all the others
+    programs = min(blocks, max(1, processors(q.device) // (heads * batch))) if wants_kv else blocks
     span = triton.cdiv(blocks, programs) * tile["BN"]
     programs = triton.cdiv(n, span)
     dq = q.new_empty(batch, n, heads, width) if wants_q else None

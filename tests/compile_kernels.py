@@ -150,7 +150,8 @@ def recorded(dtypes: bool = True, full: bool = True) -> Iterator[Call]:
             pass_through(*run)
         for config, side, dtype, rank in runs:
             pass_through(config, side, dtype, rank)
-            prompt(config, dtype)
+            if dtype != torch.float32:  # which short_attention does not take
+                prompt(config, dtype)
             slot([*config["block_out_channels"], config["block_out_channels"][-1]], side, dtype)
     yield from record.calls.values()
 
@@ -159,12 +160,15 @@ def main(archs: list[int]) -> None:
     runtime.MODE = "triton"
     calls = {like_80: list(recorded(dtypes=not like_80)) for like_80 in {arch in LIKE_80 for arch in archs}}
     shared: dict[str, dict[int, int]] = defaultdict(dict)
+    narrow: set[str] = set()
     run = triton.runtime.jit.JITFunction.run
 
     def compiled(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         arch = kernel.metadata.target.arch
         shared[self.__name__][arch] = max(kernel.metadata.shared, shared[self.__name__].get(arch, 0))
+        if "ld.global.b16" in kernel.asm["ptx"]:  # two bytes at a time
+            narrow.add(self.__name__)
         return kernel
 
     triton.runtime.jit.JITFunction.run = compiled
@@ -172,7 +176,7 @@ def main(archs: list[int]) -> None:
         triton.runtime.driver.set_active(Offline(arch))
         for name, args in calls[arch in LIKE_80]:
             OPDEFS[name]._init_fn(*args)
-    print(json.dumps({"calls": sum(map(len, calls.values())), "shared": shared}))
+    print(json.dumps({"calls": sum(map(len, calls.values())), "shared": shared, "narrow": sorted(narrow)}))
 
 
 if __name__ == "__main__":

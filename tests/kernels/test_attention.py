@@ -148,6 +148,24 @@ def test_the_fastest_that_takes_the_case_is_timed_once_and_kept(measured: list, 
     assert len(choices()) == 3 and module._choice(*inputs) == "efficient"
 
 
+@pytest.mark.parametrize("name", ["OutOfResources", "CompilationError"])
+def test_a_kernel_that_does_not_fit_the_card_is_no_candidate(
+    name: str, measured: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured.pop()
+    triton = pytest.importorskip("triton")
+    refusal = getattr(triton, name)(*{"OutOfResources": (77824, 65536, "shared memory")}.get(name, ("", None)))
+    milliseconds = module._milliseconds
+
+    def refused(name: str, *qkv: Tensor) -> float:
+        if name == "short":
+            raise refusal
+        return milliseconds(name, *qkv)
+
+    monkeypatch.setattr(module, "_milliseconds", refused)
+    assert module._choice(*qkv(1, 2, 6, 8, 6, torch.float32)) == "efficient"
+
+
 def test_nothing_new_is_timed_where_it_would_be_recorded(measured: list, monkeypatch: pytest.MonkeyPatch):
     measured.pop()
     inputs, other = qkv(1, 2, 6, 8, 6, torch.float32), qkv(1, 2, 6, 8, 5, torch.float32)

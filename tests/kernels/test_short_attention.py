@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from launches import check_replay
@@ -60,6 +63,26 @@ def test_sums_of_any_number_of_programs(count: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "processors", lambda device: count)
     case = (1, 2, 300, 16, 20)
     check(short_attention, short_attention_ref, qkv(case, torch.float16), torch.float16, roundings=ROUNDINGS)
+
+
+@pytest.mark.parametrize("count", [82, 108, 128, 132])
+@pytest.mark.parametrize("case", [*REAL, (1, 20, 1024, 64, 77)])
+def test_sums_are_a_wave_of_programs(case: tuple[int, ...], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None waits for another's processor, which has registers for one, and few processors are idle."""
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(module, "processors", lambda device: count)
+    monkeypatch.setattr(module, "_short_attention_bwd_kernel", Kernel())
+    batch, heads, n, width, length = case
+    q, k = (torch.empty(batch, heads, rows, width, dtype=torch.bfloat16, device="meta") for rows in (n, length))
+    _short_attention_backward._init_fn(q.transpose(1, 2), q, k, k, True, True)
+    (grid,) = grids
+    assert grid[1:] == (heads, batch) and min(0.6 * count, heads * batch * n / 32) <= math.prod(grid) <= count
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "kv", "qk"])
