@@ -25,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rapm.kernels import runtime
-from rapm.kernels.short_attention import short_attention
+from rapm.kernels.short_attention import short_attention, takes
 
 BACKENDS = ("auto", "sdpa", "xformers")
 WARMUP, RUNS = 2, 7  # of a candidate; the median counts
@@ -139,7 +139,7 @@ def _time(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
     """Milliseconds of each candidate that takes this case, the fastest first; of "sdpa" where none does."""
     times = {}
     for name in CANDIDATES:
-        if (name == "xformers" and xformers_problem()) or (name == "short" and not runtime.enabled(q)):
+        if (name == "xformers" and xformers_problem()) or (name == "short" and not (runtime.triton and takes(q, k))):
             continue
         try:
             times[name] = _milliseconds(name, q, k, v)

@@ -111,6 +111,11 @@ def fits(keys: int, width: int) -> bool:
     return keys <= KEYS and _power(keys) * _power(width) <= TILE
 
 
+def takes(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel takes these: bf16 or fp16, keys that fit."""
+    return q.dtype.itemsize == 2 and fits(k.shape[2], q.shape[3])
+
+
 @torch.library.custom_op("rapm::short_attention", mutates_args=())
 def _short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # B N H D
     q, k, v = (_inner(x) for x in (q, k, v))
@@ -179,6 +184,6 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if not enabled(q):
         return short_attention_ref(q, k, v)
-    if q.dtype == torch.float32 or not fits(k.shape[2], q.shape[3]):
+    if not takes(q, k):
         raise ValueError(f"short_attention takes no {q.dtype}, {tuple(q.shape)} over {k.shape[2]} keys")
     return _short_attention(q, k, v).transpose(1, 2)

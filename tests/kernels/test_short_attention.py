@@ -87,7 +87,7 @@ def test_sums_are_a_wave_of_programs(case: tuple[int, ...], count: int, monkeypa
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "kv", "qk"])
 def test_only_what_is_wanted(wanted: str) -> None:
-    """The same bits whichever are wanted, with q's alone but for the number of programs; kept are q, k and v."""
+    """The same whichever are wanted, but for the order of sums; kept are q, k and v."""
     inputs = qkv(SMALL[0], torch.bfloat16)
     y = short_attention(*inputs)
     dy = torch.randn_like(y)
@@ -98,7 +98,8 @@ def test_only_what_is_wanted(wanted: str) -> None:
         y = short_attention(*some)
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in inputs]
     grads = torch.autograd.grad(y, [x for x in some if x.requires_grad], dy)
-    assert all(torch.equal(grad, expected[name]) for name, grad in zip(wanted, grads, strict=True))
+    errors = [error(grad, expected[name]) for name, grad in zip(wanted, grads, strict=True)]
+    assert max(errors) <= ROUNDOFF[torch.bfloat16]
 
 
 @pytest.mark.parametrize("case", SMALL[:2])
