@@ -52,22 +52,23 @@ def _tail(g):
 
 @jit
 def _tile(n, f, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's rows, as a column, its columns, and which of them exist. int64: 2F N may pass 2^31."""
+    """A program's rows, its columns (1 COLUMNS), and the tile's places that exist. int64: 2F N may pass 2^31."""
     tiles = tl.cdiv(f, COLUMNS)
     pid = tl.program_id(0)
-    row = (pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = (pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return row, column, (row < n) & (column < f)
+    return row, column, (row < n)[:, None] & (column < f)
 
 
 @jit
 def _pair(x_ptr, h_ptr, up_ptr, up_n, up_r, row, column, mask, n, f, x_stride, R: tl.constexpr):
     """Value and gate, with their update where R > 0."""
-    x_ptr += row * x_stride + column
+    x_ptr += row[:, None] * x_stride + column
     value = tl.load(x_ptr, mask, other=0.0).to(tl.float32)
     gate = tl.load(x_ptr + f, mask, other=0.0).to(tl.float32)
     for r in tl.static_range(R):
-        h = tl.load(h_ptr + row * R + r, row < n, other=0.0).to(tl.float32)
+        # As a vector: of a column of the tile each thread would load a number once for each of its columns
+        h = tl.load(h_ptr + row * R + r, row < n, other=0.0).to(tl.float32)[:, None]
         up = up_ptr + column.to(tl.int64) * up_n + r * up_r
         value += h * tl.load(up, column < f, other=0.0).to(tl.float32)
         gate += h * tl.load(up + f * up_n, column < f, other=0.0).to(tl.float32)
@@ -82,7 +83,7 @@ def _geglu_fwd_kernel(
     value, gate = _pair(x_ptr, h_ptr, up_ptr, up_n, up_r, row, column, mask, n, f, x_stride, R)
     tail, _ = _tail(gate)
     y = value * (tl.maximum(gate, 0.0) - tl.abs(gate) * tail)
-    tl.store(y_ptr + row * f + column, y.to(y_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + row[:, None] * f + column, y.to(y_ptr.dtype.element_ty), mask)
 
 
 @jit
@@ -92,10 +93,10 @@ def _geglu_bwd_kernel(
 ):  # fmt: skip
     row, column, mask = _tile(n, f, ROWS, COLUMNS)
     value, gate = _pair(x_ptr, h_ptr, up_ptr, up_n, up_r, row, column, mask, n, f, x_stride, R)
-    dy = tl.load(dy_ptr + row * dy_stride + column, mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + row[:, None] * dy_stride + column, mask, other=0.0).to(tl.float32)
     tail, e = _tail(gate)
     phi = tl.where(gate < 0, tail, 1.0 - tail)
-    dx_ptr += row * (2 * f) + column
+    dx_ptr += row[:, None] * (2 * f) + column
     tl.store(dx_ptr, (dy * (gate * phi)).to(dx_ptr.dtype.element_ty), mask)
     dgate = dy * value * (phi + gate * e * 0.3989422804014327)  # 1 / sqrt(2 pi)
     tl.store(dx_ptr + f, dgate.to(dx_ptr.dtype.element_ty), mask)

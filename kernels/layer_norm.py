@@ -48,14 +48,14 @@ def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, h_ptr, up_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, stats_ptr, n, c, x_stride, residual_stride,
     up_c, up_k, eps, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
+    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, column = line[:, None], tl.arange(0, WIDTH)[None, :]
     mask = (row < n) & (column < c)
     s = tl.load(x_ptr + row * x_stride + column, mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         s += tl.load(residual_ptr + row * residual_stride + column, mask, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
-        h = tl.load(h_ptr + row * K + k, row < n, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + line * K + k, line < n, other=0.0).to(tl.float32)[:, None]  # once a row, see geglu
         up = tl.load(up_ptr + column * up_c + k * up_k, column < c, other=0.0).to(tl.float32)
         s += tl.where(mask, h * up, 0.0)
     weight = tl.load(weight_ptr + column, column < c, other=0.0).to(tl.float32)

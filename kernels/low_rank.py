@@ -105,10 +105,11 @@ def _sums(
     for start in tl.range(begin, end, BM, num_stages=STAGES):
         m = start + tl.arange(0, BM)[:, None]
         vt = tl.load(v + m.to(tl.int64) * v_row + c[None, :], mask=(m < end) & (c < C)[None, :], other=0.0)
-        tt = tl.load(t + m * R + r, mask=(m < end) & (r < R), other=0.0)
-        if BR == 1:
-            total += vt.to(tl.float32) * tt.to(tl.float32)
+        if BR == 1:  # loaded as a vector: a column would be loaded once for each of a thread's columns of vt
+            i = start + tl.arange(0, BM)
+            total += vt.to(tl.float32) * tl.load(t + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
         else:
+            tt = tl.load(t + m * R + r, mask=(m < end) & (r < R), other=0.0)
             total = tl.dot(tl.trans(vt), tt, total, input_precision="ieee")
     if BR == 1:
         tl.store(out + c * out_c, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=c < C)
