@@ -35,7 +35,7 @@ Draw = Callable[["Peer"], tuple[Tensor, Tensor, Tensor]]  # -> scaled noise 3 C 
 
 
 class Head(nn.Module):
-    """METHOD.md's head on a map of C channels: B C H W -> logits B 1 H W."""
+    """docs/METHOD.md's head on a map of C channels: B C H W -> logits B 1 H W."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default and the reason beside it. Symbols in brackets are METHOD.md's."""
+"""Every setting of a run, with its default and the reason beside it. Symbols in brackets are docs/METHOD.md's."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Solver:
     def __call__(self, text: Text, noise: Tensor, uncond: Text | None = None) -> tuple[Tensor, Tensor]:
         """(positions B N+1 C h w, fine B N C h w), fp32 on the UNet's device, from `noise` (B C h w).
 
-        positions[:, 0] is the noise (METHOD.md's index N), the last one the image's latents.
+        positions[:, 0] is the noise (docs/METHOD.md's index N), the last one the image's latents.
         """
         total = self.steps * self.fine_steps
         if noise.shape in self._walks:

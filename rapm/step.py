@@ -1,7 +1,7 @@
 """One slot of one iteration: the student's step, its two targets, the discriminators, and both updates.
 
-Everything lives in static buffers on the device (METHOD.md's z, the slot's number, the random numbers), and nothing
-asks the host, so that the same code runs eagerly and as one CUDA graph, replayed for every slot of every iteration.
+Everything lives in static buffers on the device (z of docs/METHOD.md, the slot's number, the random numbers), and
+nothing asks the host, so that the same code runs eagerly and as one CUDA graph, replayed for every slot.
 
 Shapes: N slots, C h w latents, K replayed slots.
 """

@@ -51,7 +51,7 @@ def walk(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plain_slot(step: Step, teacher: Teacher, slot: int, z: torch.Tensor) -> dict[str, torch.Tensor]:
-    """METHOD.md stage 2, word by word, in one graph, with the pure functions of the schedule."""
+    """docs/METHOD.md stage 2, word by word, in one graph, with the pure functions of the schedule."""
     unet, schedule, config, text = teacher.unet, teacher.schedule, step.config, step.text
     t, s = trailing_steps(1000, 4)[slot]
     fine = trailing_steps(1000, 8)[2 * slot][1]
