@@ -34,10 +34,11 @@ from rapm.checkpoint import STATE, checkpoints
 from rapm.config import Config
 from rapm.device import DTYPES, captured, pick_device
 from rapm.errors import UserError
+from rapm.finite import LOSSES
 from rapm.lora import LoRA
 from rapm.schedule import Schedule
 from rapm.solver import Solver
-from rapm.step import LOSSES, Step
+from rapm.step import Step
 from rapm.teacher import load_teacher
 from rapm.trajectories import Negatives, Store, prepare, trajectory_seed
 from rapm.unet import Text

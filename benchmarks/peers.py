@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from rapm.config import Config
 from rapm.discriminators import Discriminators
 from rapm.export.files import TARGETS
+from rapm.finite import LOSSES
 from rapm.kernels.disc_head import views
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
 from rapm.schedule import Schedule
-from rapm.step import LOSSES, Slots
+from rapm.step import Slots
 from rapm.trajectories import Trajectory
 from rapm.unet import Text
 

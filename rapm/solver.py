@@ -14,7 +14,8 @@ from rapm.device import captured
 from rapm.errors import UserError
 from rapm.kernels.guided_step import guided_step
 from rapm.schedule import Schedule, step_coefficients, trailing_steps
-from rapm.unet import Lora, Text, UNet
+from rapm.stacks import Lora
+from rapm.unet import Text, UNet
 
 
 def check_grid(T: int, steps: int, fine_steps: int) -> None:

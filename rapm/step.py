@@ -30,8 +30,6 @@ from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, tra
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
 
-SIDES = ("relative", "absolute")
-
 
 class Slots(nn.Module):
     """The N slots as tables on the device, in walking order: timesteps, DDIM maps z_s = a z_t + b out, re-noising."""

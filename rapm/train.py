@@ -40,6 +40,7 @@ from rapm.export.files import export_lora, verify_export
 from rapm.export.hub import claim_repo, upload
 from rapm.export.lora_file import WEIGHTS
 from rapm.export.merge import export_merged, verify_merged
+from rapm.finite import LOSSES
 from rapm.kernels.attention import xformers_problem
 from rapm.loading.families import Model, model_of
 from rapm.log import Log, check_tracker
@@ -50,7 +51,6 @@ from rapm.report.page import PLAN, write_report
 from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
-from rapm.step import LOSSES
 from rapm.stop import Interrupted, advice, cores, stop_signals
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training

@@ -42,9 +42,10 @@ from rapm.evaluate.metrics import (
 )
 from rapm.export.lora_file import WEIGHTS, read_lora, text_lora
 from rapm.sample import ENCODE, png, sample
+from rapm.stacks import Lora
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Negatives, Store, noise, trajectory_seed
-from rapm.unet import Lora, Text
+from rapm.unet import Text
 
 SIDE = 256  # pixels, of the COCO protocol
 CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default; DMD2's is laion/CLIP-ViT-g-14-laion2B-s12B-b42K

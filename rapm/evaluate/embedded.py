@@ -26,9 +26,10 @@ from rapm.errors import UserError
 from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.finite import finite
 from rapm.sample import sample
+from rapm.stacks import Lora
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise, trajectory_seed
-from rapm.unet import Lora, Text
+from rapm.unet import Text
 from rapm.zoo import JUDGE, scenes
 from rapm.zoo.judge import Judge, load_judge, mistakes
 

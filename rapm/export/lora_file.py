@@ -98,8 +98,8 @@ def read_text_lora(path: str | Path, encoders: Mapping[str, nn.Module]) -> dict[
 
 
 @contextmanager
-def text_lora(pipe: DiffusionPipeline, path: str | Path | None, scale: float = 1.0) -> Iterator[None]:
-    """The pipeline's text encoders with what the LoRA file `path` holds for them, as every client applies it."""
+def text_lora(pipe: DiffusionPipeline, path: str | Path | None) -> Iterator[None]:
+    """The pipeline's text encoders with what the LoRA file `path` holds for them, for a while. None: as they are."""
     names = ("text_encoder", "text_encoder_2") if path else ()
     encoders = {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
     weights = read_text_lora(path, encoders) if path else {}
@@ -109,7 +109,7 @@ def text_lora(pipe: DiffusionPipeline, path: str | Path | None, scale: float = 1
         for layer in map(encoders[encoder].get_submodule, parts)
     }
     for encoder, parts in weights.items():
-        fold(encoders[encoder], parts, scale)
+        fold(encoders[encoder], parts)
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def text_lora(pipe: DiffusionPipeline, path: str | Path | None, scale: float = 1
 
 @torch.no_grad()
 def fold(module: nn.Module, weights: Weights, scale: float = 1.0) -> None:
-    """Adds scale times a LoRA to the layers of `module` that it names, for good."""
+    """Adds scale times a LoRA to the layers of `module` that it names, in place."""
     for name, pair in weights.items():
         weight = module.get_parameter(f"{name}.weight")
         weight.copy_(folded(weight, pair, scale))
