@@ -19,7 +19,7 @@ import torch
 
 from rapm.config import Config
 from rapm.device import pick_device
-from rapm.evaluate.embedded import Evaluation, Sampler, table, teacher_samplers, write_report
+from rapm.evaluate.embedded import Evaluation, Sampler, save_rows, table, teacher_samplers
 from rapm.export.lora_file import read_lora
 from rapm.teacher import load_teacher
 
@@ -37,7 +37,7 @@ def judge(lora: Path, output: Path) -> None:
     rows = [evaluation.floor, *map(evaluation.row, samplers)]
     device = torch.cuda.get_device_name() if teacher.unet.device.type == "cuda" else "cpu"
     protocol = {"pairs": PAIRS, "reference_steps": whole, "guidance": config.guidance}
-    write_report(output, rows, {**protocol, "device": device, "torch": torch.__version__})
+    save_rows(output, rows, {**protocol, "device": device, "torch": torch.__version__})
     print(table(rows))
 
 

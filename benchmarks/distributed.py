@@ -90,7 +90,7 @@ def expected(folder: Path, ranks: int, device: str) -> Found:
 
     Each rank is a step of its own with its own replay; its gradients go into a mean, and the mean to torch's AdamW.
     """
-    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    config = Config.of_run(folder)
     teacher = load_teacher(config.teacher, device=torch.device(device), dtype=DTYPES[config.mixed_precision])
     teacher.unet.use_attention(config.attention)
     store, negatives = Store.open(folder / "trajectories"), Negatives(teacher, config.negative_prompt)

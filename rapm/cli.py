@@ -257,8 +257,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`rapm evaluate`: the embedded teacher by its judge, every other by FID, KID and CLIP score."""
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
-    embedded = Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded"
-    judged = arguments.captions is None and embedded
+    judged = arguments.captions is None and Config.of_run(arguments.folder).teacher == "embedded"
     foreign = ("reference", "clip", "inception", "samples") if judged else ("pairs",)
     for name in (*foreign, *(() if arguments.captions else ("reference",))):
         if getattr(arguments, name) is not None:
@@ -267,10 +266,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if judged:
         from rapm.evaluate.embedded import evaluate_run
 
-        pairs, batch = given.get("pairs", 4096), given.get("batch", 512)
-        if pairs < 4 or pairs % 2 or batch < 1:
-            raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
-        print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=pairs, batch=batch))
+        print(evaluate_run(arguments.folder, lora=arguments.lora, **given))
         return
     from rapm.evaluate.compare import CLIP, compare
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from rapm import __version__
-from rapm.config import Config
+from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import write_atomic
 from rapm.errors import UserError
@@ -114,9 +114,7 @@ def _quoted(value: str) -> str:
 
 def _settings_of(lora: Path | None) -> Config:
     """The settings of the run whose folder `lora` is; the defaults for a file, or for none."""
-    if lora is not None and (lora / "config.toml").is_file():
-        return Config().replace(**Config.from_toml(lora / "config.toml"))
-    return Config()
+    return Config.of_run(lora) if lora is not None and (lora / RESOLVED).is_file() else Config()
 
 
 def _lora_name(lora: Path | None) -> str | None:

@@ -30,7 +30,7 @@ from rapm.checkpoint import (
     save_checkpoint,
     sweep_checkpoints,
 )
-from rapm.config import Config
+from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import held, sweep, write_atomic
 from rapm.errors import UserError
@@ -59,7 +59,7 @@ from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
-    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
+    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", RESOLVED,
     "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST, PLAN,
 )  # fmt: skip
 STORE_PATIENCE = 10.0  # seconds to wait for another run's work on a shared store
@@ -88,7 +88,7 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
     with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
         if distributed.first():
             _set_aside(folder, done)
-            write_atomic(folder / "config.toml", config.to_toml().encode())
+            write_atomic(folder / RESOLVED, config.to_toml().encode())
             if budget:
                 write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
         training = Training(teacher, store, config, budget)
@@ -124,7 +124,7 @@ def export_run(
         raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
     with _claimed(folder), advice("the same command does it again"):
         checkpoint = find_checkpoint(folder, which)
-        config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
+        config = Config.of_run(folder).replace(output_dir=str(folder))
         repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
         teacher, config, prompts = prepare_teacher(config)
         state = load_checkpoint(checkpoint, config)

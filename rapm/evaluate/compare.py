@@ -110,7 +110,7 @@ def compare(
     """
     if samples < 4 or batch < 1:
         raise UserError(f"samples {samples}, batch {batch}: at least 4, and at least 1")
-    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    config = Config.of_run(folder)
     drawn = read_captions(captions, samples) if captions else None
     store = None if captions else Store.open(config.store or folder / "trajectories")
     real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
