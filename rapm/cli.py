@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """UserError with argparse's own words."""
+        if message.startswith("unrecognized arguments"):
+            message += ": settings without a flag go into a TOML file, --config FILE.toml"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

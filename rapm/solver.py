@@ -24,7 +24,8 @@ def check_grid(T: int, steps: int, fine_steps: int) -> None:
         raise UserError(f"steps {steps}, fine_steps {fine_steps}: both must be at least 1")
     if T % (steps * fine_steps):
         raise UserError(
-            f"steps {steps} x fine_steps {fine_steps} = {steps * fine_steps} must divide the teacher's {T} timesteps"
+            f"steps {steps} x fine_steps {fine_steps} = {steps * fine_steps} must divide the teacher's {T} timesteps: "
+            "take others, as 4 x 10"
         )
 
 

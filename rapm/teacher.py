@@ -301,7 +301,7 @@ def _load_pipeline(found: Source, dtype: torch.dtype, **parts: None) -> Diffusio
             else:
                 pipe = pipeline.from_single_file(location, config=str(configs), local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, SingleFileComponentError) as error:
-        raise UserError(f"teacher: {location} does not load: {first_line(error)}") from error
+        raise UserError(f"teacher: {location} does not load ({first_line(error)}): get it again") from error
     pipe.scheduler = recipe_scheduler(found.parts["scheduler"])
     return pipe
 

@@ -304,7 +304,9 @@ def _progress(count: int, todo: Sequence[int]) -> tqdm:
 def _check_width(measured: Measures, mean: Tensor) -> None:
     width = measured.network(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)).flatten(1).shape[1]
     if width != len(mean):
-        raise UserError(f"reference: its statistics have {len(mean)} features, FID's network has {width}")
+        raise UserError(
+            f"reference: its statistics have {len(mean)} features, FID's network has {width}: use those of that one"
+        )
 
 
 def _count(real: list[Path] | tuple[Tensor, Tensor]) -> str:

@@ -218,7 +218,9 @@ def moments(path: Path) -> tuple[Tensor, Tensor]:
             f"reference: {path} is no .npz with `mu` and `sigma` ({error}): give one, or a folder"
         ) from error
     if covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"reference: {path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}")
+        raise UserError(
+            f"reference: {path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}: get it again"
+        )
     return mean, covariance
 
 
