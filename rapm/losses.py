@@ -1,4 +1,8 @@
-"""The losses of docs/METHOD.md, stage 2, as pure functions. Each returns a 0-dim tensor: a mean, without units."""
+"""The losses of docs/METHOD.md, stage 2, as pure functions. Each returns a 0-dim tensor: a mean, without units.
+
+A slot has them from kernels that compute their gradients as well (position_loss, disc_head); what is measured on
+held-out trajectories, and what tests and benchmarks compare the kernels with, is computed here.
+"""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ class Step:
             told, flat = self._shared(told, flat)
         norm = flat.norm()
         heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
-        row, seen = told.tensor_split([len(LOSSES) - 2])
+        row, seen = told.tensor_split([len(LOSSES) - 2])  # all but the two norms, the last of LOSSES
         row = torch.cat([row, norm[None], heads[None]])
         bad = ~torch.isfinite(torch.cat([row, seen]))
         good = ~bad.any()
