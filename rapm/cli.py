@@ -112,7 +112,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--resume_from_checkpoint", metavar="latest|PATH", help="go on from there, in the same --output_dir"
     )
-    sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    sub.add_argument("--dry-run", action="store_true", help="say what would be done, and compute nothing")
     sub = command("plan", run_plan, "What `train` would do within --vram: memory, time, disk; loads no weights.")
     _add_settings(sub)
     sub = command("doctor", run_doctor, "What is installed and active, what is missing, and what would fix it.")

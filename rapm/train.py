@@ -31,7 +31,7 @@ from rapm.checkpoint import (
     sweep_checkpoints,
 )
 from rapm.config import RESOLVED, Config
-from rapm.device import DTYPES, pick_device
+from rapm.device import DTYPES, cores, pick_device
 from rapm.disk import held, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
@@ -51,7 +51,7 @@ from rapm.report.page import PLAN, write_report
 from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
-from rapm.stop import Interrupted, advice, cores, stop_signals
+from rapm.stop import Interrupted, advice, stop_signals
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training
 from rapm.trajectories import Store, prepare
