@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from rapm import __version__
 from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions
-from rapm.errors import UserError
+from rapm.errors import ExportError, RunError, UserError
 
 # Flag, the names people already type for it, the field it sets.
 FLAGS = (
@@ -70,8 +70,6 @@ def main(argv: list[str] | None = None) -> int:
     from rapm import distributed
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
-    from rapm.errors import RunError
-    from rapm.export.files import ExportError
     from rapm.stop import Interrupted, Terminated, terminable
 
     message: object
