@@ -13,7 +13,7 @@ from torch import Tensor
 from rapm import __version__
 from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, pick_device
-from rapm.disk import write_atomic
+from rapm.disk import make_writable, write_atomic
 from rapm.errors import UserError
 from rapm.export.files import base_name
 from rapm.sample import grid, png, sample_batches
@@ -47,11 +47,8 @@ def draw(
         raise UserError(f"batch {batch}: at least 1")
     run = _settings_of(lora)
     folder = output if output.suffix.lower() not in IMAGES else None
-    place = folder or output.parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / ".writable").touch()
-        (place / ".writable").unlink()
+        make_writable(folder or output.parent)
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror}): choose another") from error
     device = pick_device(run)

@@ -32,7 +32,7 @@ from rapm.checkpoint import (
 )
 from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, cores, pick_device
-from rapm.disk import held, sweep, write_atomic
+from rapm.disk import held, make_writable, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, client_name, write_workflow
@@ -354,9 +354,7 @@ def _claimed(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if distributed.first():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
+                make_writable(folder)
                 stack.enter_context(held(folder))
                 sweep(folder)
                 sweep_checkpoints(folder)
