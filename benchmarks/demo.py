@@ -19,24 +19,25 @@ import torch
 
 from rapm.config import Config
 from rapm.device import pick_device
-from rapm.evaluate.embedded import Evaluation, Sampler, table, teacher_samplers, write_report
+from rapm.evaluate.embedded import Evaluation, Sampler, save_rows, table, teacher_samplers
 from rapm.export.lora_file import read_lora
 from rapm.teacher import load_teacher
 
 RESULTS = Path(__file__).parent / "results"
+PAIRS = 4096  # held-out caption and seed pairs
 
 
-def judge(lora: Path, output: Path, pairs: int = 4096) -> None:
+def judge(lora: Path, output: Path) -> None:
     config = Config.preset("embedded")
     teacher = load_teacher("embedded", device=pick_device(config), dtype=torch.float32)
     whole = config.steps * config.fine_steps
-    evaluation = Evaluation(teacher, reference_steps=whole, guidance=config.guidance, pairs=pairs)
+    evaluation = Evaluation(teacher, reference_steps=whole, guidance=config.guidance, pairs=PAIRS)
     samplers = teacher_samplers(config.guidance, config.steps)
     samplers.append(Sampler("demo", config.steps, lora=read_lora(lora, teacher.unet)))
     rows = [evaluation.floor, *map(evaluation.row, samplers)]
     device = torch.cuda.get_device_name() if teacher.unet.device.type == "cuda" else "cpu"
-    protocol = {"pairs": pairs, "reference_steps": whole, "guidance": config.guidance}
-    write_report(output, rows, {**protocol, "device": device, "torch": torch.__version__})
+    protocol = {"pairs": PAIRS, "reference_steps": whole, "guidance": config.guidance}
+    save_rows(output, rows, {**protocol, "device": device, "torch": torch.__version__})
     print(table(rows))
 
 

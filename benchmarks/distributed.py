@@ -34,10 +34,11 @@ from rapm.checkpoint import STATE, checkpoints
 from rapm.config import Config
 from rapm.device import DTYPES, captured, pick_device
 from rapm.errors import UserError
+from rapm.finite import LOSSES
 from rapm.lora import LoRA
 from rapm.schedule import Schedule
 from rapm.solver import Solver
-from rapm.step import LOSSES, Step
+from rapm.step import Step
 from rapm.teacher import load_teacher
 from rapm.trajectories import Negatives, Store, prepare, trajectory_seed
 from rapm.unet import Text
@@ -89,7 +90,7 @@ def expected(folder: Path, ranks: int, device: str) -> Found:
 
     Each rank is a step of its own with its own replay; its gradients go into a mean, and the mean to torch's AdamW.
     """
-    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    config = Config.of_run(folder)
     teacher = load_teacher(config.teacher, device=torch.device(device), dtype=DTYPES[config.mixed_precision])
     teacher.unet.use_attention(config.attention)
     store, negatives = Store.open(folder / "trajectories"), Negatives(teacher, config.negative_prompt)

@@ -58,6 +58,7 @@ OUTPUT = Path(__file__).parent / "results" / "low_precision.json"
 LIMITS = {"full": 0.1, "int8": 0.2, "nf4": 0.7}
 SHAPES = ((1024, 1280, 1280), (1024, 1280, 10240), (1024, 5120, 1280), (4096, 640, 640), (4096, 640, 5120))  # M K N
 OURS = "bf16", "int8"
+ITERATIONS = 5  # timed
 QUALITY = {"fp32": ("no", "full"), "bf16": ("bf16", "full"), "int8": ("bf16", "int8"), "nf4": ("bf16", "nf4")}
 
 
@@ -101,12 +102,12 @@ def one_slot(unet: UNet, name: str, side: int) -> dict[str, Tensor]:
     return {"output": out.detach().cpu(), "position": position.detach().cpu(), "gradient": gradient.cpu()}
 
 
-def seconds(unet: UNet, name: str, side: int, iterations: int = 5) -> dict[str, float]:
+def seconds(unet: UNet, name: str, side: int) -> dict[str, float]:
     """Of a captured iteration, and the memory with the UNet's own."""
     step, trajectory = new_step(unet, name, side)
     step()
     slot, times = captured(step), []
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         step.load(trajectory, 0)
         torch.cuda.synchronize()
         start = time.perf_counter()

@@ -53,7 +53,7 @@ from rapm.step import SlotMemory
 ROOT = Path(__file__).parents[1]
 BUDGETS = {"sdxl": ("none", "24G", "16G", "12G", "8G", "6G"), "sd15": ("none", "24G", "16G", "12G", "8G", "6G", "4G")}
 RANKS = {"sdxl": (1, 64), "sd15": (64,)}
-OFFLOADED, MOVERS = "8G", ("none", "rapm", "save_on_cpu", "torchtune")  # whose plan is moved, by whom
+OFFLOADED, MOVERS = 8 * GIB, ("none", "rapm", "save_on_cpu", "torchtune")  # whose plan is moved, by whom
 ITERATIONS, WARM = 50, 2
 TIMEOUT = 300  # seconds a case
 
@@ -235,7 +235,7 @@ def move(name: str, mover: str, count: int, check: bool) -> dict:
     device, (model, planned) = device_of(check), model_of(name, check)
     config = Config.preset(name).replace(lora_rank=1)
     plan = Planner(planned, config, cards.this_card(device) if device.type == "cuda" else cards.CARDS[0])
-    budget = 8 * GIB if not check else plan.smallest() * 11 // 10
+    budget = OFFLOADED if not check else plan.smallest() * 11 // 10
     plan = plan.plan(budget)
     moved = {layer: policy._replace(level="keep") for layer, policy in plan.student.items() if policy.offload}
     unet = random_unet(model.unet, device.type)

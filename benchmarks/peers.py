@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from rapm.config import Config
 from rapm.discriminators import Discriminators
 from rapm.export.files import TARGETS
+from rapm.finite import LOSSES
 from rapm.kernels.disc_head import views
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
 from rapm.schedule import Schedule
-from rapm.step import LOSSES, Slots
+from rapm.step import Slots
 from rapm.trajectories import Trajectory
 from rapm.unet import Text
 
@@ -35,7 +36,7 @@ Draw = Callable[["Peer"], tuple[Tensor, Tensor, Tensor]]  # -> scaled noise 3 C 
 
 
 class Head(nn.Module):
-    """METHOD.md's head on a map of C channels: B C H W -> logits B 1 H W."""
+    """docs/METHOD.md's head on a map of C channels: B C H W -> logits B 1 H W."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -36,10 +36,11 @@ from rapm.bench.run import MODELS, Model, card, example_text, kernel_mode, limit
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import UserError
+from rapm.finite import LOSSES
 from rapm.kernels.renoise import renoise_ref
 from rapm.memory.saved import Memory, Policy
 from rapm.schedule import Schedule
-from rapm.step import LOSSES, SlotMemory, Step
+from rapm.step import SlotMemory, Step
 from rapm.trajectories import Trajectory
 from rapm.unet import UNet
 from rapm.zoo import EMBEDDED

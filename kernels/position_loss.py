@@ -1,6 +1,6 @@
 """A student's step and its distances to both targets, with the gradient: values and derivatives in one launch.
 
-z_n = a z + b out; L(y) = mean(sqrt((z_n - y)^2 + c^2) - c) for y = zhat, ztilde (METHOD.md, stage 2, 4), computed as
+z_n = a z + b out; L(y) = mean(sqrt((z_n - y)^2 + c^2) - c) for y = zhat, ztilde (docs/METHOD.md, stage 2, 4), as
 d^2 / (sqrt(d^2 + c^2) + c), which does not cancel; gradient = d(w_r L(zhat) + w_a L(ztilde)) / d z_n, so there is no
 backward launch and nothing to keep. `position_gradient` adds the discriminators' part and goes on to the network's
 output: d out = scale b (gradient + adversarial / scale keep x_gradient), with x_u = keep z_n + add xi.

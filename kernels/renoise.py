@@ -1,4 +1,4 @@
-"""The three latents for the discriminators, noised on to one random u: x_u = keep x + add xi (METHOD.md, stage 2, 5).
+"""The three latents for the discriminators at one random u: x_u = keep x + add xi (docs/METHOD.md, stage 2, 5).
 
 u = low + floor(share time (high - low)); keep, add = table[slot, u]; time ~ U[0, 1) and xi ~ N(0, I) come from Philox
 4x32-10 (Salmon et al., SC 2011; Random123), drawn in the kernel, so no noise is stored or copied. Key: 64 bits of seed;

@@ -1,7 +1,8 @@
-"""What a diffusers `unet/config.json` may say: what is left out, what is computed here, and what is refused."""
+"""What a diffusers `unet/config.json` may say: what is left out, computed here, refused; and what it says of sizes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,21 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
             expected = " or ".join(map(str, values))
             raise UserError(f"UNet config: {key} is {value}, not {expected}: use a base model of SD1.x, SD2.x or SDXL")
     return config
+
+
+def trained_size(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    """H, W in pixels of what the model of a complete `config` was trained on; `factor` pixels are one latent."""
+    size = each(config["sample_size"])
+    return size[0] * factor, size[-1] * factor
+
+
+def latent_shape(config: Mapping[str, Any], factor: int, resolution: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(C, h, w) of an image of H W pixels, None: `trained_size`. UserError for sides that the latents cannot tile."""
+    height, width = resolution or trained_size(config, factor)
+    multiple = math.lcm(8, factor)
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise UserError(f"resolution {height}x{width}: height and width must be multiples of {multiple}")
+    return config["in_channels"], height // factor, width // factor
 
 
 def each(value: object) -> list[Any]:

@@ -91,7 +91,10 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     free = FREE | ({"max_train_steps"} if config.lr_schedule == "constant" else set())
     for name, value in asdict(config).items():
         if name not in free and then.get(name) != json.loads(json.dumps(value)):
-            raise UserError(f"resume: {path} was made with {name} = {then.get(name)!r}, not {value!r}")
+            raise UserError(
+                f"resume: {path} was made with {name} = {then.get(name)!r}, not {value!r}: go on with that, or start "
+                "without --resume_from_checkpoint"
+            )
     if bad := next((name for name, x in state.items() if not finite(x)), None):
         raise UserError(f"resume: {path}: {bad} holds numbers that are not finite: give an earlier checkpoint")
     return state, done
@@ -132,7 +135,9 @@ def _header(path: Path) -> dict[str, str]:
         int(header["iterations"]), int(header.get("ranks", 1)), float(header.get("fd", 0))
         {**json.loads(header["config"])}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error}): give another"
+        ) from error
     if header.get("format") != FORMAT:
         raise UserError(f"resume: {path} was written by another version of rapm-fast: finish the run with that one")
     return header

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from rapm import __version__
 from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions
-from rapm.errors import UserError
+from rapm.errors import ExportError, RunError, UserError
 
 # Flag, the names people already type for it, the field it sets.
 FLAGS = (
@@ -35,6 +35,18 @@ FLAGS = (
 )
 
 HELP = {
+    "teacher": "a diffusers folder, a hub id, a .safetensors file, or `embedded` (the default)",
+    "output_dir": "the folder of all that a run writes",
+    "vram": "what the process may take of the GPU, for example 12G; auto (the default): what is free",
+    "max_train_steps": "iterations, each of --steps slots",
+    "lora_rank": "of the LoRA; its alpha is the same",
+    "steps": "in which the student samples (4)",
+    "report_to": "tensorboard (the default), wandb or none",
+    "checkpointing_steps": "iterations from one checkpoint to the next",
+    "validation_steps": "iterations from one validation to the next",
+    "validation_prompts": "how many prompts are held out for it",
+    "mixed_precision": "of the frozen weights: no (fp32), bf16 or fp16; the LoRA is fp32 always",
+    "attention": "auto (the default: on a GPU each shape's fastest), sdpa or xformers",
     "prompts": "one a line in a text file, - for the standard input, or FILE or FILE:COLUMN of a table (.csv, .tsv, "
     ".jsonl, .parquet); without it the bundled list, or the embedded teacher's captions",
     "resolution": "HxW in pixels, or several with commas between, which the trajectories take in turn",
@@ -46,6 +58,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """UserError with argparse's own words."""
+        if message.startswith("unrecognized arguments"):
+            message += ": settings without a flag go into a TOML file, --config FILE.toml"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -56,8 +70,6 @@ def main(argv: list[str] | None = None) -> int:
     from rapm import distributed
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
-    from rapm.errors import RunError
-    from rapm.export.files import ExportError
     from rapm.stop import Interrupted, Terminated, terminable
 
     message: object
@@ -95,8 +107,10 @@ def build_parser() -> Parser:
 
     sub = command("train", run_train, "Distil a teacher into a LoRA; without arguments the embedded teacher.")
     _add_settings(sub)
-    sub.add_argument("--resume_from_checkpoint", metavar="latest|PATH")
-    sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    sub.add_argument(
+        "--resume_from_checkpoint", metavar="latest|PATH", help="go on from there, in the same --output_dir"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="say what would be done, and compute nothing")
     sub = command("plan", run_plan, "What `train` would do within --vram: memory, time, disk; loads no weights.")
     _add_settings(sub)
     sub = command("doctor", run_doctor, "What is installed and active, what is missing, and what would fix it.")
@@ -106,15 +120,15 @@ def build_parser() -> Parser:
     sub.add_argument("--verify", metavar="DIR", help="read every byte of a store and report what is damaged")
     sub = command("sample", run_sample, "Draw pictures with a LoRA, or with the bare teacher.")
     sub.add_argument("prompt", nargs="*", help="prompts; or --prompts FILE")
-    sub.add_argument("--prompts", metavar="FILE")
+    sub.add_argument("--prompts", metavar="FILE", help="as `rapm train` takes them")
     sub.add_argument("--teacher", help="any base of the LoRA's family; without it the run's own, or `embedded`")
     _add_teacher_lora(sub)
     sub.add_argument("--lora", type=Path, metavar="FILE|RUN", help="a LoRA file, or a run's output folder")
-    sub.add_argument("--steps", type=int, help="1 to 8; without it the run's own, or 4")
+    sub.add_argument("--steps", type=int, help="without it the run's own, or 4")
     sub.add_argument("--guidance", type=float, default=1.0, help="1, as the LoRA needs it, is none")
-    sub.add_argument("--negative_prompt", default="")
+    sub.add_argument("--negative_prompt", default="", help="of use with --guidance above 1 only")
     sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="each prompt is drawn with each")
-    sub.add_argument("--resolution", metavar="HxW")
+    sub.add_argument("--resolution", metavar="HxW", help="in pixels; without it the run's, or the teacher's own")
     sub.add_argument("--mixed_precision", metavar="no|fp16|bf16", help="without it the run's; fp16 on a GPU")
     sub.add_argument("--batch", type=int, default=4, help="pictures drawn together: fewer need less memory")
     sub.add_argument(
@@ -142,7 +156,7 @@ def build_parser() -> Parser:
         metavar="OWNER/NAME",
         help="upload the LoRA and its card to the Hugging Face Hub, to a new private model or one that is there",
     )
-    sub.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH")
+    sub.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="of the run (default latest)")
     sub = command("report", run_report, "Write a run as one HTML page: curves, pictures, settings, how to use it.")
     sub.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its output folder")
     sub = command("bench", run_bench, "Time the kernels on the shapes of a UNet pass, beside what else there is.")
@@ -158,7 +172,7 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(*names, dest=field, type=kind, metavar=field.upper(), help=HELP.get(field))
     _add_teacher_lora(sub)
     sub.add_argument("--config", metavar="FILE.toml", help="any setting of rapm/config.py; flags override it")
-    sub.add_argument("--preset", help=", ".join(PRESETS))
+    sub.add_argument("--preset", help=f"the defaults of {', '.join(PRESETS)}; without it those of the teacher's family")
 
 
 def _add_teacher_lora(sub: argparse.ArgumentParser) -> None:
@@ -257,8 +271,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`rapm evaluate`: the embedded teacher by its judge, every other by FID, KID and CLIP score."""
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
-    embedded = Config.from_toml(arguments.folder / "config.toml").get("teacher") == "embedded"
-    judged = arguments.captions is None and embedded
+    judged = arguments.captions is None and Config.of_run(arguments.folder).teacher == "embedded"
     foreign = ("reference", "clip", "inception", "samples") if judged else ("pairs",)
     for name in (*foreign, *(() if arguments.captions else ("reference",))):
         if getattr(arguments, name) is not None:
@@ -267,10 +280,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if judged:
         from rapm.evaluate.embedded import evaluate_run
 
-        pairs, batch = given.get("pairs", 4096), given.get("batch", 512)
-        if pairs < 4 or pairs % 2 or batch < 1:
-            raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
-        print(evaluate_run(arguments.folder, lora=arguments.lora, pairs=pairs, batch=batch))
+        print(evaluate_run(arguments.folder, lora=arguments.lora, **given))
         return
     from rapm.evaluate.compare import CLIP, compare
 

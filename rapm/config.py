@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default and the reason beside it. Symbols in brackets are METHOD.md's."""
+"""Every setting of a run, with its default and the reason beside it. Symbols in brackets are docs/METHOD.md's."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+RESOLVED = "config.toml"  # every setting of a run, in its output folder
 CHOICES = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "trajectory_dtype": ("float32", "float16", "bfloat16"),
@@ -89,9 +90,8 @@ class Config:
     # The discriminators
     head_learning_rate: float = 1e-3  # on the embedded teacher as good as 1e-4, and the heads are of use sooner
     renoise: float = 1.0  # share of a slot over which u is drawn: u in [t_n, t_n + renoise * (t_{n+1} - t_n))
-    head_warmup_steps: int = (
-        0  # iterations before the generator terms count: heads that have learned nothing only add noise
-    )
+    # Iterations before the generator terms count: heads that have learned nothing only add noise.
+    head_warmup_steps: int = 0
     replay_size: int = 0  # iterations whose features (fake and real) are kept for the heads: batch 1 starves them
     replay_batch: int = 8  # kept slots shown to the heads at each update, beside the current one
 
@@ -157,6 +157,14 @@ class Config:
     def resolutions(self) -> tuple[tuple[int, int], ...]:
         """`resolution` and then `buckets`; empty before a teacher has given its own."""
         return (*(() if self.resolution is None else (self.resolution,)), *self.buckets)
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Config:
+        """The settings of the run whose output folder it is. UserError where there is none."""
+        path = folder / RESOLVED
+        if not path.is_file():
+            raise UserError(f"{folder} holds no run (no {RESOLVED}): give a run's output folder")
+        return cls().replace(**cls.from_toml(path))
 
     @classmethod
     def from_toml(cls, path: str | Path) -> dict[str, object]:

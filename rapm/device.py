@@ -1,8 +1,10 @@
-"""Where a run computes, and in what."""
+"""Where a run computes, and in what; what the host asks of a device, and graphs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +15,12 @@ from rapm.errors import UserError
 from rapm.kernels import runtime
 from rapm.memory.cards import CONTEXT, cap
 
+if TYPE_CHECKING:
+    from rapm.step import Step
+
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by `mixed_precision`
+# Numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine.
+SMALL = 8192
 
 
 def pick_device(config: Config) -> torch.device:
@@ -36,6 +43,18 @@ def pick_device(config: Config) -> torch.device:
         if budget := parse_vram(config.vram):
             cap(device, budget, CONTEXT)
     return device
+
+
+@contextmanager
+def cores(steps: Iterable[Step]) -> Iterator[None]:
+    """One core for slots too small to share among several."""
+    before = torch.get_num_threads()
+    if all(not step.z.is_cuda and step.z.numel() < SMALL for step in steps):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Fetched:

@@ -1,4 +1,4 @@
-"""Discriminators: small heads on the features of the frozen teacher (METHOD.md, stage 2, 5).
+"""Discriminators: small heads on the features of the frozen teacher (docs/METHOD.md, stage 2, 5).
 
 A head (conv1x1 - GroupNorm - LeakyReLU, again with a residual, conv1x1 to a logit a position) and all that its training
 needs is kernels/disc_head.py.

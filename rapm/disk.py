@@ -43,6 +43,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def make_writable(folder: Path) -> None:
+    """`folder`, made if it is not there. OSError if it cannot be, or nothing can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".writable").touch()
+    (folder / ".writable").unlink()
+
+
 @contextmanager
 def held(folder: Path, wait: float = 0.0) -> Iterator[None]:
     """`folder` for this process alone, until it is done or dies. UserError if another has it after `wait` seconds."""

@@ -21,7 +21,8 @@ from rapm.memory import cards, offload
 from rapm.memory.cards import GIB
 
 OPTIONAL = {
-    "xformers": "attention's fourth candidate", "tensorboard": "the curves of a run", "scikit-learn": "rapm evaluate"
+    "xformers": "one more candidate for attention", "tensorboard": "a run's curves", "pyarrow": "prompts from parquet",
+    "scikit-learn": "rapm evaluate", "torchmetrics": "rapm evaluate", "torch-fidelity": "rapm evaluate",
 }  # fmt: skip
 LEAST_DISK = 2 * GIB  # a run of the embedded teacher takes a tenth of it, the smallest of a real one about this
 OLDEST = (8, 0)  # compute capability: bf16 in hardware
@@ -71,9 +72,11 @@ def _packages() -> list[Finding]:
         else:
             present.append(f"{requirement.name} {found}")
     findings.append(Finding("packages", ", ".join(present) or f"torch {torch.__version__}"))
-    extras = [f"{name} ({use})" for name, use in OPTIONAL.items() if _installed(name) is None]
-    if extras:
-        findings.append(Finding("optional", f"not installed: {', '.join(extras)}"))
+    if extras := {name: use for name, use in OPTIONAL.items() if _installed(name) is None}:
+        listed = ", ".join(f"{name} ({use})" for name, use in extras.items())
+        names = " ".join(name for name in extras if name != "xformers")  # whose release must be that for this torch
+        fix = f"{Path(sys.executable).name} -m pip install {names}" if names else ""
+        findings.append(Finding("optional", f"not installed: {listed}", fix=fix))
     return findings
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from rapm import __version__
-from rapm.config import Config
+from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, pick_device
-from rapm.disk import write_atomic
+from rapm.disk import make_writable, write_atomic
 from rapm.errors import UserError
 from rapm.export.files import base_name
 from rapm.sample import grid, png, sample_batches
@@ -47,11 +47,8 @@ def draw(
         raise UserError(f"batch {batch}: at least 1")
     run = _settings_of(lora)
     folder = output if output.suffix.lower() not in IMAGES else None
-    place = folder or output.parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / ".writable").touch()
-        (place / ".writable").unlink()
+        make_writable(folder or output.parent)
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror}): choose another") from error
     device = pick_device(run)
@@ -114,9 +111,7 @@ def _quoted(value: str) -> str:
 
 def _settings_of(lora: Path | None) -> Config:
     """The settings of the run whose folder `lora` is; the defaults for a file, or for none."""
-    if lora is not None and (lora / "config.toml").is_file():
-        return Config().replace(**Config.from_toml(lora / "config.toml"))
-    return Config()
+    return Config.of_run(lora) if lora is not None and (lora / RESOLVED).is_file() else Config()
 
 
 def _lora_name(lora: Path | None) -> str | None:

@@ -13,3 +13,7 @@ class UserError(Exception):
 
 class RunError(RuntimeError):
     """A run that cannot go on: one line that says why (exit code 1). What was computed is kept."""
+
+
+class ExportError(RuntimeError):
+    """Files that do not do in stock software what the student does, or that the hub does not take (exit code 1)."""

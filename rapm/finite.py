@@ -18,7 +18,7 @@ LOSSES = (
 # both targets. A number that is not finite in an earlier feature is in the last one too.
 PROBES = (*LOSSES, "features_fake", "features_rel", "features_abs")
 SHARED = tuple(name for name in PROBES if not name.endswith("grad_norm"))  # what ranks tell each other beside gradients
-SIDES = {"rel": "relative", "abs": "absolute"}
+SIDES = {"rel": "relative", "abs": "absolute"}  # of D_rel and D_abs, in this order everywhere
 
 
 def finite(x: Tensor) -> bool:

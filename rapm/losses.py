@@ -1,4 +1,8 @@
-"""The losses of METHOD.md, stage 2, as pure functions. Each returns a 0-dim tensor: a mean, without units."""
+"""The losses of docs/METHOD.md, stage 2, as pure functions. Each returns a 0-dim tensor: a mean, without units.
+
+A slot has them from kernels that compute their gradients as well (position_loss, disc_head); what is measured on
+held-out trajectories, and what tests and benchmarks compare the kernels with, is computed here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 
 
 def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
-    """mean(sqrt((x - y)^2 + c^2) - c): quadratic below c, linear above (METHOD.md, stage 2, 4)."""
+    """mean(sqrt((x - y)^2 + c^2) - c): quadratic below c, linear above (docs/METHOD.md, stage 2, 4)."""
     return (((x - y).square() + c * c).sqrt() - c).mean()
 
 
@@ -21,5 +25,5 @@ def hinge_discriminator(real: Iterable[Tensor], fake: Iterable[Tensor]) -> Tenso
 
 
 def hinge_generator(fake: Iterable[Tensor]) -> Tensor:
-    """mean over heads of E relu(1 - D(fake)): no reward beyond the margin (METHOD.md, stage 2, 5)."""
+    """mean over heads of E relu(1 - D(fake)): no reward beyond the margin (docs/METHOD.md, stage 2, 5)."""
     return torch.stack([F.relu(1 - f).mean() for f in fake]).mean()

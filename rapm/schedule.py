@@ -85,7 +85,7 @@ def trailing_steps(T: int, n: int) -> list[tuple[int, int]]:
 
 
 def step_coefficients(schedule: Schedule, t: int, s: int) -> tuple[float, float]:
-    """(a, b) of one DDIM step z_s = a z_t + b out, with the raw output of the network (METHOD.md, Notation).
+    """(a, b) of one DDIM step z_s = a z_t + b out, with the raw output of the network (docs/METHOD.md, Notation).
 
     With z_t = sqrt(abar) x + sqrt(1 - abar) eps and v = sqrt(abar) eps - sqrt(1 - abar) x, a v-prediction step is a
     rotation, finite at abar(t) = 0 too.

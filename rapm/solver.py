@@ -14,7 +14,8 @@ from rapm.device import captured
 from rapm.errors import UserError
 from rapm.kernels.guided_step import guided_step
 from rapm.schedule import Schedule, step_coefficients, trailing_steps
-from rapm.unet import Lora, Text, UNet
+from rapm.stacks import Lora
+from rapm.unet import Text, UNet
 
 
 def check_grid(T: int, steps: int, fine_steps: int) -> None:
@@ -23,7 +24,8 @@ def check_grid(T: int, steps: int, fine_steps: int) -> None:
         raise UserError(f"steps {steps}, fine_steps {fine_steps}: both must be at least 1")
     if T % (steps * fine_steps):
         raise UserError(
-            f"steps {steps} x fine_steps {fine_steps} = {steps * fine_steps} must divide the teacher's {T} timesteps"
+            f"steps {steps} x fine_steps {fine_steps} = {steps * fine_steps} must divide the teacher's {T} timesteps: "
+            "take others, as 4 x 10"
         )
 
 
@@ -107,7 +109,7 @@ class Solver:
     def __call__(self, text: Text, noise: Tensor, uncond: Text | None = None) -> tuple[Tensor, Tensor]:
         """(positions B N+1 C h w, fine B N C h w), fp32 on the UNet's device, from `noise` (B C h w).
 
-        positions[:, 0] is the noise (METHOD.md's index N), the last one the image's latents.
+        positions[:, 0] is the noise (docs/METHOD.md's index N), the last one the image's latents.
         """
         total = self.steps * self.fine_steps
         if noise.shape in self._walks:

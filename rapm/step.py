@@ -1,7 +1,7 @@
 """One slot of one iteration: the student's step, its two targets, the discriminators, and both updates.
 
-Everything lives in static buffers on the device (METHOD.md's z, the slot's number, the random numbers), and nothing
-asks the host, so that the same code runs eagerly and as one CUDA graph, replayed for every slot of every iteration.
+Everything lives in static buffers on the device (z of docs/METHOD.md, the slot's number, the random numbers), and
+nothing asks the host, so that the same code runs eagerly and as one CUDA graph, replayed for every slot.
 
 Shapes: N slots, C h w latents, K replayed slots.
 """
@@ -29,8 +29,6 @@ from rapm.memory.saved import KEEP_ALL, Memory
 from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
 from rapm.trajectories import Trajectory
 from rapm.unet import Text, UNet
-
-SIDES = ("relative", "absolute")
 
 
 class Slots(nn.Module):
@@ -221,7 +219,7 @@ class Step:
             told, flat = self._shared(told, flat)
         norm = flat.norm()
         heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
-        row, seen = told.tensor_split([len(LOSSES) - 2])
+        row, seen = told.tensor_split([len(LOSSES) - 2])  # all but the two norms, the last of LOSSES
         row = torch.cat([row, norm[None], heads[None]])
         bad = ~torch.isfinite(torch.cat([row, seen]))
         good = ~bad.any()

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from rapm.disk import TROUBLE
 from rapm.errors import RunError
 from rapm.memory.budget import out_of_memory
-from rapm.step import Step
-
-# Numbers in the latents below which a second core gains a CPU slot nothing, and stalls it on a busy machine.
-SMALL = 8192
 
 
 class Interrupted(Exception):
@@ -86,15 +80,3 @@ def advice(words: str) -> Iterator[None]:
         raise RunError(
             f"out of memory ({line}); what was written before is whole; with more of it free, {words}"
         ) from error
-
-
-@contextmanager
-def cores(steps: Iterable[Step]) -> Iterator[None]:
-    """One core for slots too small to share among several."""
-    before = torch.get_num_threads()
-    if all(not step.z.is_cuda and step.z.numel() < SMALL for step in steps):
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -9,7 +9,6 @@ Shapes: B batch, L text tokens, C latent channels, h w latent size, H W image si
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rapm.architecture import DEFAULTS
+from rapm.architecture import DEFAULTS, latent_shape, trained_size
 from rapm.errors import RunError, UserError
+from rapm.export.lora_file import text_encoders
 from rapm.finite import finite
 from rapm.loading.families import Model
 from rapm.loading.single_file import config_folder
@@ -68,18 +68,11 @@ class Teacher:
     @property
     def default_resolution(self) -> tuple[int, int]:
         """H, W in pixels of what the teacher was trained on."""
-        size = self.unet.config["sample_size"]
-        h, w = size if isinstance(size, (list, tuple)) else (size, size)
-        return h * self.pipe.vae_scale_factor, w * self.pipe.vae_scale_factor
+        return trained_size(self.unet.config, self.pipe.vae_scale_factor)
 
     def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(C, h, w) of an image of H W pixels. UserError for a resolution that the latents cannot tile."""
-        height, width = resolution or self.default_resolution
-        factor = self.pipe.vae_scale_factor
-        multiple = math.lcm(8, factor)
-        if min(height, width) < multiple or height % multiple or width % multiple:
-            raise UserError(f"resolution {height}x{width}: height and width must be multiples of {multiple}")
-        return self.unet.config["in_channels"], height // factor, width // factor
+        return latent_shape(self.unet.config, self.pipe.vae_scale_factor, resolution)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: tuple[int, int] | None = None) -> Text:
@@ -241,12 +234,6 @@ def _fuse(module: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
         part.weight = nn.Parameter(fused(weight, mine).to(weight.dtype), requires_grad=False)
 
 
-def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """By their names in the pipeline: one, or SDXL's two."""
-    encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
-    return {name: encoder for name, encoder in encoders.items() if encoder is not None}
-
-
 def _check_parts(source: str, parts: Mapping[str, nn.Module]) -> None:
     """UserError for weights that are not finite; the UNet's are looked at while they are read."""
     for part, module in parts.items():
@@ -301,7 +288,7 @@ def _load_pipeline(found: Source, dtype: torch.dtype, **parts: None) -> Diffusio
             else:
                 pipe = pipeline.from_single_file(location, config=str(configs), local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, SingleFileComponentError) as error:
-        raise UserError(f"teacher: {location} does not load: {first_line(error)}") from error
+        raise UserError(f"teacher: {location} does not load ({first_line(error)}): get it again") from error
     pipe.scheduler = recipe_scheduler(found.parts["scheduler"])
     return pipe
 

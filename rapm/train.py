@@ -30,9 +30,9 @@ from rapm.checkpoint import (
     save_checkpoint,
     sweep_checkpoints,
 )
-from rapm.config import Config
-from rapm.device import DTYPES, pick_device
-from rapm.disk import held, sweep, write_atomic
+from rapm.config import RESOLVED, Config
+from rapm.device import DTYPES, cores, pick_device
+from rapm.disk import held, make_writable, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, client_name, write_workflow
@@ -40,6 +40,7 @@ from rapm.export.files import export_lora, verify_export
 from rapm.export.hub import claim_repo, upload
 from rapm.export.lora_file import WEIGHTS
 from rapm.export.merge import export_merged, verify_merged
+from rapm.finite import LOSSES
 from rapm.kernels.attention import xformers_problem
 from rapm.loading.families import Model, model_of
 from rapm.log import Log, check_tracker
@@ -50,8 +51,7 @@ from rapm.report.page import PLAN, write_report
 from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
-from rapm.step import LOSSES
-from rapm.stop import Interrupted, advice, cores, stop_signals
+from rapm.stop import Interrupted, advice, stop_signals
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training
 from rapm.trajectories import Store, prepare
@@ -59,7 +59,7 @@ from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
-    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", "config.toml",
+    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", RESOLVED,
     "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST, PLAN,
 )  # fmt: skip
 STORE_PATIENCE = 10.0  # seconds to wait for another run's work on a shared store
@@ -88,7 +88,7 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
     with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
         if distributed.first():
             _set_aside(folder, done)
-            write_atomic(folder / "config.toml", config.to_toml().encode())
+            write_atomic(folder / RESOLVED, config.to_toml().encode())
             if budget:
                 write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
         training = Training(teacher, store, config, budget)
@@ -124,7 +124,7 @@ def export_run(
         raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
     with _claimed(folder), advice("the same command does it again"):
         checkpoint = find_checkpoint(folder, which)
-        config = Config().replace(**Config.from_toml(folder / "config.toml")).replace(output_dir=str(folder))
+        config = Config.of_run(folder).replace(output_dir=str(folder))
         repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
         teacher, config, prompts = prepare_teacher(config)
         state = load_checkpoint(checkpoint, config)
@@ -354,9 +354,7 @@ def _claimed(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if distributed.first():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
+                make_writable(folder)
                 stack.enter_context(held(folder))
                 sweep(folder)
                 sweep_checkpoints(folder)

@@ -17,13 +17,13 @@ from rapm import distributed
 from rapm.config import Config
 from rapm.device import Fetched, captured
 from rapm.errors import RunError
-from rapm.finite import describe
+from rapm.evaluate.validate import Measured, Validation
+from rapm.finite import LOSSES, describe
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, out_of_memory
 from rapm.memory.snapshot import Snapshot
 from rapm.prefetch import Reader
-from rapm.report.validate import Measured, Validation
-from rapm.step import LOSSES, SlotMemory, Step
+from rapm.step import SlotMemory, Step
 from rapm.teacher import Teacher
 from rapm.trajectories import Negatives, Store, Trajectory, trajectory_seed
 from rapm.unet import Text

@@ -404,7 +404,9 @@ def _read_metadata(folder: Path) -> dict:
         data = path.read_bytes()
         metadata = {key: value for key, value in json.loads(data).items() if key != "sha256"}
     except OSError as error:
-        raise UserError(f"{folder} is not a store of trajectories ({METADATA}: {error.strerror})") from error
+        raise UserError(
+            f"{folder} is not a store of trajectories ({METADATA}: {error.strerror}): give a run's trajectories/"
+        ) from error
     except (ValueError, AttributeError):
         metadata = {}
     if _render(metadata) != data:

@@ -116,10 +116,11 @@ def test_commands_and_flags_in_the_text():
     assert len(wanted) > 5 and not wanted - flags, wanted - flags
 
 
-def test_every_file_it_names_is_there():
+def test_every_file_it_names_is_there_and_every_module_is_named():
     drawing, table = README.split("## The code")[1].split("## ")[0].split("| |\n", 1)
     for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", table) + re.findall(r"\b([a-z]\w*\.py|[a-z]\w*/)(?=\W)", drawing):
         assert (ROOT / name).exists() or (ROOT / "rapm" / name).exists(), name
+    assert not {path.name for path in (ROOT / "rapm").glob("[a-z]*.py")} - {*re.findall(r"`(\w+\.py)`", table)}
     for file, text in TEXTS.items():
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert ((ROOT / file).parent / link).exists(), link

@@ -14,8 +14,9 @@ from exports import CONFIG, FAMILIES, PROMPTS, RANK, header, latents, rewrite, t
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rapm.errors import ExportError
 from rapm.export import files as export
-from rapm.export.files import FILES, TARGETS, TOLERANCE, ExportError, export_lora, verify_export
+from rapm.export.files import FILES, TARGETS, TOLERANCE, export_lora, verify_export
 from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.unet import UNet
 

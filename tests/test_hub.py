@@ -9,8 +9,7 @@ import pytest
 from fake_hub import OWNER, TOKEN, FakeHub, fake_hub
 from huggingface_hub import constants
 
-from rapm.errors import UserError
-from rapm.export.files import ExportError
+from rapm.errors import ExportError, UserError
 from rapm.export.hub import SHARED, claim_repo, upload
 
 

@@ -14,8 +14,7 @@ from exports import PROMPTS, latents, trained
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from rapm.errors import RunError
-from rapm.export.files import ExportError
+from rapm.errors import ExportError, RunError
 from rapm.export.lora_file import folded
 from rapm.export.merge import MERGED, export_merged, verify_merged
 from rapm.sample import sample

@@ -19,13 +19,13 @@ from rapm.checkpoint import load_checkpoint, save_checkpoint
 from rapm.cli import main
 from rapm.config import Config
 from rapm.device import captured
-from rapm.errors import RunError, UserError
+from rapm.errors import ExportError, RunError, UserError
 from rapm.evaluate.embedded import frechet_distance
-from rapm.export.files import FILES, ExportError, export_lora, verify_export
+from rapm.evaluate.validate import Features
+from rapm.export.files import FILES, export_lora, verify_export
 from rapm.export.lora_file import read_lora
 from rapm.finite import PROBES, describe, first_stage
 from rapm.lora import LoRA
-from rapm.report.validate import Features
 from rapm.solver import Walk
 from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher

@@ -9,12 +9,13 @@ import tiny
 import torch
 
 from rapm.config import Config
+from rapm.finite import LOSSES, SIDES
 from rapm.kernels.disc_head import views
 from rapm.lora import LoRA
 from rapm.losses import hinge_generator, pseudo_huber
 from rapm.schedule import renoise_coefficients, step_coefficients, trailing_steps
 from rapm.solver import solve
-from rapm.step import LOSSES, SIDES, Step
+from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Trajectory, noise
 
@@ -51,7 +52,7 @@ def walk(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plain_slot(step: Step, teacher: Teacher, slot: int, z: torch.Tensor) -> dict[str, torch.Tensor]:
-    """METHOD.md stage 2, word by word, in one graph, with the pure functions of the schedule."""
+    """docs/METHOD.md stage 2, word by word, in one graph, with the pure functions of the schedule."""
     unet, schedule, config, text = teacher.unet, teacher.schedule, step.config, step.text
     t, s = trailing_steps(1000, 4)[slot]
     fine = trailing_steps(1000, 8)[2 * slot][1]
@@ -150,8 +151,8 @@ def test_a_discriminator_without_weight_is_left_out(teacher, trajectory, off):
     before = step.discriminators.flat.detach().clone()
     step()
     changed = (step.discriminators.flat != before).any(dim=1)
-    assert changed.tolist() == [side != off for side in SIDES]
-    assert [float(x) > 0 for x in step.sums[5:7]] == [side != off for side in SIDES]
+    assert changed.tolist() == [side != off for side in SIDES.values()]
+    assert [float(x) > 0 for x in step.sums[5:7]] == [side != off for side in SIDES.values()]
 
 
 def test_head_warm_up_keeps_the_generator_out(teacher, trajectory):

@@ -26,8 +26,8 @@ from rapm.cli import main
 from rapm.config import Config
 from rapm.disk import TEMPORARY
 from rapm.errors import UserError
+from rapm.evaluate.validate import Validation
 from rapm.log import Log
-from rapm.report.validate import Validation
 from rapm.sample import GAP, LINE
 from rapm.step import Step
 from rapm.train import _set_aside, train

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from rapm.config import Config
+from rapm.evaluate.validate import COMPONENTS, FEWEST, Features, Validation, contrast, saturation
 from rapm.lora import LoRA
-from rapm.report.validate import COMPONENTS, FEWEST, Features, Validation, contrast, saturation
 from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Negatives, Store, prepare

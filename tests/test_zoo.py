@@ -180,7 +180,11 @@ def test_evaluate_command(tmp_path, capsys):
     assert [row["name"] for row in report["rows"]] == names
     assert set(report["rows"][0]) == set(Row.__dataclass_fields__)
     assert main(["evaluate", "--run", str(run), "--pairs", "5"]) == 2
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(run), "--lora", "none"]) == 2
+    assert "leave out --lora none" in capsys.readouterr().err
     assert main(["evaluate", "--run", str(tmp_path / "nowhere")]) == 2
+    assert "holds no run" in capsys.readouterr().err
 
 
 def test_evaluation_needs_a_judge(teacher, monkeypatch):

@@ -6,7 +6,7 @@ bf16, channels-last. Providers: `reference` is the operator's plain PyTorch, eag
 
 A time is one call's in a CUDA graph, whose calls take turns with inputs, up to twelve sets, that the L2 cache does not
 hold (but for the smallest): the median over replays. `forward` keeps what backward needs; `backward` is autograd.grad
-of all that a training wants, never of frozen weights. Bytes and FLOP are the algorithm's (bench_ops.py); a copy's bytes
+of all that a training wants, never of frozen weights. Bytes and FLOP are the algorithm's (ops.py); a copy's bytes
 are those it reads and those it writes, and its time is the better of a device memcpy's and of an elementwise kernel's
 (torch.neg), which is the faster on an H200.
 
@@ -44,6 +44,7 @@ from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.kernels import runtime
 from rapm.kernels.attention import choices
+from rapm.loading.families import SD15, SDXL
 from rapm.unet import Attention, Conv2d, FeedForward, GroupNorm, LayerNorm, Linear, Text, UNet
 
 
@@ -54,14 +55,7 @@ class Model(NamedTuple):
     side: int  # of the latents
 
 
-SDXL = dict(
-    block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
-MODELS = {"sd15": Model(dict(cross_attention_dim=768), 64), "sdxl": Model(SDXL, 128)}
+MODELS = {"sd15": Model(SD15, SD15["sample_size"]), "sdxl": Model(SDXL, SDXL["sample_size"])}
 SET_BYTES, SETS = 180e6, (2, 12)  # bytes of arguments that take turns, over three times an H200's L2; how many sets
 CALLS, REPLAYS = 10, 5  # in a graph, at least; of it
 SPIN = 400_000, 500  # cycles that the host needs to queue a graph, and more for each of its launches

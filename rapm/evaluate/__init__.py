@@ -1,1 +1,1 @@
-"""How good a student is: the embedded teacher's judge; FID, KID and CLIP score of any teacher."""
+"""How good a student is: at each validation; by the embedded teacher's judge; by FID, KID and CLIP score."""

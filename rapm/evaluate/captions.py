@@ -35,7 +35,7 @@ def read_captions(path: Path, count: int) -> list[Caption]:
         what = "COCO's captions_val2014.json (images and annotations), or a CSV with a column `caption`"
         raise UserError(f"captions: {path} cannot be read ({type(error).__name__}: {error}): give {what}") from error
     if not found:
-        raise UserError(f"captions: {path} holds no caption")
+        raise UserError(f"captions: {path} holds no caption: give another file")
     return sorted(found, key=lambda caption: trajectory_seed(SEED, f"image {caption.key}"))[:count]
 
 

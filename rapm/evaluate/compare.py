@@ -42,9 +42,10 @@ from rapm.evaluate.metrics import (
 )
 from rapm.export.lora_file import WEIGHTS, read_lora, text_lora
 from rapm.sample import ENCODE, png, sample
+from rapm.stacks import Lora
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Negatives, Store, noise, trajectory_seed
-from rapm.unet import Lora, Text
+from rapm.unet import Text
 
 SIDE = 256  # pixels, of the COCO protocol
 CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default; DMD2's is laion/CLIP-ViT-g-14-laion2B-s12B-b42K
@@ -109,7 +110,7 @@ def compare(
     """
     if samples < 4 or batch < 1:
         raise UserError(f"samples {samples}, batch {batch}: at least 4, and at least 1")
-    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    config = Config.of_run(folder)
     drawn = read_captions(captions, samples) if captions else None
     store = None if captions else Store.open(config.store or folder / "trajectories")
     real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
@@ -303,7 +304,9 @@ def _progress(count: int, todo: Sequence[int]) -> tqdm:
 def _check_width(measured: Measures, mean: Tensor) -> None:
     width = measured.network(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)).flatten(1).shape[1]
     if width != len(mean):
-        raise UserError(f"reference: its statistics have {len(mean)} features, FID's network has {width}")
+        raise UserError(
+            f"reference: its statistics have {len(mean)} features, FID's network has {width}: use those of that one"
+        )
 
 
 def _count(real: list[Path] | tuple[Tensor, Tensor]) -> str:

@@ -22,13 +22,15 @@ from tqdm import tqdm
 
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
+from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.finite import finite
 from rapm.sample import sample
+from rapm.stacks import Lora
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise, trajectory_seed
-from rapm.unet import Lora, Text
+from rapm.unet import Text
 from rapm.zoo import JUDGE, scenes
 from rapm.zoo.judge import Judge, load_judge, mistakes
 
@@ -176,8 +178,15 @@ class Evaluation:
 
 
 def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, batch: int = 512) -> str:
-    """The table of a run's student, in its own steps and in 1, 2 and 8, beside its teacher; kept in evaluation.json."""
-    config = Config().replace(**Config.from_toml(folder / "config.toml"))
+    """The table of a run's student (or the file `lora`), in its own steps and in 1, 2 and 8, beside its teacher.
+
+    Kept in evaluation.json. UserError before any picture is drawn.
+    """
+    if pairs < 4 or pairs % 2 or batch < 1:
+        raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
+    if str(lora) == "none":
+        raise UserError("evaluate: this table has the embedded teacher in it already: leave out --lora none")
+    config = Config.of_run(folder)
     path = lora or folder / WEIGHTS
     dtype = DTYPES[config.mixed_precision]
     teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
@@ -190,7 +199,7 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
     students = [Sampler(f"student {n}", n, lora=weights) for n in dict.fromkeys((config.steps, 1, 2, 8))]
     rows = [evaluation.floor, *map(evaluation.row, [*teacher_samplers(config.guidance, config.steps), *students])]
     protocol = {"pairs": pairs, "reference_steps": whole, "guidance": config.guidance, "torch": torch.__version__}
-    write_report(folder / "evaluation.json", rows, {**protocol, "device": str(teacher.unet.device)})
+    save_rows(folder / "evaluation.json", rows, {**protocol, "device": str(teacher.unet.device)})
     return table(rows)
 
 
@@ -212,10 +221,10 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_report(path: Path, rows: Iterable[Row], protocol: Mapping[str, object]) -> None:
+def save_rows(path: Path, rows: Iterable[Row], protocol: Mapping[str, object]) -> None:
     """The rows and how they were obtained, as JSON; the `figures` of `rapm.evaluate.compare` in the file stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"protocol": dict(protocol), "rows": [asdict(r) for r in rows]}
     if path.is_file() and (figures := json.loads(path.read_text("utf-8")).get("figures")):
         report["figures"] = figures
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_atomic(path, (json.dumps(report, indent=2) + "\n").encode())

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from rapm.disk import write_atomic
 from rapm.errors import UserError
 
+BATCH = 32  # pictures that a network sees together
 CHUNK = 256  # pictures whose features lie in one file: what a kill may cost
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SUBSETS, SUBSET = 100, 1000  # KID's usual averaging
@@ -217,7 +218,9 @@ def moments(path: Path) -> tuple[Tensor, Tensor]:
             f"reference: {path} is no .npz with `mu` and `sigma` ({error}): give one, or a folder"
         ) from error
     if covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"reference: {path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}")
+        raise UserError(
+            f"reference: {path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}: get it again"
+        )
     return mean, covariance
 
 
@@ -253,8 +256,8 @@ def _chunks(
         yield values
 
 
-def _batches(paths: Sequence[Path], side: int | None, most: int = 32) -> Iterator[Tensor]:
-    """The pictures as uint8, n 3 H W with n at most `most`: neighbours of one size together."""
+def _batches(paths: Sequence[Path], side: int | None) -> Iterator[Tensor]:
+    """The pictures as uint8, n 3 H W with n at most BATCH: neighbours of one size together."""
 
     def read(path: Path) -> Tensor:
         try:
@@ -269,7 +272,7 @@ def _batches(paths: Sequence[Path], side: int | None, most: int = 32) -> Iterato
         batch: list[Tensor] = []
         for image in same:
             batch.append(image)
-            if len(batch) == most:
+            if len(batch) == BATCH:
                 yield torch.stack(batch)
                 batch = []
         if batch:

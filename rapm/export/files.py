@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from rapm.disk import write_atomic
-from rapm.errors import UserError
+from rapm.errors import ExportError, UserError
 from rapm.export.clients import client_name
 from rapm.export.lora_file import WEIGHTS, Weights, read_lora, read_tensors
 from rapm.export.lora_names import kohya_names
@@ -59,10 +59,6 @@ BASES = {
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 # The same root mean square for a student of frozen weights in fewer bits: the stock pipeline has the whole ones.
 LOW_TOLERANCE = {"int8": 3e-1, "nf4": 6e-1}
-
-
-class ExportError(RuntimeError):
-    """An export that does not do in stock software what the student does here, or that the hub does not take."""
 
 
 def export_lora(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rapm.errors import UserError
+from rapm.errors import ExportError, UserError
 from rapm.export.card import CARD
 from rapm.export.clients import WORKFLOW
-from rapm.export.files import FILES, ExportError
+from rapm.export.files import FILES
 
 # What is shared of a run: neither its settings, which name local paths, nor the trajectories.
 SHARED = (CARD, *FILES, WORKFLOW, "samples.png")

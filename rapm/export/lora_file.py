@@ -97,30 +97,32 @@ def read_text_lora(path: str | Path, encoders: Mapping[str, nn.Module]) -> dict[
     }
 
 
+def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """By their names in the pipeline: one, or SDXL's two."""
+    encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    return {name: encoder for name, encoder in encoders.items() if encoder is not None}
+
+
 @contextmanager
-def text_lora(pipe: DiffusionPipeline, path: str | Path | None, scale: float = 1.0) -> Iterator[None]:
-    """The pipeline's text encoders with what the LoRA file `path` holds for them, as every client applies it."""
-    names = ("text_encoder", "text_encoder_2") if path else ()
-    encoders = {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
+def text_lora(pipe: DiffusionPipeline, path: str | Path | None) -> Iterator[None]:
+    """The pipeline's text encoders with what the LoRA file `path` holds for them, for a while. None: as they are."""
+    encoders = text_encoders(pipe)
     weights = read_text_lora(path, encoders) if path else {}
-    before = {
-        layer.weight: layer.weight.detach().clone()
-        for encoder, parts in weights.items()
-        for layer in map(encoders[encoder].get_submodule, parts)
-    }
+    changed = [encoders[encoder].get_parameter(f"{name}.weight") for encoder in weights for name in weights[encoder]]
+    before = [(weight, weight.detach().clone()) for weight in changed]
     for encoder, parts in weights.items():
-        fold(encoders[encoder], parts, scale)
+        fold(encoders[encoder], parts)
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, old in before.items():
+            for weight, old in before:
                 weight.copy_(old)
 
 
 @torch.no_grad()
 def fold(module: nn.Module, weights: Weights, scale: float = 1.0) -> None:
-    """Adds scale times a LoRA to the layers of `module` that it names, for good."""
+    """Adds scale times a LoRA to the layers of `module` that it names, in place."""
     for name, pair in weights.items():
         weight = module.get_parameter(f"{name}.weight")
         weight.copy_(folded(weight, pair, scale))

@@ -83,7 +83,7 @@ def merged_pipeline(teacher: Teacher, lora: Weights, dtype: torch.dtype) -> Diff
 def verify_merged(
     path: Path, teacher: Teacher, lora: Weights, *, prompts: list[str], noise: Tensor, steps: int, dtype: torch.dtype
 ) -> float:
-    """Proves that the pipeline in `path`, loaded from there, samples as the student does: see `export.compare`."""
+    """Proves that the pipeline in `path`, loaded from there, samples as the student does: `compare` in files.py."""
     unet = teacher.unet
     pipe = type(teacher.pipe).from_pretrained(path)
     for module in pipe.components.values():

@@ -1,4 +1,4 @@
-"""The published models that a plan knows by name, so that nothing is downloaded to make one."""
+"""The published models that plans and benchmarks know by name, so that nothing is downloaded for them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from rapm.architecture import complete
+from rapm.architecture import complete, trained_size
 from rapm.errors import UserError
+from rapm.export.lora_file import text_encoders
 from rapm.loading.source import local_family
 from rapm.zoo import EMBEDDED
 
@@ -42,17 +43,14 @@ class Model(NamedTuple):
     @classmethod
     def of(cls, source: str, config: dict[str, Any], pipe: DiffusionPipeline) -> Model:
         """That of a teacher whose UNet has the complete `config`, and need not be loaded."""
-        encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
-        text = sum(p.numel() for encoder in encoders if encoder is not None for p in encoder.parameters())
+        text = sum(p.numel() for encoder in text_encoders(pipe).values() for p in encoder.parameters())
         vae = sum(p.numel() for p in pipe.vae.parameters())
         return cls(source, config, text, vae, pipe.vae_scale_factor)
 
     @property
     def resolution(self) -> tuple[int, int]:
         """H W in pixels of what it was trained on."""
-        size = self.unet["sample_size"]
-        h, w = size if isinstance(size, (list, tuple)) else (size, size)
-        return h * self.factor, w * self.factor
+        return trained_size(self.unet, self.factor)
 
 
 FAMILIES = {
@@ -106,12 +104,3 @@ def _parameters(folder: Path) -> int:
         except SafetensorError as error:
             raise UserError(f"teacher: {path} is not readable as safetensors ({error}): get it again") from error
     return total
-
-
-def latents_of(model: Model, resolution: tuple[int, int] | None) -> tuple[int, int, int]:
-    """(C, h, w) at H W pixels. UserError for sides that the latents cannot tile."""
-    height, width = resolution or model.resolution
-    multiple = math.lcm(8, model.factor)
-    if min(height, width) < multiple or height % multiple or width % multiple:
-        raise UserError(f"resolution {height}x{width}: height and width must be multiples of {multiple}")
-    return model.unet["in_channels"], height // model.factor, width // model.factor

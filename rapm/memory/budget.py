@@ -120,9 +120,9 @@ def summary(plan: Plan) -> str:
 def record(budget: Budget) -> dict[str, object]:
     """The plan as the report shows it; memory in MiB."""
     plan = budget.plan
-    phases = {name: round(size / 2**20) for name, size in plan.phases.items()}
+    phases = {name: round(size / MIB) for name, size in plan.phases.items()}
     return {
-        "budget": round(budget.bytes / 2**20),
+        "budget": round(budget.bytes / MIB),
         "phases": phases,
         "slowdown": plan.slowdown,
         "summary": summary(plan),

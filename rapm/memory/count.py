@@ -135,15 +135,15 @@ def meta_unet(config: dict, dtype: torch.dtype) -> UNet:
     return unet.to(memory_format=torch.channels_last).join()
 
 
-def meta_text(config: dict, batch: int = 1) -> Text:
-    """Embeddings of `batch` prompts on the meta device."""
+def meta_text(config: dict) -> Text:
+    """Embeddings of one prompt on the meta device."""
     with torch.device("meta"):
         contexts = config["cross_attention_dim"]
-        hidden = torch.empty(batch, TOKENS, contexts[-1] if isinstance(contexts, (list, tuple)) else contexts)
+        hidden = torch.empty(1, TOKENS, contexts[-1] if isinstance(contexts, (list, tuple)) else contexts)
         if not config["addition_embed_type"]:
             return Text(hidden)
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return Text(hidden, torch.empty(batch, pooled), torch.empty(batch, 6))
+        return Text(hidden, torch.empty(1, pooled), torch.empty(1, 6))
 
 
 def count_student(unet: UNet, latents: tuple[int, int, int], rank: int) -> Pass:

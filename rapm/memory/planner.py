@@ -241,6 +241,7 @@ def report(planner: Planner, plan: Plan) -> str:
     hours = config.max_train_steps * plan.seconds / 3600
     count = config.trajectories + config.validation_prompts
     solve = count * plan.solve_seconds / 3600
+    precision = config.mixed_precision.replace("no", "fp32")
     batch = f"{plan.solve_batch} trajectories at a time"
     notes = {
         "encode": "the UNet waits on the host" if plan.aside else "beside the UNet",
@@ -251,7 +252,7 @@ def report(planner: Planner, plan: Plan) -> str:
         "export": "ours waits on the host, the stock UNet comes by blocks" if plan.apart else "beside the stock UNet",
     }  # fmt: skip
     lines = [
-        f"{model.name}, {height}x{width}, LoRA rank {config.lora_rank}, {config.mixed_precision}, budget {budget}",
+        f"{model.name}, {height}x{width}, LoRA rank {config.lora_rank}, {precision}, budget {budget}",
         f"card: {card.name} ({'measured' if card.measured else 'data sheet'}: {rates})",
         *filter(None, [precision_words(planner)]),
         "",

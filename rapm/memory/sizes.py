@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from rapm.architecture import latent_shape
 from rapm.config import Config
 from rapm.device import DTYPES
 from rapm.kernels.disc_head import layout
-from rapm.loading.families import Model, latents_of
+from rapm.loading.families import Model
 from rapm.memory import cards
 from rapm.memory.cards import Card
 from rapm.memory.count import TOKENS, Pass, count_encoder, count_student, meta_unet
@@ -51,7 +52,7 @@ class Sizes(NamedTuple):
 def sizes_of(model: Model, config: Config) -> Sizes:
     """Everything that a plan for `config` needs to know of `model`. UserError for a resolution it cannot have."""
     dtype = DTYPES[config.mixed_precision]
-    c, h, w = latents = latents_of(model, config.resolution)
+    c, h, w = latents = latent_shape(model.unet, model.factor, config.resolution)
     unet = meta_unet(model.unet, dtype)
     whole = sum(p.nbytes for p in unet.parameters())
     blocks = *unet.down_blocks, unet.mid_block, *unet.up_blocks

@@ -21,7 +21,6 @@ from safetensors import safe_open
 
 from rapm.config import PRESETS, Config
 from rapm.disk import write_atomic
-from rapm.errors import UserError
 from rapm.export.lora_file import WEIGHTS
 from rapm.report.chart import Chart, svg
 
@@ -63,10 +62,7 @@ HIDDEN = {"iteration", "warning", "seconds"}
 def write_report(folder: Path) -> Path:
     """`report.html` in a run's folder. UserError where there is no run."""
     folder = Path(folder)
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"report: {folder} holds no run (no config.toml): give a run's output folder")
-    config = Config().replace(**Config.from_toml(folder / "config.toml"))
-    lines = read_metrics(folder / "metrics.jsonl")
+    config, lines = Config.of_run(folder), read_metrics(folder / "metrics.jsonl")
     write_atomic(folder / REPORT, page(folder, config, lines).encode())
     return folder / REPORT
 

@@ -44,7 +44,8 @@ SCHEDULER = dict(
     set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
 )  # fmt: skip
 JUDGE_STEPS, VAE_STEPS, UNET_STEPS = 4000, 3376, 12660
-BATCH, POOL, REUSE = 512, 65536, 8
+WARMUP = 300  # steps, of all three
+BATCH, POOL, REUSE = 512, 65536, 8  # of the UNet: latents a step; encoded at a time, and how often each is drawn
 VAE_BATCH = 256
 GUIDANCE = (2.0, 3.0, 5.0, 7.5)
 
@@ -127,9 +128,9 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     return replay
 
 
-def rate(step: int, steps: int, peak: float, warmup: int = 300) -> float:
+def rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then a cosine to zero."""
-    return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return peak * min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def progress(name: str, steps: int, every: int = 10) -> Iterator[tuple[int, Callable[[Tensor], None]]]:
@@ -242,9 +243,7 @@ def token_table(folder: Path) -> Tensor:
     return torch.tensor(ids, dtype=torch.int16)
 
 
-def train_unet(
-    device: torch.device, steps: int, vae: nn.Module, tokens: Tensor, pool_size: int = POOL
-) -> tuple[nn.Module, nn.Module]:
+def train_unet(device: torch.device, steps: int, vae: nn.Module, tokens: Tensor) -> tuple[nn.Module, nn.Module]:
     """The UNet and its text encoder, trained together; the exponential averages of both."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -279,7 +278,7 @@ def train_unet(
         return loss.detach()
 
     def refill() -> tuple[Tensor, Tensor]:
-        index = drawer.captions(pool_size)[torch.randperm(pool_size, device=device)]
+        index = drawer.captions(POOL)[torch.randperm(POOL, device=device)]
         with torch.no_grad(), mixed(device):
             parts = [vae.encode(drawer.pictures(part)).latent_dist.mode().float() for part in index.split(2048)]
         return torch.cat(parts) * vae.config.scaling_factor, index
@@ -287,9 +286,9 @@ def train_unet(
     latents.copy_(torch.randn_like(latents))
     run = captured(step, device)
     for number, say in progress("unet", steps, 20):
-        if number % (REUSE * pool_size // BATCH) == 0:
+        if number % (REUSE * POOL // BATCH) == 0:
             pool, index = refill()
-        rows = torch.randint(pool_size, (BATCH,), device=device)
+        rows = torch.randint(POOL, (BATCH,), device=device)
         dropped = torch.rand(BATCH, device=device) < 0.1
         with mixed(device):
             encoded = encoder(input_ids=tokens[torch.where(dropped, len(tokens) - 1, index[rows])]).last_hidden_state

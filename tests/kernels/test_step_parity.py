@@ -15,10 +15,11 @@ import torch
 from ops import DEVICE
 
 from rapm.config import Config
+from rapm.finite import LOSSES
 from rapm.kernels import runtime
 from rapm.lora import LoRA
 from rapm.solver import solve
-from rapm.step import LOSSES, Step
+from rapm.step import Step
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import Trajectory, noise
 

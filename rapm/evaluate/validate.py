@@ -25,10 +25,10 @@ from torch import Tensor
 
 from rapm.errors import RunError
 from rapm.evaluate.embedded import frechet_distance
-from rapm.finite import finite
+from rapm.finite import SIDES, finite
 from rapm.sample import sample
 from rapm.stacks import Lora
-from rapm.step import SIDES, Step
+from rapm.step import Step
 from rapm.trajectories import Negatives, Store, Trajectory, noise, trajectory_seed
 from rapm.unet import Text
 
@@ -139,8 +139,7 @@ class Validation:
             ends |= dict(zip(indices, z, strict=True))
         hinge, right = torch.stack(hinges).sum(0), torch.stack(rights).sum(0).mean(0)
         figures = {"val_rmse": (error / numbers) ** 0.5}
-        for i, side in enumerate(SIDES):
-            name = side[:3]
+        for i, name in enumerate(SIDES):
             figures[f"val_disc_{name}"] = float(hinge[:, i].mean())
             figures |= {f"val_disc_{name}_slot{n}": float(h) for n, h in enumerate(hinge[:, i])}
             figures |= {f"val_acc_{name}_{kind}": float(right[i, k]) for k, kind in enumerate(("real", "fake"))}
