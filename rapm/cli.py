@@ -76,7 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         with terminable():
-            return arguments.run(arguments) or 0
+            code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read our output has left: rapm plan | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 141  # as a shell says of SIGPIPE
     except UserError as error:
         code, message = 2, error
     except (RunError, ExportError) as error:

@@ -166,7 +166,7 @@ class Step:
     def _keys(self, batch: int) -> list[Tensor]:
         return [x[:, :batch] for x in self.keys]
 
-    def walk(
+    def student_and_target(
         self, z: Tensor, fine: Tensor, text: Text, uncond: Text | None = None, keys: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The network's output at z, where the student stands, with gradient, and the relative target zhat_n; B C h w.
@@ -198,7 +198,7 @@ class Step:
         config, offload = self.config, self.memory.student.offload
         if offload is not None:
             offload.begin()
-        out, zhat = self.walk(self.z, self.fine[self.slot], self.text, keys=self._keys(1))
+        out, zhat = self.student_and_target(self.z, self.fine[self.slot], self.text, keys=self._keys(1))
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
 
         # The backward is split at the latents: the terms' gradients meet there, and each frees its graph.
@@ -217,10 +217,19 @@ class Step:
         told = torch.cat([loss[None], distances, generator, discriminator, seen])
         if self.exchange is not None:  # before the test: all ranks must come to the same
             told, flat = self._shared(told, flat)
-        norm = flat.norm()
+        losses, seen = told.tensor_split([len(LOSSES) - 2])  # all but the two norms, the last of LOSSES
+        good = self._update(losses, seen, flat)
+        self.z.copy_(torch.where(good, z_n, ztilde))
+        self.slot += 1
+        self.key[1] += 1
+
+    def _update(self, losses: Tensor, seen: Tensor, flat: Tensor) -> Tensor:
+        """Clip the LoRA's gradient `flat`, in place, step both optimizers and count; nothing but counts where a number
+        is not finite. `losses` are LOSSES but the two norms, `seen` the rest of PROBES. Whether all were finite, ().
+        """
+        config, norm = self.config, flat.norm()
         heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
-        row, seen = told.tensor_split([len(LOSSES) - 2])  # all but the two norms, the last of LOSSES
-        row = torch.cat([row, norm[None], heads[None]])
+        row = torch.cat([losses, norm[None], heads[None]])
         bad = ~torch.isfinite(torch.cat([row, seen]))
         good = ~bad.any()
         self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -234,9 +243,7 @@ class Step:
         self.worst.copy_(torch.maximum(self.worst, self.streak))
         fault = torch.cat([self.key[1:] + 1, bad.long()])
         self.fault.copy_(torch.where(good | self.fault[0].bool(), self.fault, fault))
-        self.z.copy_(torch.where(good, z_n, ztilde))
-        self.slot += 1
-        self.key[1] += 1
+        return good
 
     def _shared(self, row: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
         """The means over the ranks of both, and of the heads' gradient, in its place."""
@@ -265,7 +272,7 @@ class Step:
         for n in range(self.config.steps):
             self.slot.fill_(n)
             self.key[1] = counter + n
-            out, zhat = self.walk(z, fine[n], text, uncond)
+            out, zhat = self.student_and_target(z, fine[n], text, uncond)
             z = guided_step(z, out, self.slots.step[self.slot][0])
             x_u, u, _ = self.renoised(z, zhat, positions[n + 1])
             features = [self.unet.features(x, u, text) for x in x_u.chunk(3)]

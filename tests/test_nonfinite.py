@@ -78,13 +78,13 @@ def again(step: Step, trajectory: Trajectory) -> None:
 
 
 def output(step, patch, bad):
-    walk = step.walk
-    patch.setattr(step, "walk", lambda *a, **o: (lambda out, zhat: (out * bad, zhat))(*walk(*a, **o)))
+    made = step.student_and_target
+    patch.setattr(step, "student_and_target", lambda *a, **o: (lambda out, zhat: (out * bad, zhat))(*made(*a, **o)))
 
 
 def relative_target(step, patch, bad):
-    walk = step.walk
-    patch.setattr(step, "walk", lambda *a, **o: (lambda out, zhat: (out, zhat * bad))(*walk(*a, **o)))
+    made = step.student_and_target
+    patch.setattr(step, "student_and_target", lambda *a, **o: (lambda out, zhat: (out, zhat * bad))(*made(*a, **o)))
 
 
 def absolute_target(step, patch, bad):

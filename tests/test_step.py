@@ -48,7 +48,7 @@ def make(teacher: Teacher, trajectory: Trajectory, **changes) -> Step:
 
 
 def walk(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    return step.walk(step.z, step.fine[step.slot], step.text)
+    return step.student_and_target(step.z, step.fine[step.slot], step.text)
 
 
 def plain_slot(step: Step, teacher: Teacher, slot: int, z: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ class Model(NamedTuple):
     text: int  # parameters of the text encoders
     vae: int  # parameters of the VAE
     factor: int = 8  # pixels of an image to one of its latents
+    guessed: bool = False  # nothing of the teacher is at hand but its name
 
     @classmethod
     def of(cls, source: str, config: dict[str, Any], pipe: DiffusionPipeline) -> Model:
@@ -69,9 +70,10 @@ def model_of(teacher: str) -> Model:
     if folder.is_dir():
         return _folder(teacher, folder)
     at_hand = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}.get(local_family(teacher) or "")
-    family = teacher if teacher in FAMILIES else at_hand or _family_of(teacher)
+    known = teacher if teacher in FAMILIES else at_hand
+    family = known or _family_of(teacher)
     config, text, vae = FAMILIES[family]
-    return Model(family, complete(config), text, vae)
+    return Model(family, complete(config), text, vae, guessed=known is None)
 
 
 def _family_of(name: str) -> str:

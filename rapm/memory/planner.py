@@ -289,6 +289,8 @@ def plan_for(config: Config) -> str:
     planner, plan = planned(model, config, card, budget)
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     lines = [report(planner, plan)]
+    if model.guessed:
+        lines.append(f"note: {config.teacher} is not here: taken for {model.name} by its name")
     if planner.disk() > free:
         lines.append(f"warning: the disk of {config.output_dir} has only {free / GIB:.2f} GiB free")
     return "\n".join(lines)
