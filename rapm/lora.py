@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rapm.errors import UserError
-from rapm.stacks import Weights
+from rapm.stacks import StackedWeights
 from rapm.unet import UNet
 
 
@@ -45,18 +45,18 @@ class LoRA(nn.Module):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         self.flat = nn.Parameter(flat.to(unet.device))
 
-    def views(self, dtype: torch.dtype) -> Weights:
+    def views(self, dtype: torch.dtype) -> StackedWeights:
         """name -> (down, up) in `dtype`, differentiable: one cast, one split, so one cat in the backward."""
         return self._split(self.flat.to(dtype))
 
-    def _split(self, flat: Tensor) -> Weights:
+    def _split(self, flat: Tensor) -> StackedWeights:
         parts = [_shaped(x, shape) for x, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
         stacks, alone = pairs[: len(self._stacks)], pairs[len(self._stacks) :]
         found = dict(zip(self._alone, alone, strict=True))
         for names, (downs, ups) in zip(self._stacks, stacks, strict=True):
             found |= zip(names, zip(downs.unbind(), ups.unbind(), strict=True), strict=True)
-        weights = Weights({name: found[name] for name in self.names})
+        weights = StackedWeights({name: found[name] for name in self.names})
         weights.stacks = dict(zip(self._stacks, stacks, strict=True))
         return weights
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]  # down and up
 
 
-class Weights(dict[str, Pair]):
+class StackedWeights(dict[str, Pair]):
     """A LoRA by layer; `stacks` has that of a stack, under its layers' names: down n R K, up n C R."""
 
     stacks: Mapping[tuple[str, ...], Pair]
@@ -93,7 +93,7 @@ class Stack:
         if lora is None:
             return None
         names = self.names
-        if isinstance(lora, Weights):
+        if isinstance(lora, StackedWeights):
             return lora.stacks[names]
         some = next((lora[name] for name in names if name in lora), None)
         if some is None:
