@@ -52,9 +52,10 @@ from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
 from rapm.stop import Interrupted, advice, stop_signals
+from rapm.store import Store
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training
-from rapm.trajectories import Store, prepare
+from rapm.trajectories import prepare
 from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
