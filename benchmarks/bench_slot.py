@@ -10,8 +10,9 @@ from rapm.device import pick_device
 from rapm.lora import LoRA
 from rapm.solver import solve
 from rapm.step import Step
+from rapm.store import Trajectory
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Trajectory, noise
+from rapm.trajectories import noise
 
 CONFIG = Config.preset("embedded")
 PROMPT = "a red seven left of a blue star on a striped background"

@@ -39,8 +39,9 @@ from rapm.lora import LoRA
 from rapm.schedule import Schedule
 from rapm.solver import Solver
 from rapm.step import Step
+from rapm.store import Store
 from rapm.teacher import load_teacher
-from rapm.trajectories import Negatives, Store, prepare, trajectory_seed
+from rapm.trajectories import Negatives, prepare, trajectory_seed
 from rapm.unet import Text
 
 ROOT = Path(__file__).parents[1]

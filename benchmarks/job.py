@@ -41,8 +41,9 @@ from rapm.memory.budget import Budget
 from rapm.memory.cards import DISPLAY, GIB, MIB, Card, cap
 from rapm.memory.planner import Planner
 from rapm.schedule import Schedule
+from rapm.store import Store
 from rapm.training import Training
-from rapm.trajectories import Store, prepare
+from rapm.trajectories import prepare
 from rapm.unet import Text, UNet, complete
 
 ROOT = Path(__file__).parents[1]

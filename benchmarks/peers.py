@@ -29,7 +29,7 @@ from rapm.kernels.disc_head import views
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
 from rapm.schedule import Schedule
 from rapm.step import Slots
-from rapm.trajectories import Trajectory
+from rapm.store import Trajectory
 from rapm.unet import Text
 
 Draw = Callable[["Peer"], tuple[Tensor, Tensor, Tensor]]  # -> scaled noise 3 C h w, u (1,), keep (1,)

@@ -27,7 +27,7 @@ from rapm.errors import UserError
 from rapm.lora import LoRA
 from rapm.schedule import Schedule
 from rapm.step import Step
-from rapm.trajectories import Trajectory
+from rapm.store import Trajectory
 from rapm.unet import UNet
 
 ROOT = Path(__file__).parents[1]

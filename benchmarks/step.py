@@ -41,7 +41,7 @@ from rapm.kernels.renoise import renoise_ref
 from rapm.memory.saved import Memory, Policy
 from rapm.schedule import Schedule
 from rapm.step import SlotMemory, Step
-from rapm.trajectories import Trajectory
+from rapm.store import Trajectory
 from rapm.unet import UNet
 from rapm.zoo import EMBEDDED
 

@@ -237,8 +237,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def run_trajectories(arguments: argparse.Namespace) -> int:
     """`rapm trajectories`; 1 for a damaged store."""
+    from rapm.store import verify
     from rapm.train import solve_only
-    from rapm.trajectories import verify
 
     if arguments.verify:
         problems = verify(arguments.verify)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rapm.step import Step
-from rapm.trajectories import Store, Trajectory
+from rapm.store import Store, Trajectory
 from rapm.unet import Text
 
 

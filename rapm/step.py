@@ -27,7 +27,7 @@ from rapm.lora import LoRA
 from rapm.losses import hinge_discriminator
 from rapm.memory.saved import KEEP_ALL, Memory
 from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
-from rapm.trajectories import Trajectory
+from rapm.store import Trajectory
 from rapm.unet import Text, UNet
 
 

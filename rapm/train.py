@@ -52,9 +52,10 @@ from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
 from rapm.stop import Interrupted, advice, stop_signals
+from rapm.store import Store, positions_nbytes
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training
-from rapm.trajectories import Store, prepare
+from rapm.trajectories import prepare
 from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
@@ -329,10 +330,9 @@ def _keep_prompts(folder: Path, config: Config, prompts: list[Row]) -> Config:
 def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:
     """What a run would do, for `--dry-run`."""
     lora = LoRA(teacher.unet, config.lora_rank)
-    sizes = [math.prod(teacher.latent_shape(resolution)) for resolution in config.resolutions]
+    shapes = [teacher.latent_shape(resolution) for resolution in config.resolutions]
     count = config.trajectories + config.validation_prompts
-    numbers = sum(sizes[i % len(sizes)] for i in range(count)) * (2 * config.steps + 1)
-    disk = numbers * getattr(torch, config.trajectory_dtype).itemsize / 2**20
+    disk = sum(positions_nbytes(shapes[i % len(shapes)], config) for i in range(count)) / 2**20
     resolutions = ", ".join(f"{height}x{width}" for height, width in config.resolutions)
     grid, parameters = f"{config.steps} x {config.fine_steps} steps", lora.flat.numel() / 1e6
     return "\n".join([

@@ -24,8 +24,9 @@ from rapm.memory.budget import Budget, out_of_memory
 from rapm.memory.snapshot import Snapshot
 from rapm.prefetch import Reader
 from rapm.step import SlotMemory, Step
+from rapm.store import Store, Trajectory
 from rapm.teacher import Teacher
-from rapm.trajectories import Negatives, Store, Trajectory, trajectory_seed
+from rapm.trajectories import Negatives, trajectory_seed
 from rapm.unet import Text
 
 PATIENCE = 20  # non-finite updates in a row before a run gives up

@@ -16,9 +16,10 @@ from rapm.memory.budget import Budget
 from rapm.memory.saved import Policy
 from rapm.step import Step
 from rapm.stop import advice
+from rapm.store import Store
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training
-from rapm.trajectories import Store, prepare
+from rapm.trajectories import prepare
 
 CONFIG = Config(
     trajectories=3, validation_prompts=1, fine_steps=2, guidance=3.0, learning_rate=1e-3, replay_size=2, lora_rank=2,

@@ -25,8 +25,9 @@ from rapm.evaluate.compare import compare
 from rapm.evaluate.metrics import fid, kid, square
 from rapm.export.files import export_lora
 from rapm.lora import LoRA
+from rapm.store import Store
 from rapm.teacher import load_teacher
-from rapm.trajectories import Store, prepare
+from rapm.trajectories import prepare
 
 PROMPTS = [f"a picture of {i} things" for i in range(8)]
 

@@ -31,8 +31,9 @@ from rapm.memory.planner import Planner, planned
 from rapm.memory.saved import LEVELS, Memory, Policy
 from rapm.memory.sizes import sizes_of
 from rapm.sample import sample
+from rapm.store import Store
 from rapm.teacher import load_teacher
-from rapm.trajectories import Store, prepare
+from rapm.trajectories import prepare
 from rapm.unet import Linear, Text, UNet
 
 LOW = ("int8", "nf4")

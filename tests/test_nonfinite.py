@@ -28,10 +28,11 @@ from rapm.finite import PROBES, describe, first_stage
 from rapm.lora import LoRA
 from rapm.solver import Walk
 from rapm.step import Step
+from rapm.store import METADATA, Store, Trajectory, _sealed, verify
 from rapm.teacher import Teacher, load_teacher
 from rapm.train import validate
 from rapm.training import Training
-from rapm.trajectories import METADATA, Store, Trajectory, _shard_bytes, prepare, verify
+from rapm.trajectories import prepare
 from rapm.unet import Text
 
 CONFIG = Config(
@@ -295,7 +296,7 @@ def test_a_stored_trajectory(teacher, tmp_path, name):
     with safe_open(path, framework="pt") as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors[name][1].view(-1)[2] = math.nan
-    path.write_bytes(_shard_bytes(tensors, {key: x for key, x in header.items() if key != "sha256"}))
+    path.write_bytes(_sealed(tensors, {key: x for key, x in header.items() if key != "sha256"}))
     store = Store.open(tmp_path)
     assert store[0].prompt == "a cat"
     with pytest.raises(UserError, match=f"not finite: {name} of trajectory 1, in {path.name}: delete that file"):

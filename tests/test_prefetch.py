@@ -16,8 +16,9 @@ from rapm.config import Config
 from rapm.device import Fetched
 from rapm.prefetch import Reader
 from rapm.step import Step
+from rapm.store import Store, Trajectory
 from rapm.training import Training
-from rapm.trajectories import Store, Trajectory, prepare
+from rapm.trajectories import prepare
 from rapm.unet import Text
 
 CPU = {(64, 64): SimpleNamespace(z=torch.zeros(1))}

@@ -16,8 +16,9 @@ from rapm.losses import hinge_generator, pseudo_huber
 from rapm.schedule import renoise_coefficients, step_coefficients, trailing_steps
 from rapm.solver import solve
 from rapm.step import Step
+from rapm.store import Trajectory
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Trajectory, noise
+from rapm.trajectories import noise
 
 CONFIG = Config(steps=4, fine_steps=2, guidance=3.0, lora_rank=2, learning_rate=1e-2, head_learning_rate=1e-2)
 

@@ -19,8 +19,9 @@ from rapm.config import Config
 from rapm.errors import UserError
 from rapm.prompts import Row
 from rapm.solver import check_grid, solve
+from rapm.store import Store, Trajectory, verify
 from rapm.teacher import load_teacher
-from rapm.trajectories import Store, Trajectory, noise, prepare, trajectory_seed, verify
+from rapm.trajectories import noise, prepare, trajectory_seed
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 PROMPTS = ["a red circle", "two small dogs on a hill", "night"]

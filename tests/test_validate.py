@@ -10,8 +10,9 @@ from rapm.config import Config
 from rapm.evaluate.validate import COMPONENTS, FEWEST, Features, Validation, contrast, saturation
 from rapm.lora import LoRA
 from rapm.step import Step
+from rapm.store import Store
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Negatives, Store, prepare
+from rapm.trajectories import Negatives, prepare
 from rapm.unet import Text
 
 CONFIG = Config(steps=2, fine_steps=1, guidance=3.0, lora_rank=1, trajectories=FEWEST + 2, validation_prompts=2,

@@ -43,8 +43,9 @@ from rapm.evaluate.metrics import (
 from rapm.export.lora_file import WEIGHTS, read_lora, text_lora
 from rapm.sample import ENCODE, png, sample
 from rapm.stacks import Lora
+from rapm.store import Store
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Negatives, Store, noise, trajectory_seed
+from rapm.trajectories import Negatives, noise, trajectory_seed
 from rapm.unet import Text
 
 SIDE = 256  # pixels, of the COCO protocol

@@ -29,7 +29,8 @@ from rapm.finite import SIDES, finite
 from rapm.sample import sample
 from rapm.stacks import Lora
 from rapm.step import Step
-from rapm.trajectories import Negatives, Store, Trajectory, noise, trajectory_seed
+from rapm.store import Store, Trajectory
+from rapm.trajectories import Negatives, noise, trajectory_seed
 from rapm.unet import Text
 
 if TYPE_CHECKING:

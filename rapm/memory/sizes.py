@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
 from rapm.architecture import latent_shape
 from rapm.config import Config
 from rapm.device import DTYPES
@@ -16,6 +14,7 @@ from rapm.memory import cards
 from rapm.memory.cards import Card
 from rapm.memory.count import TOKENS, Pass, count_encoder, count_student, meta_unet
 from rapm.memory.low_precision import LowPrecision, Transient, low_precision
+from rapm.store import positions_nbytes
 
 
 class Sizes(NamedTuple):
@@ -52,7 +51,7 @@ class Sizes(NamedTuple):
 def sizes_of(model: Model, config: Config) -> Sizes:
     """Everything that a plan for `config` needs to know of `model`. UserError for a resolution it cannot have."""
     dtype = DTYPES[config.mixed_precision]
-    c, h, w = latents = latent_shape(model.unet, model.factor, config.resolution)
+    _, h, w = latents = latent_shape(model.unet, model.factor, config.resolution)
     unet = meta_unet(model.unet, dtype)
     whole = sum(p.nbytes for p in unet.parameters())
     blocks = *unet.down_blocks, unet.mid_block, *unet.up_blocks
@@ -74,12 +73,12 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     heads = 2 * layout(channels)[1] if config.adversarial_relative or config.adversarial_absolute else 0
     hidden = unet.config["cross_attention_dim"]
     text = TOKENS * (max(hidden) if isinstance(hidden, (list, tuple)) else hidden) * 4
-    positions = (2 * config.steps + 1) * c * h * w * getattr(torch, config.trajectory_dtype).itemsize
     return Sizes(
         sum(p.nbytes for p in unet.parameters()), whole, block,
         sum(size for m, size in made.items() if isinstance(m, Transient)), max(made.values(), default=0), lora,
         len(targets), heads, features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
-        count_student(unet, latents, config.lora_rank), count_encoder(unet, latents), positions + text,
+        count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
+        positions_nbytes(latents, config) + text,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from rapm.checkpoint import STATE, checkpoints, load_checkpoint
 from rapm.cli import main as rapm
 from rapm.config import Config
 from rapm.export.lora_file import WEIGHTS
-from rapm.trajectories import verify
+from rapm.store import verify
 
 # Phase -> what is entered, and the seconds it takes: a trap strikes up to that much later.
 PHASES = {

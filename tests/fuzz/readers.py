@@ -26,7 +26,7 @@ from rapm.export.lora_names import kohya_name
 from rapm.loading.weights import load_unet
 from rapm.lora import LoRA
 from rapm.prompts import read_prompts
-from rapm.trajectories import METADATA, Store, verify
+from rapm.store import METADATA, Store, verify
 from rapm.unet import UNet
 
 # What has hurt readers before: ends of integer ranges, huge shapes, names that leave a folder or rearrange a terminal.

@@ -20,8 +20,9 @@ from rapm.kernels import runtime
 from rapm.lora import LoRA
 from rapm.solver import solve
 from rapm.step import Step
+from rapm.store import Trajectory
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Trajectory, noise
+from rapm.trajectories import noise
 
 SETTINGS = dict(fine_steps=2, learning_rate=3e-4, lr_warmup_steps=0)
 ROUNDING = 1e-7  # a relative change of the start
