@@ -181,7 +181,7 @@ def test_a_lost_rank_ends_all_and_nothing_is_lost(place, run, tmp_path, bench):
 
 
 def test_the_page_has_commands_that_parse():
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/scaling.md").read_text(encoding="utf-8"), re.S | re.M)
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/scaling.md").read_text(encoding="utf-8"), re.S | re.M)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     assert {words[0] for words in commands} == {"torchrun", "accelerate"}
     for words in commands:
