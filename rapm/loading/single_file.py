@@ -63,7 +63,7 @@ def family_of(path: Path, header: Header) -> str:
 def base_parts(family: str, header: Header) -> dict[str, dict[str, Any]]:
     """The configs of the family's base by part, the UNet's sample size as the header gives it."""
     parts: dict[str, dict[str, Any]] = json.loads((BASES / f"{family}.json").read_text("utf-8"))
-    size = re.fullmatch(r"(\d+)x(\d+)", header.metadata.get("modelspec.resolution", ""))  # W x H, in pixels
+    size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", header.metadata.get("modelspec.resolution", ""))  # W x H, in pixels
     if size and all(int(side) % 8 == 0 for side in size.groups()):
         width, height = (int(side) // 8 for side in size.groups())
         parts["unet"]["sample_size"] = height if height == width else [height, width]
@@ -155,7 +155,7 @@ def _yaml_statement(path: Path) -> list[tuple[str, str]]:
     if not config.is_file():
         return []
     found = re.search(
-        r"""^\s*parameterization:\s*["']?(\w+)""", config.read_text("utf-8", errors="replace"), re.MULTILINE
+        r"""^[ \t]*parameterization:\s*["']?(\w+)""", config.read_text("utf-8", errors="replace"), re.MULTILINE
     )
     return [(config.name, "v_prediction" if found and found[1] == "v" else "epsilon")]
 

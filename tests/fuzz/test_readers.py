@@ -23,8 +23,9 @@ def samples(folder: Path) -> dict[str, readers.Reader]:
 
 
 NAMES = (
-    "LoRA", "checkpoint", "UNet weights", "UNet config", "settings", "prompts", "prompts csv", "prompts jsonl",
-    "prompts parquet", "metadata", "shard",
+    "LoRA", "checkpoint", "UNet weights", "UNet config", "UNet index", "pipeline index", "scheduler config",
+    "text encoder config", "VAE config", "VAE weights", "single file", "single file's YAML", "settings", "prompts",
+    "prompts csv", "prompts jsonl", "prompts parquet", "metadata", "shard",
 )  # fmt: skip
 
 
