@@ -22,7 +22,7 @@ from rapm.errors import UserError
 from rapm.loading import single_file
 from rapm.loading.families import model_of
 from rapm.loading.original import original_name
-from rapm.loading.single_file import base_parts, config_folder
+from rapm.loading.single_file import base_parts, config_folder, family_of
 from rapm.loading.source import find
 from rapm.loading.weights import Header
 from rapm.teacher import load_teacher
@@ -244,6 +244,19 @@ def test_a_damaged_or_foreign_file(folders, bases, capsys, tmp_path):
     save_file(state, file, {"modelspec.prediction_type": "epsilon"})
     with pytest.raises(UserError, match=r"conv_out.bias is too large for torch\.float16: use --mixed_precision bf16"):
         load(file, torch.float16)
+
+
+def test_headers_of_impossible_shapes_and_sizes():
+    """safetensors takes shapes of no elements that torch refuses, and any text as metadata."""
+    conv, text = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x"
+    for shapes, message in (
+        ({conv: [320], text: [0]}, "its UNet takes 0 channels, not 4"),
+        ({"x": [0, 2**62, 2**62]}, "is not a whole checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            family_of(Path("x.safetensors"), Header(shapes, {}))
+    for size in ("0x0", f"{'8' * 5000}x8"):
+        assert base_parts("sd1", Header({}, {"modelspec.resolution": size}))["unet"]["sample_size"] == 64
 
 
 @pytest.mark.parametrize(
