@@ -44,8 +44,8 @@ BY_LEVEL = (
     "layers_per_block", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
     "cross_attention_dim",
 )  # fmt: skip
-OPTIONAL = ("num_attention_heads", "time_embedding_dim")  # may be None; so may, without an added embedding:
-ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+OPTIONAL = ("num_attention_heads", "time_embedding_dim")  # may be None
+ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")  # so may these, but for SDXL
 # `upcast_attention` is read nowhere: SDPA keeps the softmax in fp32, and diffusers ignores the flag with it too.
 
 
@@ -55,8 +55,8 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("UNet config: not a JSON object")
     config = {**DEFAULTS, **config}
     levels = len(each(config["block_out_channels"]))
-    if levels > MOST_LEVELS:
-        raise UserError(f"UNet config: block_out_channels has {levels} levels, more than {MOST_LEVELS}")
+    if not 0 < levels <= MOST_LEVELS:
+        raise UserError(f"UNet config: block_out_channels has {levels} levels, not 1 to {MOST_LEVELS}")
     for key in ("block_out_channels", "down_block_types", "up_block_types"):
         if not isinstance(config[key], (list, tuple)) or len(config[key]) != levels:
             raise UserError(f"UNet config: {key} is {config[key]}, not one for each of {levels} levels")

@@ -281,6 +281,11 @@ def test_headers_of_impossible_shapes_and_sizes():
         ("unet/config.json", {"cross_attention_dim": 48}, "has cross_attention_dim 48, but the text is 32 wide"),
         ("unet/config.json", {"block_out_channels": [32, 64, 96]}, r"do not fit .*Missing key: .* of \[96, 64, 1, 1\]"),
         ("unet/config.json", {"sample_size": None}, "sample_size is None, not a size"),
+        (
+            "unet/config.json",
+            {"block_out_channels": [], "down_block_types": [], "up_block_types": []},
+            "0 levels, not 1 to 8",
+        ),
         ("unet/config.json", {"norm_num_groups": [32]}, r"norm_num_groups is \[32\], not a size"),
         ("unet/config.json", {"layers_per_block": []}, r"layers_per_block is \[\], not a size, or one for each of 3"),
         ("text_encoder/config.json", {"hidden_size": "32"}, "has cross_attention_dim 32, but the text is 32 wide"),

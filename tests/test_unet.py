@@ -213,6 +213,24 @@ def test_load_unet_picks_the_precision(pairs: dict[str, Pair], tmp_path: Path) -
     assert torch.equal(load_unet(tmp_path, torch.float16).conv_in.bias, half[name])
 
 
+def test_load_unet_refuses_an_index_without_its_files(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    pairs["sd1"][0].save_pretrained(tmp_path, max_shard_size="200KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    sound = json.loads(index.read_text())
+    first = sorted(sound["weight_map"])[0]
+    outside = tmp_path.parent / "outside.safetensors"
+    outside.write_bytes(b"")
+    for names, message in (
+        ({}, "has no weight_map"),
+        ([], "has no weight_map"),
+        ({**sound["weight_map"], first: "../outside.safetensors"}, "names '../outside.safetensors', which is not a"),
+        ({**sound["weight_map"], first: ["x"]}, "which is not a file beside it"),
+    ):
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(UserError, match=message):
+            load_unet(tmp_path)
+
+
 def test_load_unet_streams(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded weights own their memory: the file may go, and no source tensor is alive when the next is read."""
     pairs["sd1"][0].save_pretrained(tmp_path)

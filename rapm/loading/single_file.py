@@ -64,9 +64,8 @@ def family_of(path: Path, header: Header) -> str:
 def base_parts(family: str, header: Header) -> dict[str, dict[str, Any]]:
     """The configs of the family's base by part, the UNet's sample size as the header gives it."""
     parts: dict[str, dict[str, Any]] = json.loads((BASES / f"{family}.json").read_text("utf-8"))
-    size = re.fullmatch(
-        r"([1-9]\d{0,4})x([1-9]\d{0,4})", header.metadata.get("modelspec.resolution", "")
-    )  # W x H, in pixels
+    said = header.metadata.get("modelspec.resolution", "")  # W x H, in pixels
+    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", said)
     if size and all(int(side) % 8 == 0 for side in size.groups()):
         width, height = (int(side) // 8 for side in size.groups())
         parts["unet"]["sample_size"] = height if height == width else [height, width]

@@ -111,13 +111,13 @@ def weight_files(folder: Path, dtype: torch.dtype) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """The files that an index names; they lie beside it."""
     found = read_json(index).get("weight_map")
-    names = {str(name) for name in found.values()} if isinstance(found, dict) else set()
+    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"teacher: {index} names {name!r}, which is not a file beside it: get both again")
     if not names:
         raise UserError(f"teacher: {index} has no weight_map: get it again")
-    return [index.parent / name for name in sorted(names)]
+    return [index.parent / name for name in names]
 
 
 @torch.no_grad()
