@@ -218,13 +218,13 @@ def test_load_unet_refuses_an_index_without_its_files(pairs: dict[str, Pair], tm
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     sound = json.loads(index.read_text())
     first = sorted(sound["weight_map"])[0]
-    outside = tmp_path.parent / "outside.safetensors"
-    outside.write_bytes(b"")
+    (tmp_path.parent / "outside.safetensors").write_bytes(b"")
     for names, message in (
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
         ({**sound["weight_map"], first: "../outside.safetensors"}, "names '../outside.safetensors', which is not a"),
         ({**sound["weight_map"], first: ["x"]}, "which is not a file beside it"),
+        ({**sound["weight_map"], first: "x" * 5000}, "which is not a file beside it"),
     ):
         index.write_text(json.dumps({"weight_map": names}))
         with pytest.raises(UserError, match=message):
