@@ -31,13 +31,21 @@ SUPPORTED = dict(
         "only_cross_attention", "dual_cross_attention", "cross_attention_norm", "reverse_transformer_layers_per_block",
     ), (None, False)),
 )  # fmt: skip
-# Sizes, one for all levels or one each, and the most that is still a model.
+# Sizes, and the most that is still a model.
 SIZES = dict(
     in_channels=2**10, out_channels=2**10, block_out_channels=2**14, layers_per_block=64,
     transformer_layers_per_block=64, attention_head_dim=2**10, num_attention_heads=2**10, cross_attention_dim=2**14,
     norm_num_groups=2**10, time_embedding_dim=2**16, addition_time_embed_dim=2**12,
     projection_class_embeddings_input_dim=2**16,
 )  # fmt: skip
+MOST_LEVELS, MOST_SIDE = 8, 2**12  # of a sample in latents
+# What may be one for all levels or one each; block_out_channels is one each, the rest one.
+BY_LEVEL = (
+    "layers_per_block", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
+    "cross_attention_dim",
+)  # fmt: skip
+OPTIONAL = ("num_attention_heads", "time_embedding_dim")  # may be None
+ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")  # so may these, but for SDXL
 # `upcast_attention` is read nowhere: SDPA keeps the softmax in fp32, and diffusers ignores the flag with it too.
 
 
@@ -47,17 +55,24 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("UNet config: not a JSON object")
     config = {**DEFAULTS, **config}
     levels = len(each(config["block_out_channels"]))
-    for key, most in SIZES.items():
-        sizes = [] if config[key] is None and DEFAULTS[key] is None else each(config[key])
-        if len(sizes) not in (0, 1, levels) or any(type(n) is not int or not 0 < n <= most for n in sizes):
-            raise UserError(f"UNet config: {key} is {config[key]}, not a size, or one for each of {levels} levels")
-    for key in ("down_block_types", "up_block_types"):
-        if len(each(config[key])) != levels:
+    if not 0 < levels <= MOST_LEVELS:
+        raise UserError(f"UNet config: block_out_channels has {levels} levels, not 1 to {MOST_LEVELS}")
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(config[key], (list, tuple)) or len(config[key]) != levels:
             raise UserError(f"UNet config: {key} is {config[key]}, not one for each of {levels} levels")
+    optional = OPTIONAL if config["addition_embed_type"] == "text_time" else OPTIONAL + ADDED
+    for key, most in SIZES.items():
+        value = config[key]
+        if value is None and key in optional:
+            continue
+        if key not in ("block_out_channels", *BY_LEVEL) and not _size(value, most):
+            raise UserError(f"UNet config: {key} is {value}, not a size")
+        if len(each(value)) not in (1, levels) or not all(_size(n, most) for n in each(value)):
+            raise UserError(f"UNet config: {key} is {value}, not a size, or one for each of {levels} levels")
     if any(n % config["norm_num_groups"] for n in each(config["block_out_channels"])):
         raise UserError(f"UNet config: {config['norm_num_groups']} groups do not divide {config['block_out_channels']}")
-    if not all(type(config[key]) in (int, float) for key in ("norm_eps", "freq_shift")):
-        raise UserError("UNet config: norm_eps and freq_shift are numbers")
+    if not all(type(config[key]) in (int, float) and 0 <= config[key] <= 1 for key in ("norm_eps", "freq_shift")):
+        raise UserError("UNet config: norm_eps and freq_shift are numbers from 0 to 1")
     checks = [(key, value, values) for key, values in SUPPORTED.items() for value in each(config.get(key, values[0]))]
     checks.append(("in_channels", config["in_channels"], (config["out_channels"],)))  # inpainting models have more
     for key, value, values in checks:
@@ -68,8 +83,13 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_size(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """H, W in pixels of what the model of a complete `config` was trained on; `factor` pixels are one latent."""
-    size = each(config["sample_size"])
+    """H, W in pixels of what the model of a complete `config` was trained on; `factor` pixels are one latent.
+
+    UserError for a config that does not say.
+    """
+    size = each(config.get("sample_size"))
+    if len(size) not in (1, 2) or not all(_size(side, MOST_SIDE) for side in size):
+        raise UserError(f"UNet config: sample_size is {config.get('sample_size')}, not a size, nor height and width")
     return size[0] * factor, size[-1] * factor
 
 
@@ -80,6 +100,10 @@ def latent_shape(config: Mapping[str, Any], factor: int, resolution: tuple[int, 
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise UserError(f"resolution {height}x{width}: height and width must be multiples of {multiple}")
     return config["in_channels"], height // factor, width // factor
+
+
+def _size(value: object, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def each(value: object) -> list[Any]:

@@ -9,7 +9,7 @@ import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -49,11 +49,6 @@ def sample(
     for z in walk(unet, schedule, text, noise, steps, lora=lora, guidance=guidance, uncond=uncond):
         last = z
     return last
-
-
-def sample_prompts(teacher: Teacher, prompts: list[str], **options: Any) -> Tensor:
-    """All pictures of `sample_batches` together: images B H W 3, uint8 on the CPU."""
-    return torch.cat([images for _, images in sample_batches(teacher, prompts, **options)])
 
 
 def sample_batches(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PREDICTIONS = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+MOST_TIMESTEPS = 2**16
 # What a scheduler_config.json says about the teacher; the rest is about the sampler, which the recipe decides.
 NOISE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
                 "rescale_betas_zero_snr")  # fmt: skip
@@ -39,18 +40,32 @@ def recipe_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     betas = config.get("beta_schedule")
     if config.get("trained_betas") is None and betas not in BETA_SCHEDULES:
         raise UserError(f"scheduler: beta_schedule {betas!r} is not supported: {', '.join(BETA_SCHEDULES)}")
-    scheduler = DDIMScheduler(
-        **{key: config[key] for key in NOISE_FIELDS if key in config},
-        timestep_spacing="trailing",
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
+    known = {key: config[key] for key in NOISE_FIELDS if key in config}
+    _check_betas(known)
+    scheduler = DDIMScheduler(**known, timestep_spacing="trailing", set_alpha_to_one=False, clip_sample=False)
+    abar = scheduler.alphas_cumprod
+    if not (len(abar) == scheduler.config.num_train_timesteps and abar[0] > 0 and (abar.diff() <= 0).all()):
+        raise UserError("scheduler: its betas are no noise schedule: the signal must fall with each training timestep")
     if prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
         raise UserError(
             "scheduler: zero terminal SNR (rescale_betas_zero_snr) needs prediction_type v_prediction: "
             "epsilon says nothing about the image where the input is pure noise"
         )
     return scheduler
+
+
+def _check_betas(config: Mapping[str, Any]) -> None:
+    """UserError for what diffusers could not make betas of."""
+    T = config.get("num_train_timesteps", 1)
+    if type(T) is not int or not 0 < T <= MOST_TIMESTEPS:
+        raise UserError(f"scheduler: num_train_timesteps {T} is not a number from 1 to {MOST_TIMESTEPS}")
+    trained = config.get("trained_betas")
+    if trained is not None and not (isinstance(trained, list) and trained):
+        raise UserError("scheduler: trained_betas is not a list of numbers")
+    ends = {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+    for key, beta in [*ends.items(), *(("trained_betas", beta) for beta in trained or [])]:
+        if type(beta) not in (int, float) or not 0 <= beta <= 1:
+            raise UserError(f"scheduler: {key} has {beta!r}, not a number from 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rapm.architecture import DEFAULTS, latent_shape, trained_size
@@ -272,7 +271,6 @@ def _load_pipeline(found: Source, dtype: torch.dtype, **parts: None) -> Diffusio
     """The stock pipeline of a folder or single file with the recipe's scheduler, without the `parts` given as None."""
     import diffusers
     import transformers
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     for library in (diffusers, transformers):  # the parts load in a moment
         library.utils.logging.disable_progress_bar()
@@ -287,7 +285,7 @@ def _load_pipeline(found: Source, dtype: torch.dtype, **parts: None) -> Diffusio
                 pipe = pipeline.from_pretrained(location, use_safetensors=True, variant=variant(location), **options)
             else:
                 pipe = pipeline.from_single_file(location, config=str(configs), local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, SingleFileComponentError) as error:
+    except Exception as error:  # diffusers and transformers raise anything for configs that they cannot use
         raise UserError(f"teacher: {location} does not load ({first_line(error)}): get it again") from error
     pipe.scheduler = recipe_scheduler(found.parts["scheduler"])
     return pipe

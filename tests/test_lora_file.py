@@ -16,7 +16,7 @@ from rapm.errors import UserError
 from rapm.export.files import FILES, export_lora
 from rapm.export.lora_file import WEIGHTS, fold, read_lora, read_text_lora, text_lora
 from rapm.export.lora_names import kohya_name, kohya_names, original_names
-from rapm.sample import sample_prompts
+from rapm.sample import sample_batches
 
 
 def test_strength_is_folded_into_up(tiny_teacher: Callable, tmp_path: Path) -> None:
@@ -236,12 +236,12 @@ def test_a_style_changes_the_samples_through_its_text_encoder(tiny_teacher: Call
     save_file({k: x for k, x in tensors.items() if "lora_te" not in k}, tmp_path / "unet.safetensors")
     save_file({k: x for k, x in tensors.items() if "lora_te" in k}, tmp_path / "text.safetensors")
     images = [
-        sample_prompts(teacher, PROMPTS[:1], lora_path=tmp_path / f"{name}.safetensors", steps=1)
+        next(sample_batches(teacher, PROMPTS[:1], lora_path=tmp_path / f"{name}.safetensors", steps=1))[1]
         for name in ("both", "unet")
     ]
     assert not torch.equal(*images)
     with pytest.raises(UserError, match="nothing for the UNet"):
-        sample_prompts(teacher, PROMPTS[:1], lora_path=tmp_path / "text.safetensors", steps=1)
+        next(sample_batches(teacher, PROMPTS[:1], lora_path=tmp_path / "text.safetensors", steps=1))
 
 
 def test_the_text_encoders_of_another_family_are_refused(tiny_teacher: Callable, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rapm.draw import draw
 from rapm.errors import UserError
 from rapm.export.files import export_lora
 from rapm.lora import LoRA
-from rapm.sample import GAP, LINE, MIN_SIDE, grid, labelled_grid, sample, sample_prompts
+from rapm.sample import GAP, LINE, MIN_SIDE, grid, labelled_grid, sample, sample_batches
 from rapm.solver import walk
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise
@@ -43,6 +43,11 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Teacher]:
 def latents(teacher: Teacher, resolution: tuple[int, int] | None = None) -> Tensor:
     shape = teacher.latent_shape(resolution)
     return torch.stack([noise(seed, shape) for seed in range(len(PROMPTS))])
+
+
+def pictures(teacher: Teacher, prompts: list[str], **options: object) -> Tensor:
+    """All of `sample_batches` together: B H W 3."""
+    return torch.cat([images for _, images in sample_batches(teacher, prompts, **options)])
 
 
 # What the latents may differ by, in their standard deviations. fp64 network: what is left are the stock sampler's fp32
@@ -115,14 +120,14 @@ def test_walk_leaves_gradients_as_they_were(load: Callable) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_sample_prompts(load: Callable, tmp_path: Path) -> None:
+def test_sample_batches(load: Callable, tmp_path: Path) -> None:
     """Prompt by prompt, seed by seed, whatever the batch; one seed is one noise; the LoRA of a run's folder counts."""
     teacher = load("sd1")
     lora = LoRA(teacher.unet, 1)
     with torch.no_grad():
         lora.flat.copy_(0.1 * torch.randn(lora.flat.shape))
     export_lora(tmp_path, lora.export(), teacher, config=Config(), steps_done=1)
-    images = sample_prompts(teacher, PROMPTS, seeds=[5, 6, 7], lora_path=tmp_path, batch=4)
+    images = pictures(teacher, PROMPTS, seeds=[5, 6, 7], lora_path=tmp_path, batch=4)
     assert images.shape == (6, 128, 128, 3) and images.dtype == torch.uint8
     for i, (prompt, seed) in enumerate((p, s) for p in PROMPTS for s in (5, 6, 7)):
         z = sample(
@@ -134,14 +139,14 @@ def test_sample_prompts(load: Callable, tmp_path: Path) -> None:
             lora=lora.export(),
         )
         assert (images[i].int() - teacher.decode(z)[0].int()).abs().max() <= 1  # batches may round otherwise
-    bare = sample_prompts(teacher, PROMPTS, seeds=[5, 6, 7])
+    bare = pictures(teacher, PROMPTS, seeds=[5, 6, 7])
     assert (bare.int() - images.int()).abs().max() > 1
 
 
-def test_sample_prompts_with_guidance_and_resolution(load: Callable) -> None:
+def test_sample_batches_with_guidance_and_resolution(load: Callable) -> None:
     teacher = load("sdxl")
     options = dict(steps=2, guidance=6.0, resolution=(64, 96), negative_prompt="a cat")
-    images = sample_prompts(teacher, PROMPTS[:1], **options)
+    images = pictures(teacher, PROMPTS[:1], **options)
     start = noise(0, teacher.latent_shape((64, 96)))[None]
     uncond = teacher.encode_negative("a cat", (64, 96))
     text = teacher.encode(PROMPTS[:1], (64, 96))
@@ -158,9 +163,9 @@ def test_sample_prompts_with_guidance_and_resolution(load: Callable) -> None:
         (dict(lora_path="nowhere.safetensors"), "nowhere.safetensors"),
     ],
 )
-def test_sample_prompts_says_what_is_wrong(load: Callable, options: dict, message: str) -> None:
+def test_sample_batches_says_what_is_wrong(load: Callable, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sample_prompts(load("sd1"), PROMPTS, **options)
+        pictures(load("sd1"), PROMPTS, **options)
 
 
 def test_grid_magnifies_and_places() -> None:
@@ -226,8 +231,8 @@ def test_a_folder_gets_a_png_for_each_picture_with_its_settings(load: Callable, 
     wanted = {"Steps": "2", "Sampler": "DDIM", "CFG scale": "3", "Seed": "8", "Size": "96x64", "Model": "sdxl"}
     assert wanted.items() <= values.items()
     assert a1111_settings(folder / "00001-7.png")[0][0] == "Überraschung"
-    expected = sample_prompts(teacher, ["Überraschung"], steps=2, guidance=3.0, seeds=[7], negative_prompt="a dog",
-                              resolution=(64, 96))  # fmt: skip
+    expected = pictures(teacher, ["Überraschung"], steps=2, guidance=3.0, seeds=[7], negative_prompt="a dog",
+                        resolution=(64, 96))  # fmt: skip
     drawn = torch.tensor(list(Image.open(folder / "00001-7.png").tobytes()), dtype=torch.uint8).view(64, 96, 3)
     assert (drawn.int() - expected[0].int()).abs().max() <= 1
 

@@ -22,7 +22,7 @@ from rapm.errors import UserError
 from rapm.loading import single_file
 from rapm.loading.families import model_of
 from rapm.loading.original import original_name
-from rapm.loading.single_file import base_parts, config_folder
+from rapm.loading.single_file import base_parts, config_folder, family_of
 from rapm.loading.source import find
 from rapm.loading.weights import Header
 from rapm.teacher import load_teacher
@@ -246,6 +246,19 @@ def test_a_damaged_or_foreign_file(folders, bases, capsys, tmp_path):
         load(file, torch.float16)
 
 
+def test_headers_of_impossible_shapes_and_sizes():
+    """safetensors takes shapes of no elements that torch refuses, and any text as metadata."""
+    conv, text = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x"
+    for shapes, message in (
+        ({conv: [320], text: [0]}, "its UNet takes 0 channels, not 4"),
+        ({"x": [0, 2**62, 2**62]}, "is not a whole checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            family_of(Path("x.safetensors"), Header(shapes, {}))
+    for size in ("0x0", f"{'8' * 5000}x8"):
+        assert base_parts("sd1", Header({}, {"modelspec.resolution": size}))["unet"]["sample_size"] == 64
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
@@ -267,6 +280,20 @@ def test_a_damaged_or_foreign_file(folders, bases, capsys, tmp_path):
         ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type is image"),
         ("unet/config.json", {"cross_attention_dim": 48}, "has cross_attention_dim 48, but the text is 32 wide"),
         ("unet/config.json", {"block_out_channels": [32, 64, 96]}, r"do not fit .*Missing key: .* of \[96, 64, 1, 1\]"),
+        ("unet/config.json", {"sample_size": None}, "sample_size is None, not a size"),
+        (
+            "unet/config.json",
+            {"block_out_channels": [], "down_block_types": [], "up_block_types": []},
+            "0 levels, not 1 to 8",
+        ),
+        ("unet/config.json", {"norm_num_groups": [32]}, r"norm_num_groups is \[32\], not a size"),
+        ("unet/config.json", {"layers_per_block": []}, r"layers_per_block is \[\], not a size, or one for each of 3"),
+        ("text_encoder/config.json", {"hidden_size": "32"}, "has cross_attention_dim 32, but the text is 32 wide"),
+        ("text_encoder/config.json", {"num_attention_heads": []}, "does not load"),
+        ("vae/config.json", {"act_fn": -1}, r"does not load \(.*\): get it again"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps 0 is not a number from 1"),
+        ("scheduler/scheduler_config.json", {"beta_end": None}, "beta_end has None, not a number from 0 to 1"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 9}, "its betas are no noise schedule"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "'flow_prediction' is not"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal SNR .* needs .*v_pred"),
     ],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from test_unet import CONFIGS, error, inputs, perturb
+from tiny import load_unet
 
-from rapm.loading.weights import load_unet
 from rapm.lora import LoRA
 from rapm.stacks import Stack, join, together
 from rapm.unet import Linear, UNet
@@ -93,7 +93,7 @@ def test_the_unet_with_and_without(family: str) -> None:
 
 
 def test_a_loaded_unet_is_joined(tiny_folders) -> None:
-    unet = load_unet(tiny_folders["sdxl"] / "unet", dtype=torch.float32, device="cpu")
+    unet = load_unet(tiny_folders["sdxl"] / "unet")
     assert unet.stacks and all(len(storages(stack)) == 1 for stack in unet.stacks)
     names = [name for stack in unet.stacks for name in stack.names]
     assert len(names) == len(set(names)) and set(names) <= set(unet.lora_targets())

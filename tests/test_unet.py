@@ -14,13 +14,12 @@ from diffusers import UNet2DConditionModel
 from full import FULL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import UNET
+from tiny import UNET, load_unet
 from torch import Tag, Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapm.errors import UserError
-from rapm.loading.weights import load_unet
 from rapm.unet import Text, UNet
 
 PIXEL = dict(
@@ -191,12 +190,12 @@ def test_load_unet(pairs: dict[str, Pair], tmp_path: Path, variant: str | None, 
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "200KB")
     state = stock.state_dict()
     for dtype in (torch.float32, torch.bfloat16):
-        ours = load_unet(tmp_path, dtype=dtype, device="cpu")
+        ours = load_unet(tmp_path, dtype)
         assert ours.dtype == dtype and ours.device.type == "cpu" and not ours.training
         for name, p in ours.named_parameters():
             assert torch.equal(p, state[name].to(dtype))
             assert not p.requires_grad and (p.dim() != 4 or p.is_contiguous(memory_format=torch.channels_last))
-    ours = load_unet(tmp_path, dtype=torch.float32, device="cpu")
+    ours = load_unet(tmp_path)
     z, t, text = inputs(CONFIGS["sdxl"], 2, (13, 22))
     expected = run(lambda z: stock_forward(stock, z, t, text), z)
     for actual, wanted in zip(run(lambda z: ours(z, t, text), z), expected, strict=True):
@@ -210,8 +209,26 @@ def test_load_unet_picks_the_precision(pairs: dict[str, Pair], tmp_path: Path) -
     save_file(half, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
     name = "conv_in.bias"
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(load_unet(tmp_path, dtype=dtype, device="cpu").conv_in.bias, load_file(full)[name].to(dtype))
-    assert torch.equal(load_unet(tmp_path, dtype=torch.float16, device="cpu").conv_in.bias, half[name])
+        assert torch.equal(load_unet(tmp_path, dtype).conv_in.bias, load_file(full)[name].to(dtype))
+    assert torch.equal(load_unet(tmp_path, torch.float16).conv_in.bias, half[name])
+
+
+def test_load_unet_refuses_an_index_without_its_files(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    pairs["sd1"][0].save_pretrained(tmp_path, max_shard_size="200KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    sound = json.loads(index.read_text())
+    first = sorted(sound["weight_map"])[0]
+    (tmp_path.parent / "outside.safetensors").write_bytes(b"")
+    for names, message in (
+        ({}, "has no weight_map"),
+        ([], "has no weight_map"),
+        ({**sound["weight_map"], first: "../outside.safetensors"}, "names '../outside.safetensors', which is not a"),
+        ({**sound["weight_map"], first: ["x"]}, "which is not a file beside it"),
+        ({**sound["weight_map"], first: "x" * 5000}, "which is not a file beside it"),
+    ):
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(UserError, match=message):
+            load_unet(tmp_path)
 
 
 def test_load_unet_streams(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +257,7 @@ def test_load_unet_streams(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: 
             return x
 
     monkeypatch.setattr("rapm.loading.weights.safe_open", Watched)
-    ours = load_unet(tmp_path, dtype=torch.float32, device="cpu")
+    ours = load_unet(tmp_path)
     assert len(alive) == len(ours.state_dict()) and not any(ref() for ref in alive)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert torch.equal(ours.conv_in.bias, pairs["sd1"][1].conv_in.bias)
@@ -248,7 +265,7 @@ def test_load_unet_streams(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: 
 
 def test_residual_stream_stays_channels_last(pairs: dict[str, Pair], tmp_path: Path) -> None:
     pairs["sd1"][0].save_pretrained(tmp_path)
-    ours = load_unet(tmp_path, dtype=torch.float32, device="cpu")
+    ours = load_unet(tmp_path)
     seen = []
     for block in [*ours.down_blocks, ours.mid_block, *ours.up_blocks]:
         for module in [*block.resnets, *block.attentions]:
@@ -303,12 +320,9 @@ def test_refuses(change: dict, words: str) -> None:
 def test_load_unet_refuses(pairs: dict[str, Pair], tmp_path: Path) -> None:
     def refused(words: str) -> None:
         with pytest.raises(UserError, match=words) as caught:
-            load_unet(tmp_path, dtype=torch.float32, device="cpu")
+            load_unet(tmp_path)
         assert "\n" not in str(caught.value)
 
-    refused("config.json")
-    (tmp_path / "config.json").write_text("{")
-    refused("not a readable diffusers part")
     pairs["sd1"][0].save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 48}))

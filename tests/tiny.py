@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rapm.loading.original import original_name
+from rapm.loading.weights import fill, folder_places
+from rapm.unet import UNet
 
 SD1 = dict(
     sample_size=16, in_channels=4, out_channels=4, block_out_channels=[32, 64, 64], layers_per_block=1,
@@ -63,6 +65,13 @@ def tiny_pipeline(family: str, folder: Path, **scheduler_overrides: object) -> P
     scheduler = diffusers.PNDMScheduler(**{**SCHEDULER[family], **scheduler_overrides})
     kind(**parts, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> UNet:
+    """The frozen UNet of a `unet/` folder alone, on the CPU: a teacher's as it is filled, without the rest of it."""
+    with torch.device("meta"):
+        unet = UNet(json.loads((folder / "config.json").read_text()))
+    return fill(unet, folder_places(folder, dtype), dtype=dtype, device="cpu")
 
 
 @torch.no_grad()

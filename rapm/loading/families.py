@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from rapm.architecture import complete, trained_size
+from rapm.architecture import MOST_LEVELS, complete, trained_size
 from rapm.errors import UserError
 from rapm.export.lora_file import text_encoders
 from rapm.loading.source import local_family
+from rapm.loading.weights import read_header, read_json
 from rapm.zoo import EMBEDDED
 
 if TYPE_CHECKING:
@@ -84,25 +82,21 @@ def _family_of(name: str) -> str:
 
 
 def _folder(teacher: str, folder: Path) -> Model:
-    try:
-        config = complete(json.loads((folder / "unet" / "config.json").read_text("utf-8")))
-        vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {folder} is not a diffusers folder ({error}): give one, or a name") from error
+    parts = [folder / part / "config.json" for part in ("unet", "vae")]
+    if not all(path.is_file() for path in parts):
+        raise UserError(
+            f"teacher: {folder} is not a diffusers folder (no {parts[0]} or {parts[1]}): give one, or a name"
+        )
+    unet, vae = map(read_json, parts)
+    levels = vae.get("block_out_channels", [0] * 4)
+    if not isinstance(levels, list) or not 0 < len(levels) <= MOST_LEVELS:
+        raise UserError(f"teacher: {parts[1]}: block_out_channels is {levels}, not one for each level: get it again")
     text = sum(_parameters(part) for part in folder.glob("text_encoder*"))
-    factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
-    return Model(teacher, config, text, _parameters(folder / "vae"), factor)
+    return Model(teacher, complete(unet), text, _parameters(folder / "vae"), 2 ** (len(levels) - 1))
 
 
 def _parameters(folder: Path) -> int:
     """Numbers in a part's weights, each once though there may be an fp16 variant beside them."""
     files = sorted(folder.glob("*.safetensors"))
     whole = [path for path in files if ".fp16" not in path.name] or files
-    total = 0
-    for path in whole:
-        try:
-            with safe_open(path, framework="pt") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"teacher: {path} is not readable as safetensors ({error}): get it again") from error
-    return total
+    return sum(math.prod(shape) for path in whole for shape in read_header(path).shapes.values())

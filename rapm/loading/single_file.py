@@ -42,7 +42,8 @@ def family_of(path: Path, header: Header) -> str:
     family = next((found for prefix, found in FAMILIES.items() if prefix in starts), None)
     if family is None or f"{UNET}input_blocks.0.0.weight" not in names:
         raise UserError(f"teacher: {path} {_instead(header)}")
-    inputs = names[f"{UNET}input_blocks.0.0.weight"][1]
+    shape = names[f"{UNET}input_blocks.0.0.weight"]
+    inputs = shape[1] if len(shape) == 4 else 0
     if inputs != 4:
         kind = INPUTS.get(inputs, "no text-to-image model")
         raise UserError(f"teacher: {path} is {kind} (its UNet takes {inputs} channels, not 4): {_SUPPORTED}")
@@ -63,7 +64,8 @@ def family_of(path: Path, header: Header) -> str:
 def base_parts(family: str, header: Header) -> dict[str, dict[str, Any]]:
     """The configs of the family's base by part, the UNet's sample size as the header gives it."""
     parts: dict[str, dict[str, Any]] = json.loads((BASES / f"{family}.json").read_text("utf-8"))
-    size = re.fullmatch(r"(\d+)x(\d+)", header.metadata.get("modelspec.resolution", ""))  # W x H, in pixels
+    said = header.metadata.get("modelspec.resolution", "")  # W x H, in pixels
+    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", said)
     if size and all(int(side) % 8 == 0 for side in size.groups()):
         width, height = (int(side) // 8 for side in size.groups())
         parts["unet"]["sample_size"] = height if height == width else [height, width]
@@ -142,7 +144,7 @@ def _diffusers_kind(header: Header) -> str | None:
     """diffusers' own name for what it recognises, such as flux-dev or sd3; it takes SD1 for what it does not."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    with suppress(LookupError, NameError, ValueError):  # of files that it half recognises
+    with suppress(LookupError, NameError, ValueError, RuntimeError):  # of files that it half recognises
         shapes = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items()}
         kind = infer_diffusers_model_type(shapes)
         return None if kind in ("v1", "v2", "xl_base") else kind
@@ -155,7 +157,7 @@ def _yaml_statement(path: Path) -> list[tuple[str, str]]:
     if not config.is_file():
         return []
     found = re.search(
-        r"""^\s*parameterization:\s*["']?(\w+)""", config.read_text("utf-8", errors="replace"), re.MULTILINE
+        r"""^[ \t]*parameterization:\s*["']?(\w+)""", config.read_text("utf-8", errors="replace"), re.MULTILINE
     )
     return [(config.name, "v_prediction" if found and found[1] == "v" else "epsilon")]
 

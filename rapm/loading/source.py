@@ -7,7 +7,6 @@ other are an error that names both.
 from __future__ import annotations
 
 import errno
-import json
 import re
 import textwrap
 from collections.abc import Mapping
@@ -17,10 +16,10 @@ from typing import Any
 
 import torch
 
-from rapm.architecture import complete
+from rapm.architecture import complete, each, trained_size
 from rapm.errors import UserError
 from rapm.loading.single_file import base_parts, family_of, header_statements, statements, unet_places
-from rapm.loading.weights import VARIANTS, folder_places, read_header, weight_files
+from rapm.loading.weights import VARIANTS, folder_places, read_header, read_json, weight_files
 from rapm.schedule import recipe_scheduler
 from rapm.zoo import EMBEDDED
 
@@ -74,7 +73,7 @@ def local_family(given: str) -> str | None:
     path = Path(given).expanduser()
     try:
         if path.is_dir():
-            return _family(complete(_read_json(path / "unet" / "config.json")))
+            return _family(complete(read_json(path / "unet" / "config.json")))
         return family_of(path, read_header(path)) if path.suffix == ".safetensors" and path.is_file() else None
     except UserError:
         return None
@@ -120,7 +119,7 @@ def _fetch(hub_id: str) -> Path:
     cache = constants.HF_HUB_CACHE
     try:
         index = Path(hf_hub_download(hub_id, "model_index.json"))
-        _check_index(hub_id, _read_json(index))  # before gigabytes of something else are fetched
+        _check_index(hub_id, read_json(index))  # before gigabytes of something else are fetched
         for name in (None, *VARIANTS):  # some repositories hold one variant only
             try:
                 return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=name, safety_checker=None))
@@ -152,17 +151,18 @@ def _fetch(hub_id: str) -> Path:
 def _folder(given: str, folder: Path, dtype: torch.dtype) -> Source:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"teacher: {folder} is not a diffusers folder (no model_index.json): {_instead(folder)}")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     _check_index(folder, index)
-    unet = _read_json(folder / "unet" / "config.json")
+    unet = read_json(folder / "unet" / "config.json")
     config = complete(unet)
+    trained_size(config, 1)
     family, kind = _family(config), index["_class_name"]
     if family not in PIPELINES[kind]:
         raise UserError(
             f"teacher: {folder}: model_index.json says {kind}, unet/config.json is {family}'s: one is wrong"
         )
     _check_text_width(folder, config["cross_attention_dim"], family)
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     recipe_scheduler(scheduler)
     header = read_header(weight_files(folder / "unet", dtype)[0])
     prediction = scheduler.get("prediction_type", "epsilon")
@@ -189,16 +189,16 @@ def _family(unet: Mapping[str, Any]) -> str:
 def _check_index(where: object, index: Mapping[str, Any]) -> None:
     """UserError unless model_index.json is of a supported pipeline."""
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
+    if kind not in list(PIPELINES):  # it may be anything that JSON is
         raise UserError(f"teacher: {where} is a {kind}, not supported yet: {SUPPORTED}")
-    if index.get("requires_aesthetics_score") or index.get("text_encoder", [None])[0] is None:
+    if index.get("requires_aesthetics_score") or each(index.get("text_encoder"))[:1] in ([], [None]):
         raise UserError(f"teacher: {where} is a refiner, or has no text encoder: {SUPPORTED}")
 
 
 def _check_text_width(folder: Path, context: object, family: str) -> None:
     encoders = ("text_encoder", "text_encoder_2") if family == "sdxl" else ("text_encoder",)
-    widths = [_read_json(folder / name / "config.json").get("hidden_size", 0) for name in encoders]
-    if context != sum(widths):
+    widths = [read_json(folder / name / "config.json").get("hidden_size", 0) for name in encoders]
+    if any(type(width) is not int for width in widths) or context != sum(widths):
         raise UserError(
             f"teacher: {folder}: unet/config.json has cross_attention_dim {context}, but the text is "
             f"{' + '.join(map(str, widths))} wide ({', '.join(encoders)}): parts of two models"
@@ -223,11 +223,3 @@ def _instead(folder: Path) -> str:
     if files := sorted(folder.glob("*.safetensors")):
         return f"if it holds a checkpoint in one file, give that ({files[0].name})"
     return EXPECTED
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {path} is not a readable JSON file ({first_line(error)})") from error

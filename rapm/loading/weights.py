@@ -75,23 +75,15 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A part's config.json. UserError if it cannot be read."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a teacher's file. UserError for a file that cannot be read, or that holds anything else."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        return config
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a readable diffusers part, config.json: {error}: get it again") from error
-
-
-def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> UNet:
-    """The frozen UNet of a diffusers `unet/` folder in safetensors, single, sharded or of a variant.
-
-    UserError for a missing or damaged file, an unsupported config, or weights that do not fit the config.
-    """
-    with torch.device("meta"):
-        unet = UNet(read_config(folder))
-    return fill(unet, folder_places(folder, dtype), dtype=dtype, device=device)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"teacher: {path} is not a readable JSON file ({error}): get it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"teacher: {path} is not a JSON object: get it again")
+    return found
 
 
 def folder_places(folder: Path, dtype: torch.dtype) -> dict[Path, dict[str, str]]:
@@ -109,14 +101,24 @@ def weight_files(folder: Path, dtype: torch.dtype) -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            try:
-                return [folder / x for x in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-            except (OSError, ValueError, LookupError) as error:
-                raise UserError(f"{index} is not readable ({error!r}): get it again") from error
+            return _shards(index)
     raise UserError(
         f"{folder}: no diffusion_pytorch_model.safetensors: only safetensors is read (a pickle can run any code): "
         "convert the weights with diffusers' save_pretrained(..., safe_serialization=True)"
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names; they lie beside it."""
+    found = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+    beside = {path.name for path in index.parent.iterdir()}
+    for name in names:
+        if name not in beside:  # a name may be anything, and lead anywhere
+            raise UserError(f"teacher: {index} names {name!r}, which is not a file beside it: get both again")
+    if not names:
+        raise UserError(f"teacher: {index} has no weight_map: get it again")
+    return [index.parent / name for name in names]
 
 
 @torch.no_grad()

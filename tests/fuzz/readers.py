@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pyarrow
 import tiny
@@ -23,10 +25,12 @@ from rapm.config import Config
 from rapm.errors import UserError
 from rapm.export.lora_file import read_lora
 from rapm.export.lora_names import kohya_name
-from rapm.loading.weights import load_unet
+from rapm.loading.families import model_of
 from rapm.lora import LoRA
 from rapm.prompts import read_prompts
 from rapm.store import METADATA, Store, verify
+from rapm.teacher import Teacher, load_teacher
+from rapm.trajectories import prepare
 from rapm.unet import UNet
 
 # What has hurt readers before: ends of integer ranges, huge shapes, names that leave a folder or rearrange a terminal.
@@ -90,9 +94,6 @@ def samples(folder: Path) -> dict[str, Reader]:
         kohya |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.0)}
     (folder / "lora.safetensors").write_bytes(save(kohya, {"ss_network_dim": "1"}))
     save_checkpoint(folder, {"lora": lora.flat, "skipped": torch.zeros(())}, 3, config)
-    (folder / "unet").mkdir()
-    (folder / "unet/config.json").write_text(json.dumps(dict(unet.config)))
-    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(save(unet.state_dict()))
     (folder / "config.toml").write_text(config.to_toml())
     (folder / "prompts.txt").write_text("a cat\na dog under a red umbrella\nein Haus über dem Fluß\n")
     table = {"caption": [f"a cat, number {i}" for i in range(40)], "negative": ["blurred", None] * 20}
@@ -101,12 +102,28 @@ def samples(folder: Path) -> dict[str, Reader]:
     (folder / "prompts.csv").write_text("caption,negative\n" + "".join(f'"{a}",{b or ""}\n' for a, b in pairs))
     lines = (json.dumps(dict(zip(table, pair, strict=True))) for pair in pairs)
     (folder / "prompts.jsonl").write_text("\n".join(lines))
-    shard = small_store(folder / "store")
+    teacher = small_teacher(folder / "teacher")
+    shard = small_store(folder / "store", teacher)
+    weights = folder / UNET
+    index = {"weight_map": dict.fromkeys(teacher.unet.state_dict(), weights.name)}
+    (folder / INDEX).write_text(json.dumps(index))  # read in fp16 alone
+    tiny.single_file(folder / "teacher", folder / "model.safetensors", {"modelspec.prediction_type": "v"})
+    (folder / "model.yaml").write_text("model:\n  params:\n    parameterization: v\n")
+    tiny.bases({"sd1": folder / "teacher"}, folder / "bases")
+    load, load_file = partial(_load_teacher, "teacher", teacher), partial(_load_teacher, "model.safetensors", teacher)
     return {
         "LoRA": Reader("lora.safetensors", lambda x: read_lora(x / "lora.safetensors", unet)),
         "checkpoint": Reader(f"checkpoint-3/{STATE}", lambda x: load_checkpoint(x / "checkpoint-3", config)),
-        "UNet weights": Reader("unet/diffusion_pytorch_model.safetensors", _load_unet),
-        "UNet config": Reader("unet/config.json", _load_unet),
+        "UNet weights": Reader(UNET, load),
+        "UNet config": Reader("teacher/unet/config.json", load),
+        "UNet index": Reader(INDEX, partial(load, dtype=torch.float16)),
+        "pipeline index": Reader("teacher/model_index.json", load),
+        "scheduler config": Reader("teacher/scheduler/scheduler_config.json", load),
+        "text encoder config": Reader("teacher/text_encoder/config.json", load),
+        "VAE config": Reader("teacher/vae/config.json", _plan),
+        "VAE weights": Reader("teacher/vae/diffusion_pytorch_model.safetensors", _plan),
+        "single file": Reader("model.safetensors", load_file),
+        "single file's YAML": Reader("model.yaml", load_file),
         "settings": Reader("config.toml", lambda x: Config().replace(**Config.from_toml(x / "config.toml"))),
         "prompts": Reader("prompts.txt", lambda x: read_prompts(x / "prompts.txt")),
         **{f"prompts {x}": Reader(f"prompts.{x}", partial(_read_table, x)) for x in ("csv", "jsonl", "parquet")},
@@ -115,6 +132,8 @@ def samples(folder: Path) -> dict[str, Reader]:
     }
 
 
+UNET = "teacher/unet/diffusion_pytorch_model.safetensors"
+INDEX = "teacher/unet/diffusion_pytorch_model.safetensors.index.fp16.json"
 LEVELS = dict(
     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"]
 )
@@ -124,24 +143,32 @@ def _read_table(suffix: str, folder: Path) -> None:
     read_prompts(folder / f"prompts.{suffix}")
 
 
-def small_store(folder: Path) -> str:
-    """A store of two trajectories of a tiny teacher, by the real solver; the name of its shard."""
-    from rapm.teacher import load_teacher
-    from rapm.trajectories import prepare
+def small_teacher(folder: Path) -> Teacher:
+    """A tiny teacher of two levels, written to `folder`."""
+    with mock.patch.dict(tiny.UNET, sd1={**tiny.SD1, "block_out_channels": [32, 32], **LEVELS}):
+        return load_teacher(str(tiny.tiny_pipeline("sd1", folder)), device="cpu", dtype=torch.float32)
 
-    before = tiny.UNET["sd1"]
-    try:
-        tiny.UNET["sd1"] = {**tiny.SD1, "block_out_channels": [32, 32], **LEVELS}
-        teacher = load_teacher(str(tiny.tiny_pipeline("sd1", folder / "teacher")), device="cpu", dtype=torch.float32)
-    finally:
-        tiny.UNET["sd1"] = before
+
+def small_store(folder: Path, teacher: Teacher) -> str:
+    """A store of two trajectories of a tiny teacher, by the real solver; the name of its shard."""
     settings = Config(resolution=(32, 32), trajectories=2, steps=2, fine_steps=1)
     prepare(folder, teacher, ["a cat", "a dog"], settings, progress=False)
     return next(folder.glob("shard-*")).name
 
 
-def _load_unet(folder: Path) -> UNet:
-    return load_unet(folder / "unet", dtype=torch.float32, device="cpu")
+def _load_teacher(name: str, sound: Teacher, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """As a run does, but for the text encoders and the VAE: diffusers reads them, slowly; they are the `sound` ones."""
+    with (
+        mock.patch("rapm.loading.single_file.BASES", folder / "bases"),
+        mock.patch("rapm.teacher._load_pipeline", lambda *_, **__: copy(sound.pipe)),
+    ):
+        teacher = load_teacher(str(folder / name), device="cpu", dtype=dtype)
+    assert len(teacher.latent_shape()) == 3 and len(teacher.fingerprint) == 64
+
+
+def _plan(folder: Path) -> None:
+    """As `rapm plan` does, of which only the headers are wanted."""
+    assert min(model_of(str(folder / "teacher")).resolution) > 0
 
 
 def _read_store(folder: Path) -> None:

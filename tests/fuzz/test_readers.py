@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 from pathlib import Path
@@ -23,8 +24,9 @@ def samples(folder: Path) -> dict[str, readers.Reader]:
 
 
 NAMES = (
-    "LoRA", "checkpoint", "UNet weights", "UNet config", "settings", "prompts", "prompts csv", "prompts jsonl",
-    "prompts parquet", "metadata", "shard",
+    "LoRA", "checkpoint", "UNet weights", "UNet config", "UNet index", "pipeline index", "scheduler config",
+    "text encoder config", "VAE config", "VAE weights", "single file", "single file's YAML", "settings", "prompts",
+    "prompts csv", "prompts jsonl", "prompts parquet", "metadata", "shard",
 )  # fmt: skip
 
 
@@ -52,7 +54,28 @@ def test_spoilt_files_are_read_or_refused(samples: dict[str, readers.Reader], fo
 
 
 @pytest.mark.parametrize(
-    "config", [b"44", b"[]", b'{"block_out_channels": [32], "layers_per_block": 1000000000}', b"{}x"]
+    "name", ["UNet config", "UNet index", "pipeline index", "scheduler config", "text encoder config", "VAE config"]
+)
+def test_values_of_another_kind(samples: dict[str, readers.Reader], folder: Path, name: str) -> None:
+    """Spoilt bytes seldom leave JSON that can be read: here each of its values is something else."""
+    file, read = samples[name]
+    sound = (folder / file).read_text()
+    config, outcomes = json.loads(sound), []
+    try:
+        for key in list(config)[:60]:
+            for value in (None, -1, "x", [], {"x": [None]}, 10**40):
+                (folder / file).write_text(json.dumps({**config, key: value}))
+                try:
+                    outcomes.append(readers.outcome(read, folder))
+                except Exception as error:
+                    raise AssertionError(f"{name}, {key}: {value!r}: {type(error).__name__}: {error}") from error
+    finally:
+        (folder / file).write_text(sound)
+    assert "refused" in outcomes
+
+
+@pytest.mark.parametrize(
+    "config", [b"44", b"[]", b'{"block_out_channels": [32], "layers_per_block": 1000000000}', b"{}x", b"[" * 100_000]
 )
 def test_configs_that_are_no_unet(samples: dict[str, readers.Reader], folder: Path, config: bytes) -> None:
     """What coverage-guided fuzzing has found, and what it would take too long to find."""
