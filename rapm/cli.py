@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # who read our output has left: rapm plan | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        return 141  # as a shell says of SIGPIPE
+        code, message = 141, "nobody reads the output any more"  # the code as a shell says SIGPIPE
+        if distributed.world() == 1:
+            return code
     except UserError as error:
         code, message = 2, error
     except (RunError, ExportError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny import UNET
 
+from rapm import distributed
 from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import UserError
@@ -187,6 +189,22 @@ def test_a_reader_that_has_left_is_no_traceback() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 141 and not done.stderr
+
+
+def test_of_several_ranks_it_ends_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            return file.fileno()
+
+    told = []
+    with open(tmp_path / "output", "w") as file:
+        monkeypatch.setattr(sys, "stdout", Left())
+        monkeypatch.setattr(distributed, "world", lambda: 2)
+        monkeypatch.setattr(distributed, "fail", lambda code, message: told.append(message) or code)
+        assert main(["plan", "--teacher", "embedded", "--vram", "2G"]) == 141 and len(told) == 1
 
 
 def test_models_by_name() -> None:
