@@ -1,6 +1,6 @@
 """All heads of all discriminators at once: both hinge losses and every gradient, as a value-and-gradient function.
 
-A head on a feature map x of C channels (METHOD.md, stage 2, 5), groups = gcd(32, C), statistics by image, slope 0.2:
+A head on a map x of C channels (docs/METHOD.md, stage 2, 5), groups = gcd(32, C), statistics by image, slope 0.2:
 
     h1 = W1 x + b1, a1 = lrelu(GroupNorm(h1)), h2 = W2 a1 + b2, a2 = a1 + lrelu(GroupNorm(h2)), D = w_out a2 + b_out
     discriminator_s = mean over taps of [mean relu(1 - D_s(real_s)) + mean relu(1 + D_s(fake))],  over all J slots

@@ -46,10 +46,11 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: i
 
 def conv_input_grad(dy: Tensor, weight: Tensor, shape: list[int], stride: int, padding: int) -> Tensor:
     """The gradient of conv2d's input, of `shape`, inside an operator: channels-last, the same bits every run."""
-    covered = ((n - 1) * stride - 2 * padding + weight.shape[2] for n in dy.shape[2:])
-    beyond = [size - end for size, end in zip(shape[2:], covered, strict=True)]  # rows and columns no window begins in
+    # Of the input's sizes that give dy's, how far above the smallest it was
+    smallest = ((n - 1) * stride - 2 * padding + weight.shape[2] for n in dy.shape[2:])
+    output_padding = [size - least for size, least in zip(shape[2:], smallest, strict=True)]
     with _deterministic():
-        dx = F.conv_transpose2d(dy.contiguous(memory_format=LAYOUT), weight, None, stride, padding, beyond)
+        dx = F.conv_transpose2d(dy.contiguous(memory_format=LAYOUT), weight, None, stride, padding, output_padding)
     return dx.contiguous(memory_format=LAYOUT)
 
 
