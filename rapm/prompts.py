@@ -160,7 +160,7 @@ def _jsonl_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row]:
             raise UserError(f"prompts: line {number} of {name} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"prompts: line {number} of {name} is not a JSON object: write one a line")
-        keys = keys or [key for key in _columns(list(row), column, name) if key]
+        keys = keys or [key for key in _columns(list(row), column, name) if key is not None]
         cells = [row.get(key) or "" for key in keys]
         for key, cell in zip(keys, cells, strict=True):
             if not isinstance(cell, str):
@@ -178,7 +178,7 @@ def _parquet_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row
         table = parquet.ParquetFile(file)
         kinds = {field.name: str(field.type) for field in table.schema_arrow}
         texts = [name for name, kind in kinds.items() if kind.startswith(PARQUET_TEXT)]
-        keys = [key for key in _columns(texts, column, name) if key]
+        keys = [key for key in _columns(texts, column, name) if key is not None]
         for batch in table.iter_batches(columns=keys):
             for cells in zip(*(batch[key].to_pylist() for key in keys), strict=True):
                 yield Row(*(_cell(cell or "", name) for cell in cells))

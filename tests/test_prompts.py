@@ -86,6 +86,13 @@ def test_tables(tmp_path, suffix):
     assert load_prompts(path).texts == ["a cat, asleep", "a dog"]
 
 
+def test_a_column_without_a_name_is_one(tmp_path):
+    """Coverage-guided fuzzing found it: such a row had no cells at all."""
+    (tmp_path / "t.jsonl").write_text('{"": "a cat"}\n')
+    assert read_prompts(tmp_path / "t.jsonl") == ["a cat"]
+    assert load_prompts(table(tmp_path / "t.parquet", names=("", "negative_prompt"))).rows == EXPECTED
+
+
 def test_cells_of_several_lines_short_rows_and_semicolons(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('id;caption\n1;"a cat\nand a dog; both asleep"\n2\n3;a bird\n')
