@@ -38,7 +38,7 @@ from rapm.finite import LOSSES
 from rapm.lora import LoRA
 from rapm.schedule import Schedule
 from rapm.solver import Solver
-from rapm.step import Step
+from rapm.step import SlotMemory, Step
 from rapm.store import Store
 from rapm.teacher import load_teacher
 from rapm.trajectories import Negatives, prepare, trajectory_seed
@@ -176,8 +176,8 @@ def stand_in(unet: torch.nn.Module, side: int) -> SimpleNamespace:
     text = Text(*(None if x is None else x.float() for x in text))
     return SimpleNamespace(
         unet=unet, schedule=Schedule.from_config(SCHEDULE), default_resolution=(8 * side, 8 * side), aside=False,
-        fingerprint="random", latent_shape=lambda resolution: (4, side, side), encode_negative=lambda words: text,
-        encode=lambda prompts, resolution: text.expand(len(prompts)),
+        fingerprint="random", frozen="full", latent_shape=lambda resolution: (4, side, side),
+        encode_negative=lambda words: text, encode=lambda prompts, resolution: text.expand(len(prompts)),
     )  # fmt: skip
 
 
@@ -214,6 +214,7 @@ def slots(unet: torch.nn.Module, config: Config, side: int) -> tuple[float, floa
     """Captured slots a second of all ranks together, with the loads between iterations; MiB that a slot sends."""
     trajectory = random_trajectory(unet, config, side)
     step = make_step(unet, config, trajectory)
+    step.memory = SlotMemory(beside=True)
     step.load(trajectory, 0)
     step()  # every kernel, workspace and communicator must have been used once
     slot, times = captured(step), []

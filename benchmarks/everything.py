@@ -32,7 +32,10 @@ from scheduling import Ended, Job, schedule
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TELL = 25  # seconds that a soak needs before and after its iterations
-TESTS = "pytest -m gpu -o addopts=--strict-markers -p no:cacheprovider --timeout 150 --continue-on-collection-errors"
+TESTS = (
+    "pytest -m gpu -o addopts=--strict-markers -p no:cacheprovider --continue-on-collection-errors --durations 10 "
+    "--timeout 150 --session-timeout {left}"  # which ends with what failed, as a signal would not
+)
 NOT_OTHERS = ("kernels", "test_distributed.py", "test_faults.py", "test_full_teacher.py")  # jobs of their own do those
 STEP, FOUR = "benchmarks/step.py --models", "--providers naive stock rapm lean"
 MEMORY = "benchmarks/memory.py --kinds rapm stock --models"
@@ -42,7 +45,7 @@ JOBS = (
     Job("distributed", 0, 2, 220, "distributed.json", "benchmarks/distributed.py"),
     Job("tests-two-gpus", 0, 2, 150, "", f"{TESTS} tests/test_distributed.py"),
     Job("tests-kernels", 1, 1, 200, "", f"{TESTS} -n 4 --dist load tests/kernels"),
-    Job("tests-others", 1, 1, 150, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
+    Job("tests-others", 0, 1, 300, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
     Job("trajectories", 1, 1, 150, "trajectories.json", "benchmarks/trajectories.py"),
     Job("step-sdxl", 1, 1, 120, "step.json", f"{STEP} sdxl {FOUR}"),
     Job("step-sd15", 1, 1, 90, "step.json", f"{STEP} sd15 {FOUR}"),

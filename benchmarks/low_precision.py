@@ -95,7 +95,7 @@ def new_step(unet: UNet, name: str, side: int) -> tuple[Step, object]:
 def one_slot(unet: UNet, name: str, side: int) -> dict[str, Tensor]:
     """Output, position and the LoRA's gradient (of the distance to the teacher's position) of the first slot."""
     step, _ = new_step(unet, name, side)
-    out, _ = step.student_and_target(step.z, step.fine[step.slot], step.text)
+    out = step.student(step.z, step.text, step.lora.views(unet.dtype))
     position = guided_step(step.z, out, step.slots.step[step.slot][0])
     loss = pseudo_huber(position, step.positions[step.slot + 1], step.config.huber_c)
     (gradient,) = torch.autograd.grad(loss, step.lora.flat)

@@ -115,6 +115,7 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
     row: dict = {"frozen_weights": mode}
     if budget is None:
         row["predicted_mib"] = Planner(planned, config, cards.CARDS[-1]).plan(None).phases["train"] / MIB
+        step.memory = SlotMemory(beside=True)
     else:
         row["predicted_mib"] = budget.plan.phases["train"] / MIB
         step.memory = budget.memory(unet)

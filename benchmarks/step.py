@@ -84,8 +84,8 @@ def make(name: str, unet: UNet, config: Config, trajectory: Trajectory, **option
     """A provider's slot, before any capture."""
     if name in OURS:
         step = make_step(unet, config, trajectory)
-        if name == "lean":
-            step.memory = SlotMemory(Memory(dict.fromkeys(unet.layers(), Policy("lean"))))
+        policies = dict.fromkeys(unet.layers(), Policy("lean")) if name == "lean" else {}
+        step.memory = SlotMemory(Memory(policies), beside=True)
         return step
     schedule = Schedule.from_config(SCHEDULE)
     kind = Naive if name == "naive" else Stock

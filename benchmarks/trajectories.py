@@ -31,7 +31,7 @@ from rapm.solver import Solver
 from rapm.unet import Text, UNet
 
 ROOT = Path(__file__).parents[1]
-BATCHES = {"sd15": (1, 2, 4, 8, 16, 32), "sdxl": (1, 2, 4, 8)}
+BATCHES = {"sd15": (1, 2, 4, 8, 16, 32), "sdxl": (1, 2, 4, 8, 16)}
 REPEATS = 3
 TOLERANCE = 1e-4  # of the latents, in fp32: only the order of sums differs
 

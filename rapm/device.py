@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -88,3 +89,45 @@ def captured(step: Callable[[], None], pool: tuple[int, int] | None = None) -> C
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     return graph.replay
+
+
+@functools.cache
+def _second(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS holds a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class Beside:
+    """What `with` surrounds may run at the same time as what follows it, up to `join`: in a graph under capture.
+
+    Elsewhere, and where it is not `wanted`, it runs first: a kernel's first call is timed or compiled, and asks for a
+    quiet device. What both use must be there before, and stay until `join`.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        wanted = wanted and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self._stream, self._mark = (_second(torch.cuda.current_device()), torch.cuda.Event()) if wanted else (None,) * 2
+
+    def __enter__(self) -> Beside:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        self._inside = torch.cuda.stream(self._stream)
+        self._inside.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._inside.__exit__(*error)
+
+    def mark(self) -> None:
+        """A point inside that `wait_mark` waits for."""
+        if self._mark is not None:
+            self._mark.record()
+
+    def wait_mark(self) -> None:
+        if self._mark is not None:
+            torch.cuda.current_stream().wait_event(self._mark)
+
+    def join(self) -> None:
+        """What follows waits for all that was inside."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapm.config import Config
+from rapm.device import Beside
 from rapm.discriminators import Discriminators, Replay
 from rapm.distributed import Gradients, world
 from rapm.finite import LOSSES, PROBES, SHARED
@@ -57,11 +58,13 @@ class Slots(nn.Module):
 
 
 class SlotMemory(NamedTuple):
-    """What a slot's passes keep for backward, and whether both real features are made together."""
+    """What a slot's passes keep for backward; whether both real features are made together, and the passes without
+    gradient beside the student's where the slot is captured."""
 
     student: Memory = KEEP_ALL
     encoder: Memory = KEEP_ALL
     together: bool = True
+    beside: bool = False
 
 
 class Step:
@@ -166,21 +169,27 @@ class Step:
     def _keys(self, batch: int) -> list[Tensor]:
         return [x[:, :batch] for x in self.keys]
 
-    def student_and_target(
-        self, z: Tensor, fine: Tensor, text: Text, uncond: Text | None = None, keys: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The network's output at z, where the student stands, with gradient, and the relative target zhat_n; B C h w.
+    def student(self, z: Tensor, text: Text, weights: list, keys: list[Tensor] | None = None) -> Tensor:
+        """The network's output at z, B C h w, where the student stands, with gradient.
+
+        `weights` are the LoRA's, `keys` the text's where they are at hand.
+        """
+        return self.unet(z, self.slots.high[self.slot], text, weights, self.memory.student, keys)
+
+    @torch.no_grad()
+    def target(
+        self, z: Tensor, fine: Tensor, text: Text, weights: list, uncond: Text | None = None,
+        keys: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The relative target zhat_n, B C h w.
 
         `fine` is the stored position after the teacher's first fine step from z on. `uncond` (1 or B rows) is the
-        loaded trajectory's unless given, `keys` are the text's where they are at hand.
+        loaded trajectory's unless given.
         """
-        weights = self.lora.views(self.unet.dtype)
-        out = self.unet(z, self.slots.high[self.slot], text, weights, self.memory.student, keys)
-        with torch.no_grad():
-            if self.config.relative_start == "student":
-                fine = self._teacher_step(z, text, self.uncond if uncond is None else uncond)
-            zhat = self.unet(fine, self.slots.fine[self.slot], text, weights, keys=keys)
-            return out, guided_step(fine, zhat, self.slots.step_fine[self.slot][0])
+        if self.config.relative_start == "student":
+            fine = self._teacher_step(z, text, self.uncond if uncond is None else uncond)
+        zhat = self.unet(fine, self.slots.fine[self.slot], text, weights, keys=keys)
+        return guided_step(fine, zhat, self.slots.step_fine[self.slot][0])
 
     def _teacher_step(self, z: Tensor, text: Text, uncond: Text) -> Tensor:
         """The teacher's guided first fine step of the slot, from the student's position."""
@@ -198,21 +207,29 @@ class Step:
         config, offload = self.config, self.memory.student.offload
         if offload is not None:
             offload.begin()
-        out, zhat = self.student_and_target(self.z, self.fine[self.slot], self.text, keys=self._keys(1))
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
+        weights = self.lora.views(self.unet.dtype)
+        with (beside := Beside(self.memory.beside)):  # none of it asks for the student's step
+            zhat = self.target(self.z, self.fine[self.slot], self.text, weights, keys=self._keys(1))
+            beside.mark()
+            real = self._real(zhat, ztilde)
+        out = self.student(self.z, self.text, weights, self._keys(1))
+        beside.wait_mark()
 
         # The backward is split at the latents: the terms' gradients meet there, and each frees its graph.
-        weights = config.weight_relative, config.weight_absolute
-        pulls = position_loss(self.z, out, step, zhat, ztilde, weights, config.huber_c, self.counter)
+        pull = config.weight_relative, config.weight_absolute
+        pulls = position_loss(self.z, out, step, zhat, ztilde, pull, config.huber_c, self.counter)
         z_n, distances, gradient = pulls
-        generator, discriminator, seen, *added = self._adversarial(z_n, zhat, ztilde)
+        fake = self._fake(z_n)
+        beside.join()
+        generator, discriminator, seen, *added = self._adversarial(fake, real)
         gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
         (flat,) = torch.autograd.grad(out, self.lora.flat, gradient)
         if offload is not None:
             offload.finish()
         flat /= self.scale  # in place, here and below: at high ranks a copy more is the peak of the whole slot
-        loss = sum(w * x for w, x in zip(weights, distances, strict=True))
+        loss = sum(w * x for w, x in zip(pull, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
         told = torch.cat([loss[None], distances, generator, discriminator, seen])
         if self.exchange is not None:  # before the test: all ranks must come to the same
@@ -272,7 +289,8 @@ class Step:
         for n in range(self.config.steps):
             self.slot.fill_(n)
             self.key[1] = counter + n
-            out, zhat = self.student_and_target(z, fine[n], text, uncond)
+            weights = self.lora.views(self.unet.dtype)
+            out, zhat = self.student(z, text, weights), self.target(z, fine[n], text, weights, uncond)
             z = guided_step(z, out, self.slots.step[self.slot][0])
             x_u, u, _ = self.renoised(z, zhat, positions[n + 1])
             features = [self.unet.features(x, u, text) for x in x_u.chunk(3)]
@@ -283,24 +301,38 @@ class Step:
                 right.append(torch.stack([torch.stack(share).mean() for share in shares]))
         return torch.stack(hinge).unflatten(0, (-1, 2)), torch.stack(right).unflatten(0, (-1, 2)), z
 
-    def _adversarial(self, z_n: Tensor, zhat: Tensor, ztilde: Tensor) -> tuple[Tensor | None, ...]:
+    @torch.no_grad()
+    def _real(self, zhat: Tensor, ztilde: Tensor) -> list[Tensor]:
+        """The features of both real positions, re-noised, 2 C' h' w' each; none where no discriminator is used."""
+        if not self.used:
+            return []
+        x_u, u, _ = self.renoised(zhat, zhat, ztilde)  # the fake one's place is taken: _fake draws the same numbers
+        if self.memory.together:
+            return self.unet.features(x_u[1:], u, self.text.expand(2), keys=self.keys)
+        each = [self.unet.features(x, u, self.text, keys=self._keys(1)) for x in x_u[1:].split(1)]
+        return [torch.cat(taps) for taps in zip(*each, strict=True)]
+
+    def _fake(self, z_n: Tensor) -> tuple[list[Tensor], Tensor, Tensor] | None:
+        """The features of z_n, re-noised, 1 C' h' w' each, with gradient; x_u, and keep of the re-noising."""
+        if not self.used:
+            return None
+        x_u, u, keep = self.renoised(z_n, z_n, z_n)
+        x = x_u[:1].requires_grad_()
+        return self.unet.features(x, u, self.text, None, self.memory.encoder, self._keys(1)), x, keep
+
+    def _adversarial(
+        self, made: tuple[list[Tensor], Tensor, Tensor] | None, real: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         """The generator's and the discriminators' terms, (2,) each; the sums of the last features of the three, (3,);
-        keep of the re-noising, and the gradient at x_u.
+        keep of the re-noising, and the gradient at x_u. `made` is `_fake`'s, `real` are `_real`'s features.
 
         Sets the heads' gradient. The gradient at x_u is that of the weighted generator terms, `scale` times too large.
         """
-        if not self.used:
-            zero = z_n.new_zeros(2)
-            return zero, zero, z_n.new_zeros(3), None, None
-        x_u, u, keep = self.renoised(z_n, zhat, ztilde)
-        x = x_u[:1].requires_grad_()
-        fake = self.unet.features(x, u, self.text, None, self.memory.encoder, self._keys(1))
+        if made is None:
+            zero = self.z.new_zeros(2)
+            return zero, zero, self.z.new_zeros(3), None, None
+        fake, x, keep = made
         with torch.no_grad():
-            if self.memory.together:
-                real = self.unet.features(x_u[1:], u, self.text.expand(2), keys=self.keys)
-            else:
-                each = [self.unet.features(x, u, self.text, keys=self._keys(1)) for x in x_u[1:].split(1)]
-                real = [torch.cat(taps) for taps in zip(*each, strict=True)]
             shown = [torch.cat([f, r])[:, None] for f, r in zip(fake, real, strict=True)]  # 3 1 C h w
             seen = shown[-1].sum((1, 2, 3, 4), dtype=torch.float32)
             if self.replay is not None:

@@ -24,6 +24,9 @@ from safetensors.torch import load_file
 
 from rapm.checkpoint import STATE, checkpoints
 from rapm.cli import build_parser, main
+from rapm.config import Config
+from rapm.trajectories import prepare
+from rapm.unet import UNet
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
@@ -188,6 +191,14 @@ def test_the_page_has_commands_that_parse():
         module = words.index("-m") + 1
         ours = {"rapm.train": ["train"], "rapm": []}[words[module]] + words[module + 1 :]
         assert build_parser().parse_args(ours).teacher
+
+
+def test_the_stand_in_is_enough_of_a_teacher(tmp_path, bench):
+    """What the benchmark solves with, on a CPU: the store is whole."""
+    unet = UNet(tiny.UNET["sdxl"]).requires_grad_(False).eval()
+    config = Config(trajectories=3, validation_prompts=1, steps=2, fine_steps=1, solve_batch=2)
+    store = prepare(tmp_path / "store", bench.stand_in(unet, 8), ["a"], config, progress=False)
+    assert len(store) == 3 and torch.isfinite(store[2].positions).all()
 
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -79,13 +79,13 @@ def again(step: Step, trajectory: Trajectory) -> None:
 
 
 def output(step, patch, bad):
-    made = step.student_and_target
-    patch.setattr(step, "student_and_target", lambda *a, **o: (lambda out, zhat: (out * bad, zhat))(*made(*a, **o)))
+    made = step.student
+    patch.setattr(step, "student", lambda *arguments: made(*arguments) * bad)
 
 
 def relative_target(step, patch, bad):
-    made = step.student_and_target
-    patch.setattr(step, "student_and_target", lambda *a, **o: (lambda out, zhat: (out, zhat * bad))(*made(*a, **o)))
+    made = step.target
+    patch.setattr(step, "target", lambda *arguments, **options: made(*arguments, **options) * bad)
 
 
 def absolute_target(step, patch, bad):

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from rapm.config import Config
+from rapm.device import Beside, captured
 from rapm.finite import LOSSES, SIDES
 from rapm.kernels.disc_head import views
 from rapm.lora import LoRA
@@ -41,7 +42,8 @@ def trajectory(teacher: Teacher) -> Trajectory:
 def make(teacher: Teacher, trajectory: Trajectory, **changes) -> Step:
     lora = LoRA(teacher.unet, 2)
     with torch.no_grad():  # a student that has moved
-        lora.flat += 0.02 * torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(1))
+        moved = 0.02 * torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(1))
+        lora.flat += moved.to(lora.flat.device)
     step = Step(teacher.unet, lora, teacher.schedule, CONFIG.replace(**changes), trajectory, teacher.encode_negative())
     step.load(trajectory, 0)
     step.draw(torch.Generator().manual_seed(2), 0)
@@ -49,7 +51,8 @@ def make(teacher: Teacher, trajectory: Trajectory, **changes) -> Step:
 
 
 def walk(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    return step.student_and_target(step.z, step.fine[step.slot], step.text)
+    weights = step.lora.views(step.unet.dtype)
+    return step.student(step.z, step.text, weights), step.target(step.z, step.fine[step.slot], step.text, weights)
 
 
 def plain_slot(step: Step, teacher: Teacher, slot: int, z: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -268,3 +271,32 @@ def test_fp16_keeps_small_gradients(trajectory, tmp_path):
         step()
         lost.append(float((step.lora.flat.grad == 0).float().mean()))
     assert lost[0] < 0.5 * lost[1], lost
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_two_streams_give_the_bits_of_one(tiny_teacher, trajectory, monkeypatch, family):
+    """Captured with the passes without gradient on a stream of their own, and without; over slots that update."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the same attention in both
+    joined = []
+    monkeypatch.setattr(Beside, "join", lambda self, join=Beside.join: (joined.append(self._stream), join(self)))
+    teacher, found = tiny_teacher(family, torch.bfloat16, "cuda"), []
+    given = trajectory._replace(text=teacher.encode(["a red seven"]).to("cpu", torch.float32))
+    try:
+        for beside in (False, True):
+            step = make(teacher, given)
+            step.memory = step.memory._replace(beside=beside)
+            step()
+            slot = captured(step)
+            for i in range(8):
+                if i % 4 == 0:
+                    step.load(given, i // 4)
+                slot()
+            assert (joined[-1] is not None) == beside
+            weights = step.lora.flat.detach().clone(), step.discriminators.flat.detach().clone()
+            found.append((step.sums.clone(), step.z.clone(), *weights))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert float(step.skipped) == 0
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

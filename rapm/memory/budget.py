@@ -59,7 +59,7 @@ class Budget:
         """What a slot's passes keep, with a slab for what is moved."""
         plan = self.plan
         moved = plan.moved and Offload(plan.moved + plan.moved // 32, self.device, unet.parameters(), plan.window)
-        return SlotMemory(Memory(plan.student, moved or None), Memory(plan.encoder), plan.together)
+        return SlotMemory(Memory(plan.student, moved or None), Memory(plan.encoder), plan.together, plan.beside)
 
     def step_down(self) -> str | None:
         """The next plan after an out-of-memory, and one line that says so, at the first; None where there is none."""
@@ -82,7 +82,7 @@ class Budget:
         if (context := distributed.largest(context)) >= 0:
             planner.context = context
             cards.cap(self.device, self.bytes, planner.context)
-        error = planner.context + measured - before.phases["train"]
+        error = planner.context + measured - planner.eager(before)
         if abs(error) < CHANGE:
             return None
         planner.correction += error

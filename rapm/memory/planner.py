@@ -42,6 +42,7 @@ class Plan:
     window: int = 0  # bytes under way each way, and so how far the copies run ahead
     solve_batch: int = 1
     together: bool = True  # both real features in one pass of two rows, or one after the other
+    beside: bool = True  # the passes without gradient on a stream of their own
     aside: bool = False  # the UNet waits on the host while text encoders or VAE work
     tiled: bool = False  # the VAE decodes tile by tile
     apart: bool = False  # at the export, ours waits on the host, and the stock UNet's blocks take turns on the card
@@ -74,14 +75,18 @@ class Planner:
         chooser = Chooser(sizes, card, adversarial)
         if budget is None:
             return self._finish(Plan(None, card), chooser.everything())
-        # What costs no time comes first: copies further ahead, both real features in one pass.
-        for together, window in itertools.product((True, False), (0, *WINDOWS)):
-            plan = Plan(budget, card, together=together, window=window)
+        # What costs no time comes first: a second stream, copies further ahead, both real features in one pass.
+        # After an out-of-memory there is one stream, whose memory is all used again.
+        for beside, together, window in itertools.product(
+            (True, False)[most is not None :], (True, False), (0, *WINDOWS)
+        ):
+            plan = Plan(budget, card, together=together, beside=beside, window=window)
             room = min(self._room(plan), 2**62 if most is None else most)
             choice = chooser.best(room, offload=window > 0)
             if choice is not None and (window == 0 or choice.moved):
-                if not together:  # about one more pass of the encoder's launches
-                    choice = choice._replace(seconds=choice.seconds + bound_seconds(sizes, card) / 12)
+                # With one real position at a time, about one more pass of the encoder's launches
+                more = bound_seconds(sizes, card) * ((not together) / 12 + (not beside) * cards.HIDDEN)
+                choice = choice._replace(seconds=choice.seconds + more)
                 fitting.append((choice.seconds, len(fitting), plan, choice))
         if not fitting:
             raise UserError(
@@ -94,7 +99,7 @@ class Planner:
     def smallest(self) -> int:
         """Bytes of the least budget that works."""
         card = self.card or cards.CARDS[0]
-        plan = Plan(0, card, together=False, window=WINDOWS[-1])
+        plan = Plan(0, card, together=False, beside=False, window=WINDOWS[-1])
         chooser = Chooser(self.sizes, card, self.sizes.heads > 0)
         train = self._train(plan, chooser.least)
         return max(train, *(self._phase(phase, plan, 1, True, True, True) for phase in PHASES if phase != "train"))
@@ -114,7 +119,16 @@ class Planner:
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay
         end = (3 * size + 4) * sizes.lora  # the LoRA and its gradient, in both dtypes
-        return fixed, cards.WORKSPACE + transient + 2 * plan.window + size * sizes.lora, cards.WORKSPACE + end
+        slot = cards.WORKSPACE + transient + 2 * plan.window + size * sizes.lora
+        return fixed, slot + plan.beside * self._beside(), cards.WORKSPACE + end
+
+    def _beside(self) -> int:
+        """Bytes of the second stream's own: a pass without gradient."""
+        return cards.SECOND + cards.FORWARD * self.sizes.student.widest
+
+    def eager(self, plan: Plan) -> int:
+        """Bytes of the process at the peak of a slot that is not captured: one stream does it all."""
+        return plan.phases["train"] - int(plan.beside * self._beside() * cards.RESERVED)
 
     def _train(self, plan: Plan, kept: int, extra: int | None = None) -> int:
         """Bytes of the process at the peak of a slot that keeps `kept`; `extra`: the most that is computed again."""
@@ -246,7 +260,7 @@ def report(planner: Planner, plan: Plan) -> str:
     notes = {
         "encode": "the UNet waits on the host" if plan.aside else "beside the UNet",
         "solve": batch,
-        "train": "" if plan.together else "real features one by one",
+        "train": ", ".join(["two streams"] * plan.beside + ["real features one by one"] * (not plan.together)),
         "validate": ", ".join([batch, *(["the UNet waits on the host while the VAE decodes"] if plan.aside else []),
                                *(["decoded in tiles"] if plan.tiled else [])]),
         "export": "ours waits on the host, the stock UNet comes by blocks" if plan.apart else "beside the stock UNet",

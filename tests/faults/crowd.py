@@ -105,7 +105,7 @@ def case(output: Path, spare: int, expected: dict, settings: dict) -> dict:
         code = run.wait(timeout=LIMIT)
     said, errors = output.with_suffix(".txt").read_text(), output.with_suffix(".err").read_text()
     last = errors.strip().splitlines()[-1]
-    assert code in (0, 1), f"exit code {code}: {last}"
+    assert code in (0, 1), f"exit code {code}: {errors[-12000:]}"
     assert "Traceback" not in errors, errors[-2000:]
     assert code == 0 or (last.startswith("rapm: ") and "out of memory" in last), last
     done, kept = iterations(output)[-1], [int(path.name.partition("-")[2]) for path in checkpoints(output)]
