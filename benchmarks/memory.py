@@ -67,7 +67,9 @@ def model_of(name: str, check: bool) -> tuple[Model, Planned]:
 
 
 def device_of(check: bool) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() or not check else "cpu")
+    if check and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def synchronize(device: torch.device) -> None:

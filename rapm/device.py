@@ -75,26 +75,26 @@ class Fetched:
         return self._host
 
 
+@functools.cache
+def _stream(purpose: str, device: int) -> torch.cuda.Stream:
+    """The stream for `purpose`, always the same: cuBLAS holds 32 MiB for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)
+
+
 def captured(step: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:
     """`step` as one CUDA graph; capturing runs nothing. The step must have run before, on the current stream.
 
     Graphs of one `pool` work in the same memory: they must not replay at once, nor leave results there.
 
     Where the current stream is one of its own, it is captured there: two graphs that replay at once must not share
-    cuBLAS's workspace, which belongs to the stream of the capture.
+    cuBLAS's workspace, which belongs to the stream of the capture. Those of the default stream never replay at once.
     """
     current = torch.cuda.current_stream()
-    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+    stream = _stream("captures", current.device_index) if current == torch.cuda.default_stream() else current
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     return graph.replay
-
-
-@functools.cache
-def _second(device: int) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS holds a workspace for every stream that it has seen."""
-    return torch.cuda.Stream(device)
 
 
 class Beside:
@@ -106,7 +106,9 @@ class Beside:
 
     def __init__(self, wanted: bool) -> None:
         wanted = wanted and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self._stream, self._mark = (_second(torch.cuda.current_device()), torch.cuda.Event()) if wanted else (None,) * 2
+        self._stream, self._mark = (
+            (_stream("beside", torch.cuda.current_device()), torch.cuda.Event()) if wanted else (None,) * 2
+        )
 
     def __enter__(self) -> Beside:
         if self._stream is not None:

@@ -274,6 +274,25 @@ def test_fp16_keeps_small_gradients(trajectory, tmp_path):
 
 
 @pytest.mark.gpu
+def test_another_capture_holds_no_more_memory(tiny_teacher, trajectory):
+    """As after every validation, when the run goes on: with both streams, on the default one."""
+    teacher, held = tiny_teacher("sd1", torch.bfloat16, "cuda"), []
+    given = trajectory._replace(text=teacher.encode(["a red seven"]).to("cpu", torch.float32))
+    step = make(teacher, given)
+    step.memory = step.memory._replace(beside=True)
+    step()
+    for _ in range(4):
+        slot = captured(step)
+        slot()
+        del slot
+        step.lora.flat.grad = step.discriminators.flat.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2] == held[3], held
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_two_streams_give_the_bits_of_one(tiny_teacher, trajectory, monkeypatch, family):
     """Captured with the passes without gradient on a stream of their own, and without; over slots that update."""

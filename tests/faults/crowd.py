@@ -137,7 +137,7 @@ def campaign(place: Path, spares: list[int], settings: dict) -> Iterator[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spares", type=int, nargs="+", default=[0, 64, 256], help="MiB that are left to the run")
+    parser.add_argument("--spares", type=int, nargs="+", default=[256, 64, 0], help="MiB that are left to the run")
     parser.add_argument("--output", type=Path, help="where to write the figures, as JSON")
     parser.add_argument("--check", action="store_true", help="a short run, on any device")
     parser.add_argument("--hog", type=int, help=argparse.SUPPRESS)
