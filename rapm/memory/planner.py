@@ -119,7 +119,8 @@ class Planner:
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay
         end = (3 * size + 4) * sizes.lora  # the LoRA and its gradient, in both dtypes
-        slot = cards.WORKSPACE + transient + 2 * plan.window + size * sizes.lora
+        # The LoRA in the UNet's dtype, and what its gradients' pieces leave between (18,932 MiB at rank 64)
+        slot = cards.WORKSPACE + transient + 2 * plan.window + 3 * size * sizes.lora
         return fixed, slot + plan.beside * self._beside(), cards.WORKSPACE + end
 
     def _beside(self) -> int:
