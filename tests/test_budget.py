@@ -12,7 +12,9 @@ from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import RunError
 from rapm.loading.families import Model, model_of
+from rapm.memory import cards
 from rapm.memory.budget import Budget
+from rapm.memory.cards import GIB, MIB
 from rapm.memory.saved import Policy
 from rapm.step import Step
 from rapm.stop import advice
@@ -174,3 +176,23 @@ def test_dry_run_tells_the_plan(place, tmp_path, capsys):
     extra = ["--config", str(settings), "--vram", "4G", "--dry-run"]
     assert main(["train", *files, "--output_dir", str(tmp_path / "run"), *extra]) == 0
     assert "everything is kept for backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, context, fewer", [(-500, 0, False), (300, 0, True), (0, 300, True), (0, -300, False)])
+def test_a_first_iteration_can_only_prove_a_slot_larger(monkeypatch, more, context, fewer):
+    """`more` MiB reserved than an eager slot was to take, and `context` MiB beside them more than assumed."""
+    budget = Budget(model_of("sdxl"), Config.preset("sdxl").replace(vram="12G"), CPU)
+    planner, before, capped = budget.planner, budget.plan, []
+    assert before.beside and planner.eager(before) < before.phases["train"]
+    reserved = planner.eager(before) - cards.CONTEXT + more * MIB
+    for name in ("max_memory_reserved", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: reserved)
+    monkeypatch.setattr(cards, "process_memory", lambda: reserved + cards.CONTEXT - cards.GRAPH + context * MIB)
+    monkeypatch.setattr(cards, "cap", lambda *arguments: capped.append(arguments))
+    line = budget.correct()
+    assert planner.context == cards.CONTEXT + context * MIB and planner.correction == max(0, more) * MIB
+    assert capped == [(CPU, 12 * GIB, planner.context)]
+    assert budget.plan.phases["train"] <= 12 * GIB
+    assert (budget.plan.kept < before.kept) == fewer and (budget.plan.kept > before.kept) == (context < 0)
+    assert (line is None) == (more <= 0 and context == 0)
+    assert budget.correct() is None  # once

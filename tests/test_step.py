@@ -281,8 +281,9 @@ def test_another_capture_holds_no_more_memory(tiny_teacher, trajectory):
     step = make(teacher, given)
     step.memory = step.memory._replace(beside=True)
     step()
-    for _ in range(4):
+    for i in range(4):
         slot = captured(step)
+        step.load(given, i)
         slot()
         del slot
         step.lora.flat.grad = step.discriminators.flat.grad = None

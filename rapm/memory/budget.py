@@ -72,20 +72,26 @@ class Budget:
         return words if first else ""
 
     def correct(self) -> str | None:
-        """After the first iteration on the card: what it really took decides. One line where that changes the plan."""
+        """After the first iteration on the card: what it really took decides. One line where that changes the plan.
+
+        That iteration was eager, and what a captured one takes beyond it does not show: a slot may prove larger than
+        predicted, not smaller. Only a context that is smaller than assumed gives room.
+        """
         if self.corrected or self.stepped:
             return None
         self.corrected, planner, before = True, self.planner, self.plan
         measured = distributed.largest(torch.cuda.max_memory_reserved(self.device))
+        more = max(0, measured - (planner.eager(before) - planner.context))
+        planner.correction += more
         process = cards.process_memory()
         context = -1 if process is None else process - torch.cuda.memory_reserved(self.device)
         if (context := distributed.largest(context)) >= 0:
+            context += cards.GRAPH
+            more += context - planner.context
             planner.context = context
             cards.cap(self.device, self.bytes, planner.context)
-        error = planner.context + measured - planner.eager(before)
-        if abs(error) < CHANGE:
+        if abs(more) < CHANGE:
             return None
-        planner.correction += error
         try:
             plan = planner.plan(self.bytes)
         except UserError:  # it ran: the prediction was too high only for what it might have been

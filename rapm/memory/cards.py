@@ -47,15 +47,18 @@ WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
 # card 858 MiB after SDXL's slots at rank 1, 872 at rank 64; a first iteration measures its own.
 CONTEXT = 880 * MIB
 # Estimates until measured.
+GRAPH = 128 * MIB  # of a captured slot, outside the allocator: a context measured before has none
 DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` would fill
 FORWARD = 8  # largest convolution inputs alive in a forward without gradients
 SECOND = 96 * MIB  # of cuBLAS and of small tensors, where that forward has a stream of its own
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled
 ENCODE = 0.1  # activations of the text encoders, of their bytes
-# Speed. Calibrated on: the same slots with everything kept, 111.1 and 26.9 ms, at 3,018 GB/s and 790 TFLOP/s.
-PRODUCTS = 0.79  # of `tflops`, in products and convolutions
-LAUNCH = 6.45e-6 * 3018  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
+# Speed. Calibrated on slots with everything kept and two streams, of SDXL at ranks 1 and 64 and of SD1.5: 98.4, 118.2
+# and 21.1 ms at 3,018 GB/s and 799 TFLOP/s.
+PRODUCTS = 0.715  # of `tflops`, in products and convolutions
+LAUNCH = 4.5e-6 * 3018  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
+UPDATE = 262  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam
 COPIES = 0.03  # of the time of a copy to the host and back, that shows even where it is hidden (estimate)
 HIDDEN = 0.15  # of what is bound by memory, that the second stream hides: of SDXL's 12%, of SD1.5's 23%
 LAUNCHES = 12  # a slot's, for each layer that a LoRA may extend

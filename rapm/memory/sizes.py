@@ -89,5 +89,9 @@ def bound_seconds(sizes: Sizes, card: Card) -> float:
 
 def slot_seconds(sizes: Sizes, card: Card) -> float:
     """A slot with everything kept. Whatever int8 products gain is not counted on."""
-    made = cards.MADE * sizes.made * sizes.flops / sizes.student.flops / (card.bandwidth * 1e9)
-    return sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS) + bound_seconds(sizes, card) + made
+    moved = cards.MADE * sizes.made * sizes.flops / sizes.student.flops + cards.UPDATE * sizes.lora
+    return (
+        sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS)
+        + bound_seconds(sizes, card)
+        + moved / (card.bandwidth * 1e9)
+    )
