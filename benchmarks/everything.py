@@ -36,40 +36,44 @@ TESTS = (
     "pytest -m gpu -o addopts=--strict-markers -p no:cacheprovider --continue-on-collection-errors --durations 10 "
     "--timeout 150 --session-timeout {left}"  # which ends with what failed, as a signal would not
 )
-NOT_OTHERS = ("kernels", "test_distributed.py", "test_faults.py", "test_full_teacher.py")  # jobs of their own do those
+# Jobs of their own do those
+NOT_OTHERS = ("kernels", "test_distributed.py", "test_faults.py", "test_full_teacher.py", "test_unet.py")
 STEP, FOUR = "benchmarks/step.py --models", "--providers naive stock rapm lean"
-MEMORY = "benchmarks/memory.py --kinds rapm stock --models"
+OURS, STOCK = "benchmarks/memory.py --kinds rapm --models", "benchmarks/memory.py --kinds stock --models"
 LARGE, SMALL = "--budgets none 24G 16G", "--budgets 12G 8G 6G"
 CHECKER = "compute-sanitizer --error-exitcode 1 --tool"
 JOBS = (
-    Job("distributed", 0, 2, 220, "distributed.json", "benchmarks/distributed.py"),
-    Job("tests-two-gpus", 0, 2, 150, "", f"{TESTS} tests/test_distributed.py"),
-    Job("tests-kernels", 1, 1, 200, "", f"{TESTS} -n 4 --dist load tests/kernels"),
-    Job("tests-others", 0, 1, 300, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
-    Job("trajectories", 1, 1, 150, "trajectories.json", "benchmarks/trajectories.py"),
+    Job("distributed", 0, 2, 300, "distributed.json", "benchmarks/distributed.py"),
+    Job("tests-two-gpus", 0, 2, 100, "", f"{TESTS} tests/test_distributed.py"),
+    Job("tests-others", 0, 1, 260, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
+    Job("tests-unet", 1, 1, 200, "", f"{TESTS} tests/test_unet.py"),
+    Job("tests-kernels", 1, 1, 180, "", f"{TESTS} -n 4 --dist load tests/kernels"),
+    Job("trajectories", 1, 1, 230, "trajectories.json", "benchmarks/trajectories.py"),
     Job("step-sdxl", 1, 1, 120, "step.json", f"{STEP} sdxl {FOUR}"),
     Job("step-sd15", 1, 1, 90, "step.json", f"{STEP} sd15 {FOUR}"),
     Job("step-embedded", 1, 1, 60, "step.json", f"{STEP} embedded {FOUR}"),
-    Job("slot-time", 1, 1, 60, "slot_time.json", "benchmarks/slot_time.py"),
+    Job("slot-time", 1, 1, 50, "slot_time.json", "benchmarks/slot_time.py"),
     Job("job-training", 2, 1, 450, "job.json", "benchmarks/job.py --stages training --share 0.04"),
     Job("bench", 2, 1, 250, "kernels.json", "rapm bench"),
-    Job("memory-sdxl-1", 2, 1, 170, "memory.json", f"{MEMORY} sdxl --ranks 1 {LARGE}"),
-    Job("memory-sdxl-1-small", 2, 1, 170, "memory.json", f"{MEMORY} sdxl --ranks 1 {SMALL}"),
-    Job("memory-sdxl-64", 2, 1, 170, "memory.json", f"{MEMORY} sdxl --ranks 64 {LARGE}"),
-    Job("memory-sdxl-64-small", 2, 1, 170, "memory.json", f"{MEMORY} sdxl --ranks 64 {SMALL}"),
-    Job("memory-sd15-64", 2, 1, 110, "memory.json", f"{MEMORY} sd15 --ranks 64 {LARGE}"),
-    Job("memory-sd15-64-small", 2, 1, 140, "memory.json", f"{MEMORY} sd15 --ranks 64 {SMALL} 4G"),
-    Job("memory-offload", 2, 1, 60, "memory.json", "benchmarks/memory.py --models sdxl --kinds move"),
+    Job("memory-sdxl-1", 2, 1, 200, "memory.json", f"{OURS} sdxl --ranks 1 {LARGE}"),
+    Job("memory-sdxl-1-small", 2, 1, 240, "memory.json", f"{OURS} sdxl --ranks 1 {SMALL}"),
+    Job("memory-sdxl-1-stock", 2, 1, 260, "memory.json", f"{STOCK} sdxl --ranks 1"),
+    Job("memory-sdxl-64", 2, 1, 210, "memory.json", f"{OURS} sdxl --ranks 64 {LARGE}"),
+    Job("memory-sdxl-64-small", 2, 1, 200, "memory.json", f"{OURS} sdxl --ranks 64 {SMALL}"),
+    Job("memory-sdxl-64-stock", 2, 1, 230, "memory.json", f"{STOCK} sdxl --ranks 64"),
+    Job("memory-sd15-64", 2, 1, 200, "memory.json", f"{OURS} sd15 --ranks 64"),
+    Job("memory-sd15-64-stock", 2, 1, 180, "memory.json", f"{STOCK} sd15 --ranks 64"),
+    Job("memory-offload", 2, 1, 180, "memory.json", "benchmarks/memory.py --models sdxl --kinds move"),
     Job("full-sdxl", 2, 1, 140, "full_teacher_sdxl.json", "tests/test_full_teacher.py sdxl"),
     Job("full-sd15", 2, 1, 80, "full_teacher_sd15.json", "tests/test_full_teacher.py sd15"),
     Job("job-trajectories", 2, 1, 110, "job.json", "benchmarks/job.py --stages trajectories"),
-    Job("crowd", 2, 1, 100, "crowd.json", "tests/faults/crowd.py"),
-    Job("soak-same-bits", 2, 1, 60, "soak.json", "benchmarks/soak.py --same_bits"),
+    Job("crowd", 2, 1, 250, "crowd.json", "tests/faults/crowd.py"),
+    Job("soak-same-bits", 2, 1, 220, "soak.json", "benchmarks/soak.py --same_bits"),
     Job("low-precision-slots", 2, 1, 60, "low_precision.json", "benchmarks/low_precision.py --parts slots"),
     Job("low-precision-products", 2, 1, 40, "low_precision.json", "benchmarks/low_precision.py --parts products"),
     Job("step-sdxl-compile", 3, 1, 530, "step.json", f"{STEP} sdxl --providers compile"),
     Job("step-sd15-compile", 3, 1, 530, "step.json", f"{STEP} sd15 --providers compile"),
-    Job("soak", 3, 1, 480, "soak.json", "benchmarks/soak.py --limit_s {left}"),  # 770 s for all of it
+    Job("soak", 3, 1, 480, "soak.json", "benchmarks/soak.py --limit_s {left}"),  # 660 s for all of it
     Job("soak-fp16", 3, 1, 350, "soak.json", "benchmarks/soak.py --precision fp16 --limit_s {left}"),
     Job("ablation", 3, 1, 450, "ablation.json", "benchmarks/quality.py ablation --iterations 2000 --pairs 4096"),
     Job("low-precision-quality", 3, 1, 420, "low_precision.json", "benchmarks/low_precision.py --parts quality"),

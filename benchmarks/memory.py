@@ -3,8 +3,8 @@
 SDXL at 1024x1024 and SD1.5 at 512x512, random weights, bf16, batch 1: for each rank and budget 50 iterations of 4 slots
 under `rapm`'s plan, with the allocator capped as `rapm train --vram` does it, each in a process of its own. Told are
 the plan's prediction, what the driver says the process holds, what the allocator reserved, and the time over that of
-the same code without a budget. Beside it `stock` (peers.Stock: diffusers, peft, autocast) with gradient checkpointing
-of the student under the same caps. Who runs out of memory keeps a row that says so.
+the same code without a budget. Beside it 10 of `stock` (peers.Stock: diffusers, peft, autocast) with gradient
+checkpointing of the student under the same caps. Who runs out of memory keeps a row that says so.
 
 Then the offload on its own: SDXL's slot, eager, with what the 8G plan moves to the host, moved by ours, by
 torch.autograd.graph.save_on_cpu(pin_memory=True) and by torchtune where it is installed, and not moved at all.
@@ -54,7 +54,7 @@ ROOT = Path(__file__).parents[1]
 BUDGETS = {"sdxl": ("none", "24G", "16G", "12G", "8G", "6G"), "sd15": ("none", "24G", "16G", "12G", "8G", "6G", "4G")}
 RANKS = {"sdxl": (1, 64), "sd15": (64,)}
 OFFLOADED, MOVERS = 8 * GIB, ("none", "rapm", "save_on_cpu", "torchtune")  # whose plan is moved, by whom
-ITERATIONS, WARM = 50, 2
+ITERATIONS, PEER, WARM = 50, 10, 2  # of ours, of a peer, and before both
 TIMEOUT = 300  # seconds a case
 
 
@@ -275,10 +275,10 @@ def one(arguments: list[str], check: bool) -> dict:
 
 
 def run_one(kind: str, name: str, rank: str, what: str, check: bool) -> dict:
-    count = 2 if check else ITERATIONS
+    count = 2 if check else ITERATIONS if kind == "rapm" else PEER
     try:
         if kind == "move":
-            return move(name, what, count if check else 10, check)
+            return move(name, what, count, check)
         return (ours if kind == "rapm" else stock)(name, int(rank), what, count, check)
     except torch.OutOfMemoryError as error:
         return {"failed": f"out of memory: {str(error).splitlines()[0]}"[:300]}

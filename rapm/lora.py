@@ -41,16 +41,28 @@ class LoRA(nn.Module):
         self._sizes = [math.prod(shape) for shape in shapes]
         flat = torch.zeros(sum(self._sizes))
         generator = torch.Generator().manual_seed(seed)
-        for down, _ in self._split(flat).values():
+        for down, _ in self._split(self.parts(flat)).values():
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         self.flat = nn.Parameter(flat.to(unet.device))
 
     def views(self, dtype: torch.dtype) -> StackedWeights:
         """name -> (down, up) in `dtype`, differentiable: one cast, one split, so one cat in the backward."""
-        return self._split(self.flat.to(dtype))
+        return self._split(self.parts(self.flat.to(dtype)))
 
-    def _split(self, flat: Tensor) -> StackedWeights:
-        parts = [_shaped(x, shape) for x, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+    def leaves(self, dtype: torch.dtype) -> tuple[StackedWeights, list[Tensor]]:
+        """The same weights, and the flat parts of one cast that their gradients are to be asked for.
+
+        What is found belongs into the parts of a flat fp32 gradient: no backward makes one, in `dtype` and in fp32.
+        """
+        found = [part.requires_grad_() for part in self.parts(self.flat.detach().to(dtype))]
+        return self._split(found), found
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a tensor like `flat`."""
+        return list(flat.split(self._sizes))
+
+    def _split(self, flat: list[Tensor]) -> StackedWeights:
+        parts = [_shaped(x, shape) for x, shape in zip(flat, self._shapes, strict=True)]
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
         stacks, alone = pairs[: len(self._stacks)], pairs[len(self._stacks) :]
         found = dict(zip(self._alone, alone, strict=True))

@@ -87,6 +87,7 @@ class Step:
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)  # position_loss's own
         self.adversarial = torch.ones((), device=device)  # 0 while the heads warm up
         self.sums = torch.zeros(len(LOSSES), device=device)  # over slots, of LOSSES
+        self.gradient = torch.zeros_like(lora.flat, requires_grad=False)  # the LoRA's
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
         self.fault = torch.zeros(1 + len(PROBES), dtype=torch.long, device=device)
 
@@ -208,7 +209,7 @@ class Step:
         if offload is not None:
             offload.begin()
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
-        weights = self.lora.views(self.unet.dtype)
+        weights, leaves = self.lora.leaves(self.unet.dtype)
         with (beside := Beside(self.memory.beside)):  # none of it asks for the student's step
             zhat = self.target(self.z, self.fine[self.slot], self.text, weights, keys=self._keys(1))
             beside.mark()
@@ -225,10 +226,13 @@ class Step:
         generator, discriminator, seen, *added = self._adversarial(fake, real)
         gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
-        (flat,) = torch.autograd.grad(out, self.lora.flat, gradient)
+        flat = self.gradient  # in place, here and below: at high ranks a copy more is the peak of the whole slot
+        pieces = torch.autograd.grad(out, leaves, gradient)
+        torch._foreach_copy_(self.lora.parts(flat), list(pieces))
+        del pieces
         if offload is not None:
             offload.finish()
-        flat /= self.scale  # in place, here and below: at high ranks a copy more is the peak of the whole slot
+        flat /= self.scale
         loss = sum(w * x for w, x in zip(pull, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
         told = torch.cat([loss[None], distances, generator, discriminator, seen])

@@ -184,13 +184,14 @@ def test_a_first_iteration_can_only_prove_a_slot_larger(monkeypatch, more, conte
     budget = Budget(model_of("sdxl"), Config.preset("sdxl").replace(vram="12G"), CPU)
     planner, before, capped = budget.planner, budget.plan, []
     assert before.beside and planner.eager(before) < before.phases["train"]
-    reserved = planner.eager(before) - cards.CONTEXT + more * MIB
+    assumed = planner.context
+    reserved = planner.eager(before) - assumed + more * MIB
     for name in ("max_memory_reserved", "memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda device: reserved)
-    monkeypatch.setattr(cards, "process_memory", lambda: reserved + cards.CONTEXT - cards.GRAPH + context * MIB)
+    monkeypatch.setattr(cards, "process_memory", lambda: reserved + cards.CONTEXT + context * MIB)
     monkeypatch.setattr(cards, "cap", lambda *arguments: capped.append(arguments))
     line = budget.correct()
-    assert planner.context == cards.CONTEXT + context * MIB and planner.correction == max(0, more) * MIB
+    assert planner.context == assumed + context * MIB and planner.correction == max(0, more) * MIB
     assert capped == [(CPU, 12 * GIB, planner.context)]
     assert budget.plan.phases["train"] <= 12 * GIB
     assert (budget.plan.kept < before.kept) == fewer and (budget.plan.kept > before.kept) == (context < 0)

@@ -66,6 +66,15 @@ def test_step(run: Callable) -> None:
     assert found["models"] == {"sd15": sd15, "sdxl": {"tflop": 1.0}}
 
 
+@pytest.mark.usefixtures("run")
+def test_a_cap_needs_a_device_with_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 refuses "cuda" alone."""
+    import memory
+
+    monkeypatch.setattr(memory.torch.cuda, "current_device", lambda: 3)
+    assert memory.device_of(check=False) == torch.device("cuda", 3)
+
+
 def test_memory(run: Callable) -> None:
     rows = times(2, lambda case, check: ROW)
     found = run("memory", "--models sd15 --budgets 24G 16G 8G", {"rows": {"rapm sd15 64 none": ROW}}, one=rows)

@@ -98,6 +98,25 @@ def test_gradient_reaches_flat_alone() -> None:
     assert all(down.any() and up.any() for down, up in lora.export().values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_by_part_are_the_flat_one(family: str, dtype: torch.dtype) -> None:
+    """Bit for bit, and what a backward gives takes no flat copy: each part is a storage of its own."""
+    unet = teacher(family, dtype)
+    lora = student(unet, 2)
+    z, t, text = inputs(CONFIGS[family], 2, (16, 16))
+    out = unet(z.to(dtype), t, text.to(z.device, dtype), lora.views(dtype))
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (wanted,) = torch.autograd.grad(out, lora.flat, weight)
+    weights, leaves = lora.leaves(dtype)
+    out_again = unet(z.to(dtype), t, text.to(z.device, dtype), weights)
+    assert torch.equal(out_again, out)
+    pieces = torch.autograd.grad(out_again, leaves, weight)
+    assert [x.shape for x in pieces] == [x.shape for x in lora.parts(lora.flat)]
+    assert max(x.untyped_storage().nbytes() for x in pieces) < lora.flat.numel() * dtype.itemsize
+    assert torch.equal(torch.cat(pieces).float(), wanted) and not weights.keys() ^ lora.views(dtype).keys()
+
+
 def test_teacher_is_untouched() -> None:
     """No state is left behind by a LoRA's forward, and a new LoRA (up is zero) is the teacher."""
     unet = teacher("sdxl")

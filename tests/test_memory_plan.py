@@ -103,7 +103,7 @@ def test_prediction_covers_what_was_measured(model: str, rank: int, level: str, 
     plan = replace(planner.plan(None), beside=row.get("beside", False))
     layers = dict.fromkeys(planner.sizes.student.layers, Policy(level))
     kept = planner.sizes.student.kept(layers) + planner.sizes.encoder.kept({})
-    predicted = (planner._train(plan, kept, planner.sizes.student.extra(layers)) - cards.CONTEXT) / MIB
+    predicted = (planner._train(plan, kept, planner.sizes.student.extra(layers)) - planner.context) / MIB
     assert row["reserved_mib"] <= predicted <= 1.05 * row["reserved_mib"]
 
 

@@ -86,7 +86,7 @@ class Budget:
         process = cards.process_memory()
         context = -1 if process is None else process - torch.cuda.memory_reserved(self.device)
         if (context := distributed.largest(context)) >= 0:
-            context += cards.GRAPH
+            context += planner.graph
             more += context - planner.context
             planner.context = context
             cards.cap(self.device, self.bytes, planner.context)

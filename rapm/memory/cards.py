@@ -43,11 +43,11 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
 RESERVED = 1.11  # bytes reserved for each allocated in a slot: what the allocator cannot hand out again
 TRANSIENT = 12  # largest convolution inputs, and sets of features, that are alive at once
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
-# CUDA context, cuBLAS and cuDNN, compiled kernels: what nvidia-smi says of the process beyond what is reserved. On that
-# card 858 MiB after SDXL's slots at rank 1, 872 at rank 64; a first iteration measures its own.
-CONTEXT = 880 * MIB
+# CUDA context, cuBLAS and cuDNN, compiled kernels, and a captured slot: what nvidia-smi says of the process beyond what
+# is reserved. On that card 858 and 872 MiB with SDXL's slots, 946 and 950 with stock's, of 19,133 launches and not 8,343.
+CONTEXT = 808 * MIB
+GRAPH = 8 * 2**10  # a launch
 # Estimates until measured.
-GRAPH = 128 * MIB  # of a captured slot, outside the allocator: a context measured before has none
 DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` would fill
 FORWARD = 8  # largest convolution inputs alive in a forward without gradients
 SECOND = 96 * MIB  # of cuBLAS and of small tensors, where that forward has a stream of its own
@@ -55,7 +55,7 @@ DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1
 TILE = 512  # pixels a side of what is decoded at a time when tiled
 ENCODE = 0.1  # activations of the text encoders, of their bytes
 # Speed. Calibrated on slots with everything kept and two streams, of SDXL at ranks 1 and 64 and of SD1.5: 98.4, 118.2
-# and 21.1 ms at 3,018 GB/s and 799 TFLOP/s.
+# (before its gradient lost two copies) and 21.1 ms at 3,018 GB/s and 799 TFLOP/s.
 PRODUCTS = 0.715  # of `tflops`, in products and convolutions
 LAUNCH = 4.5e-6 * 3018  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
 UPDATE = 262  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam

@@ -62,7 +62,8 @@ class Planner:
         self.config = config.replace(frozen_weights=mode or self.asked.replace("auto", "full"))
         self.sizes = sizes_of(model, self.config)
         self.card = card
-        self.context = cards.CONTEXT  # bytes of the process outside the allocator
+        self.graph = cards.GRAPH * cards.LAUNCHES * self.sizes.targets
+        self.context = cards.CONTEXT + self.graph  # bytes of the process outside the allocator
         self.correction = 0  # bytes that a dry slot took beyond what was predicted
 
     def plan(self, budget: int | None, most: int | None = None) -> Plan:
@@ -118,9 +119,8 @@ class Planner:
         transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra + sizes.largest
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay
-        end = (3 * size + 4) * sizes.lora  # the LoRA and its gradient, in both dtypes
-        # The LoRA in the UNet's dtype, and what its gradients' pieces leave between (18,932 MiB at rank 64)
-        slot = cards.WORKSPACE + transient + 2 * plan.window + 3 * size * sizes.lora
+        end = 2 * size * sizes.lora  # the LoRA in the UNet's dtype, and its gradient
+        slot = cards.WORKSPACE + transient + 2 * plan.window + size * sizes.lora
         return fixed, slot + plan.beside * self._beside(), cards.WORKSPACE + end
 
     def _beside(self) -> int:
