@@ -21,7 +21,6 @@ from rapm.config import Config
 from rapm.errors import UserError
 from rapm.loading.families import FAMILIES, model_of
 from rapm.lora import LoRA
-from rapm.memory import cards
 from rapm.memory.cards import CARDS, GIB, MIB
 from rapm.memory.choice import Chooser
 from rapm.memory.count import REST, count_encoder, count_student, meta_text, meta_unet
