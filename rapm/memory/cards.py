@@ -44,7 +44,7 @@ RESERVED = 1.11  # bytes reserved for each allocated in a slot: what the allocat
 TRANSIENT = 12  # largest convolution inputs, and sets of features, that are alive at once
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
 # CUDA context, cuBLAS and cuDNN, compiled kernels, and a captured slot: what nvidia-smi says of the process beyond what
-# is reserved. On that card 858 and 872 MiB with SDXL's slots, 946 and 950 with stock's, of 19,133 launches and not 8,343.
+# is reserved. On that card 858 and 872 MiB with SDXL's slots of 8,343 launches, 946 and 950 with stock's of 19,133.
 CONTEXT = 808 * MIB
 GRAPH = 8 * 2**10  # a launch
 # Estimates until measured.
