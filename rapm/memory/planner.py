@@ -261,7 +261,8 @@ def report(planner: Planner, plan: Plan) -> str:
     notes = {
         "encode": "the UNet waits on the host" if plan.aside else "beside the UNet",
         "solve": batch,
-        "train": ", ".join(["two streams"] * plan.beside + ["real features one by one"] * (not plan.together)),
+        "train": ", ".join(["targets on a second stream"] * plan.beside
+                           + ["real features one by one"] * (not plan.together)),
         "validate": ", ".join([batch, *(["the UNet waits on the host while the VAE decodes"] if plan.aside else []),
                                *(["decoded in tiles"] if plan.tiled else [])]),
         "export": "ours waits on the host, the stock UNet comes by blocks" if plan.apart else "beside the stock UNet",
