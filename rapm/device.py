@@ -126,6 +126,7 @@ class Beside:
             self._mark.record()
 
     def wait_mark(self) -> None:
+        """What follows waits for what was inside up to `mark`."""
         if self._mark is not None:
             torch.cuda.current_stream().wait_event(self._mark)
 
