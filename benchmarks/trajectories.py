@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from peers import stock_unet
 from slot_time import SCHEDULE, random_unet
-from step import SMALL, pass_tflop
+from step import SMALL, pass_tflop, without_tf32
 from torch import Tensor
 
 from rapm.bench.results import keep
@@ -75,9 +75,9 @@ def inputs(unet: UNet, side: int, batch: int) -> tuple[Text, Tensor, Text]:
     return Text.cat(rows[1:]), noise, rows[0]
 
 
+@without_tf32()
 def check(device: str) -> None:
     """SystemExit unless the stock pipeline and the solver end at the same latents, without TF32."""
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     grid = dict(steps=2, fine_steps=2, guidance=5.0)
     for family, changes in SMALL.items():
         torch.manual_seed(0)
@@ -88,7 +88,6 @@ def check(device: str) -> None:
         difference = float((Stock(unet, grid)(*args) - ours).abs().max() / ours.std())
         if not difference <= TOLERANCE:
             raise SystemExit(f"trajectories: {family}: the latents differ by {difference:.1e}: nothing is timed")
-    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def seconds(call, batch: int) -> float:

@@ -93,18 +93,14 @@ def attention_by_matrices(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tens
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", LOW)
 def test_kernels_and_references_agree_on_a_gpu(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, whose rounding is all that differs; and the same bits again, with what can be recomputed.
-
-    Checkpoints round the gradient between transformer blocks once more.
-    """
+    """In bf16, whose rounding is all that differs; and the same bits again, with every layer checkpointed too."""
     low = low_precision(tiny_unet("sdxl").to("cuda", torch.bfloat16), mode)
     monkeypatch.setattr("rapm.unet.attention", attention_by_matrices)  # others add up in any order
     found = step(low)
-    again, rounded = (step(low, Memory(dict.fromkeys(low.layers(), Policy(x)))) for x in ("recompute", "checkpoint"))
+    again = step(low, Memory(dict.fromkeys(low.layers(), Policy("checkpoint"))))
     monkeypatch.setattr("rapm.kernels.runtime.MODE", "reference")
     (out, gradient), (out_ref, gradient_ref) = found, step(low)
     assert [error(x, y) for x, y in zip(again, found, strict=True)] == [0, 0]
-    assert all(error(x, y) < 0.03 for x, y in zip(rounded, found, strict=True))
     assert error(out, out_ref) < 0.03 and error(gradient, gradient_ref) < 0.1
 
 

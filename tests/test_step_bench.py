@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,34 @@ def test_a_peer_that_leaves_out_a_term_is_named(step: ModuleType, monkeypatch: p
     monkeypatch.setattr(step.Stock, "total", lambda self, distances, generator: sum(distances))
     with pytest.raises(SystemExit, match="sd15 stock: loss differs"):
         step.check("cpu", slots=1)
+
+
+@pytest.mark.parametrize("kind", ["Naive", "Stock"])
+def test_a_peer_that_does_not_update_is_named(step: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(step, "SMALL", {"sd15": step.SMALL["sd15"]})
+    made = step.make
+
+    def idle(name: str, *arguments: object, **options: object) -> object:
+        peer = made(name, *arguments, **options)
+        if type(peer).__name__ == kind:
+            peer.optimizer.step = lambda: None
+        return peer
+
+    monkeypatch.setattr(step, "make", idle)
+    with pytest.raises(SystemExit, match=f"sd15 {kind.lower()}: loss differs"):
+        step.check("cpu")
+
+
+def test_fp32_is_not_tf32_while_it_is_checked(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trajectories
+
+    for module in (step, trajectories):
+        seen = []
+        monkeypatch.setattr(module, "SMALL", {"sd15": {}})
+        monkeypatch.setattr(module, "UNet", lambda config: seen.append(torch.backends.cudnn.allow_tf32) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.check("cpu")
+        assert seen == [False] and torch.backends.cudnn.allow_tf32
 
 
 def test_work_of_an_iteration(step: ModuleType) -> None:
