@@ -72,8 +72,8 @@ backward is the gradient of their input; the LoRA's has its own gradients too.
 """
 MISSING = "Not measured: {reasons}."
 SLOT = """
-GPU milliseconds of one slot by family of kernels, LoRA rank 1, batch 1, bf16, as one CUDA graph, on one {card[device]}:
-before, with `RAPM_KERNELS=reference`, and after. {summary}
+GPU milliseconds of one slot by family of kernels, LoRA rank 1, batch 1, bf16, as one CUDA graph of one stream, on one
+{card[device]}: before, with `RAPM_KERNELS=reference`, and after. Training has a second stream besides. {summary}
 """
 STOPS = """
 `tests/faults/kills.py` stopped runs {stops[stops]} times ({signals}) at random moments of every phase ({phases}): what

@@ -1,8 +1,8 @@
 """Where the GPU time of one training slot goes, by family of kernels: python benchmarks/slot_time.py (needs a GPU).
 
-SD1.5 at 512x512 and SDXL at 1024x1024, batch 1, bf16, LoRA rank 1: the whole slot as one CUDA graph, before (plain
-PyTorch, RAPM_KERNELS=reference) and after (auto) -> results/slot_time.json. The weights are random: times are real,
-losses mean nothing.
+SD1.5 at 512x512 and SDXL at 1024x1024, batch 1, bf16, LoRA rank 1: the whole slot as one CUDA graph of one stream,
+before (plain PyTorch, RAPM_KERNELS=reference) and after (auto) -> results/slot_time.json. Training has a second stream
+besides. The weights are random: times are real, losses mean nothing.
 """
 
 from __future__ import annotations

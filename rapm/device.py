@@ -77,7 +77,7 @@ class Fetched:
 
 @functools.cache
 def _stream(purpose: str, device: int) -> torch.cuda.Stream:
-    """The stream for `purpose`, always the same: cuBLAS holds 32 MiB for every stream that it has ever seen."""
+    """The stream for `purpose`, always the same: cuBLAS holds a workspace for every stream that it has ever seen."""
     return torch.cuda.Stream(device)
 
 

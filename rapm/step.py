@@ -28,6 +28,7 @@ from rapm.lora import LoRA
 from rapm.losses import hinge_discriminator
 from rapm.memory.saved import KEEP_ALL, Memory
 from rapm.schedule import Schedule, renoise_coefficients, step_coefficients, trailing_steps
+from rapm.stacks import StackedWeights
 from rapm.store import Trajectory
 from rapm.unet import Text, UNet
 
@@ -170,7 +171,7 @@ class Step:
     def _keys(self, batch: int) -> list[Tensor]:
         return [x[:, :batch] for x in self.keys]
 
-    def student(self, z: Tensor, text: Text, weights: list, keys: list[Tensor] | None = None) -> Tensor:
+    def student(self, z: Tensor, text: Text, weights: StackedWeights, keys: list[Tensor] | None = None) -> Tensor:
         """The network's output at z, B C h w, where the student stands, with gradient.
 
         `weights` are the LoRA's, `keys` the text's where they are at hand.
@@ -179,7 +180,7 @@ class Step:
 
     @torch.no_grad()
     def target(
-        self, z: Tensor, fine: Tensor, text: Text, weights: list, uncond: Text | None = None,
+        self, z: Tensor, fine: Tensor, text: Text, weights: StackedWeights, uncond: Text | None = None,
         keys: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """The relative target zhat_n, B C h w.

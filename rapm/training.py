@@ -145,8 +145,7 @@ class Training:
             if self._slots[size] is not step:
                 self._slots[size], self._eager[size] = step, 0
         if self.step.z.is_cuda:
-            for weights in (self.lora.flat, self.step.discriminators.flat):
-                weights.grad = None  # it lies in the graphs' memory
+            self.step.discriminators.flat.grad = None  # it lies in the graphs' memory
             self._pool = torch.cuda.graph_pool_handle()  # one that no graph holds any more takes no other capture
             torch.cuda.empty_cache()
 

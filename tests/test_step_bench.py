@@ -52,13 +52,13 @@ def test_a_peer_that_does_not_update_is_named(step: ModuleType, monkeypatch: pyt
 def test_fp32_is_not_tf32_while_it_is_checked(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import trajectories
 
+    seen = []
     for module in (step, trajectories):
-        seen = []
         monkeypatch.setattr(module, "SMALL", {"sd15": {}})
         monkeypatch.setattr(module, "UNet", lambda config: seen.append(torch.backends.cudnn.allow_tf32) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             module.check("cpu")
-        assert seen == [False] and torch.backends.cudnn.allow_tf32
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
 
 
 def test_work_of_an_iteration(step: ModuleType) -> None:
