@@ -232,10 +232,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(
-        self, x: Tensor | None, y: Tensor, low: Tensor | None, up: Tensor | None, made: Made, lora: Lora, saved: Saved
-    ) -> tuple[Tensor | None, ...]:  # B N C: the stream, and in parts what is still to be added to it
-        x, h = self.norm1(y, x, saved, low, up)
+    def forward(self, x: Tensor, h: Tensor, made: Made, lora: Lora, saved: Saved) -> tuple[Tensor | None, ...]:
+        """B N C: from the stream and its norm1, the stream, and in parts what is still to be added to it."""
         y, *update = self.attn1(h, made, lora)
         x, h = self.norm2(y, x, saved, *update)
         y, *update = self.attn2(h, made, lora)
@@ -263,9 +261,9 @@ class Transformer(nn.Module):
             h = self.proj_in(h, lora)
         stream, branch = None, Deferred(h)
         for block in self.transformer_blocks:
-            if saved.checkpoints and stream is not None:  # one input to keep, not two: the same sum, only earlier
-                stream, branch = None, Deferred(branch.sum() + stream)
-            stream, *parts = saved.run(block, (stream, *branch), made, lora)
+            # Here, so that a checkpointed block keeps one tensor: the sum, of which its norm can be made again
+            stream, h = block.norm1(branch.y, stream, saved, branch.low, branch.up)
+            stream, *parts = saved.run(block, (stream, h), made, lora)
             branch = Deferred(*parts)
         h = branch.sum() + stream
         if self.linear:

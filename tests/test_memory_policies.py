@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import UNET
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rapm.bench.run import MODELS
 from rapm.lora import LoRA
+from rapm.memory.cards import GIB
 from rapm.memory.offload import Offload
 from rapm.memory.saved import KEEP_ALL, LEVELS, Memory, Policy, Saved
 from rapm.unet import Text, UNet
@@ -27,16 +31,17 @@ def unets() -> dict[str, UNet]:
     return out
 
 
-def example(unet: UNet) -> tuple[Tensor, Tensor, Text, LoRA]:
+def example(unet: UNet, side: int = 16) -> tuple[Tensor, Tensor, Text, LoRA]:
     """Latents, timestep, text, and a student that has moved."""
     config, lora = unet.config, LoRA(unet, 3)
     with torch.no_grad():
-        lora.flat += 0.05 * torch.randn(lora.flat.shape)
+        lora.flat += 0.05 * torch.randn(lora.flat.shape).to(lora.flat)
     text = Text(torch.randn(1, 7, config["cross_attention_dim"]))
     if config["addition_embed_type"]:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         text = Text(text.hidden, torch.randn(1, pooled), torch.full((1, 6), 128.0))
-    return torch.randn(1, 4, 16, 16), torch.tensor([437]), text, lora
+    z, t = torch.randn(1, 4, side, side), torch.tensor([437])
+    return z.to(unet.device), t.to(unet.device), text.to(unet.device), lora
 
 
 def uniform(unet: UNet, policy: Policy, offload: Offload | None = None) -> Memory:
@@ -48,24 +53,31 @@ def small_offload(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> Offload:
     return Offload(2**26, torch.device("cpu"), unet.parameters())
 
 
-def student(unet: UNet, memory: Memory, between: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # its backward may add up in a fixed order
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def student(
+    unet: UNet, memory: Memory, between: Callable[[], None] = lambda: None, side: int = 16
+) -> tuple[Tensor, Tensor]:
     """Output and the LoRA's gradient; `between` runs before the backward."""
     torch.manual_seed(1)
-    z, t, text, lora = example(unet)
-    out = unet(z, t, text, lora.views(torch.float32), memory)
-    cotangent = torch.randn(out.shape)  # before: `between` draws numbers too
+    z, t, text, lora = example(unet, side)
+    out = unet(z, t, text, lora.views(unet.dtype), memory)
+    cotangent = torch.randn(out.shape).to(out)  # before: `between` draws numbers too
     between()
     (gradient,) = torch.autograd.grad(out, lora.flat, cotangent)
     return out.detach(), gradient
 
 
-def encoder(unet: UNet, memory: Memory) -> list[Tensor]:
+def encoder(unet: UNet, memory: Memory, side: int = 16) -> list[Tensor]:
     """The features of the teacher, and the gradient of their input."""
     torch.manual_seed(1)
-    z, t, text, _ = example(unet)
+    z, t, text, _ = example(unet, side)
     z.requires_grad_()
     features = unet.features(z, t, text, None, memory)
-    (gradient,) = torch.autograd.grad(features, z, [torch.randn(x.shape) for x in features])
+    (gradient,) = torch.autograd.grad(features, z, [torch.randn(x.shape).to(x) for x in features])
     return [*(x.detach() for x in features), gradient]
 
 
@@ -112,6 +124,50 @@ def test_the_same_bits(unets, monkeypatch, family, policy):
         offload.finish()
     for actual, wanted in zip(encoder(unet, memory), encoder(unet, KEEP_ALL), strict=True):
         assert torch.equal(actual, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_bits_of_the_real_models(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 on a GPU, the discriminators' passes too; what a policy is for happens: a lower peak, bytes moved."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr("rapm.unet.attention", flash_attention)
+    config, side = MODELS[model]
+    with torch.device("meta"):
+        unet = UNet(config).requires_grad_(False).to(torch.bfloat16)
+    unet.to_empty(device="cuda")
+    for name, x in unet.named_parameters():
+        x.normal_(0, 0.02) if x.dim() > 1 else x.fill_(name.endswith(".weight"))
+    unet = unet.to(memory_format=torch.channels_last).join()
+
+    def run(policy: Policy) -> tuple[list[Tensor], int, Offload | None]:
+        offload = Offload(8 * GIB, unet.device, unet.parameters()) if policy.offload else None
+        memory = uniform(unet, policy, offload)
+        found = [*student(unet, memory, side=side)]
+        peak = torch.cuda.max_memory_allocated()
+        if offload is not None:
+            offload.finish()
+        found += encoder(unet, memory, side)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return found, peak, offload
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        run(Policy())  # compiles
+        expected, peak, _ = run(Policy())
+        peaks = {Policy(): peak}
+        for policy in POLICIES:
+            found, peaks[policy], offload = run(policy)
+            different = [i for i, (x, y) in enumerate(zip(found, expected, strict=True)) if not torch.equal(x, y)]
+            assert not different, (str(policy), different)
+            assert offload is None or offload.moved_out >= offload.moved_in > 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    print(model, {str(policy): f"{peak / GIB:.2f}" for policy, peak in peaks.items()})
+    kept = [peaks[Policy(level)] for level in LEVELS]
+    assert kept == sorted(kept, reverse=True) and kept[-1] < kept[0]
+    assert all(peaks[policy] < peaks[policy._replace(offload=False)] for policy in POLICIES if policy.offload)
 
 
 @pytest.mark.parametrize("family", UNET)
