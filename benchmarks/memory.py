@@ -19,7 +19,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 from peers import Stock, stock_unet
 from slot_time import SCHEDULE, make_step, random_trajectory, random_unet
-from step import SMALL
+from step import SMALL, alone
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -42,7 +41,7 @@ from rapm.device import captured
 from rapm.errors import UserError
 from rapm.loading.families import Model as Planned
 from rapm.memory import cards
-from rapm.memory.budget import Budget, summary
+from rapm.memory.budget import Budget, out_of_memory, summary
 from rapm.memory.cards import GIB, MIB
 from rapm.memory.low_precision import low_precision
 from rapm.memory.planner import Planner
@@ -140,10 +139,12 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
                 slot = captured(step)
             else:
                 slot = step
-        except torch.OutOfMemoryError:
-            if budget is None or (line := budget.step_down()) is None:
+        except RuntimeError as error:  # a capture that runs out of memory ends with an error of its own
+            if out_of_memory(error) is None or budget is None or (line := budget.step_down()) is None:
                 raise
             notes.append(line or "and again")
+            step.discriminators.flat.grad = None  # it lies in the graph's memory
+            torch.cuda.empty_cache()
             step.memory = SlotMemory()
             step.memory = budget.memory(unet)
     times = timed(device, functools.partial(iteration, slot), count)
@@ -261,19 +262,6 @@ def move(name: str, mover: str, count: int, check: bool) -> dict:
     return {"seconds": statistics.median(times), "layers": len(moved), **held(device)}
 
 
-def one(arguments: list[str], check: bool) -> dict:
-    """A case in a process of its own; what went wrong in its place."""
-    command = [sys.executable, __file__, "--one", *map(str, arguments), *(["--check"] if check else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done within {TIMEOUT} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"failed": lines[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_one(kind: str, name: str, rank: str, what: str, check: bool) -> dict:
     count = 2 if check else ITERATIONS if kind == "rapm" else PEER
     try:
@@ -330,14 +318,14 @@ def main() -> int:
     for name in arguments.models:
         for rank in arguments.ranks or RANKS[name]:
             for kind in ("rapm", "stock"):
-                budgets = arguments.budgets or (("none", "0.3G") if check else BUDGETS[name])
+                budgets = arguments.budgets or (("none", "1.3G") if check else BUDGETS[name])
                 cases += [(kind, name, rank, vram) for vram in budgets if kind in arguments.kinds]
     if "move" in arguments.kinds and "sdxl" in arguments.models:
         cases += [("move", "sdxl", 1, mover) for mover in MOVERS]
     failures = 0
     for case in cases:
         kind, name, rank, what = case
-        row = one(case, check)
+        row = alone([__file__, "--one", *map(str, case), *["--check"] * check], TIMEOUT)
         report["rows"][" ".join(map(str, case))] = row
         fastest = report["rows"].get(f"{kind} {name} {rank} none")
         print(f"{kind} {name} rank {rank} {what}: {told(row, fastest)}", flush=True)

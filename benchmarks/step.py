@@ -233,16 +233,15 @@ def measure(model: str, provider: str) -> dict:
     }  # fmt: skip
 
 
-def one(model: str, provider: str) -> dict:
-    """`measure` in a process of its own; what went wrong in its place."""
-    command = [sys.executable, __file__, "--one", model, provider]
+def alone(command: list[str], limit: int) -> dict:
+    """What a case says that runs in a process of its own, for at most `limit` seconds; what went wrong in its place."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT)
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"failed": f"not ready within {COMPILE_LIMIT} s"}
+        return {"failed": f"not done within {limit} s"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"failed": lines[-1][:300]}
+        return {"failed": next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -275,7 +274,7 @@ def main() -> None:
     for model in arguments.models:
         rows = report["models"][model] = {"tflop": tflop(model)}
         for provider in arguments.providers:
-            rows[provider] = found = one(model, provider)
+            rows[provider] = found = alone([__file__, "--one", model, provider], COMPILE_LIMIT)
             keep(arguments.output, report, depth=2)
             if "failed" in found:
                 print(f"{model} {provider}: {found['failed']}")

@@ -100,15 +100,19 @@ class Step:
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
         self._allocate(example, uncond)
 
-        def adam(parameters: list[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+        def adam(x: nn.Parameter, rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
             # The rate as a tensor, so that a captured slot follows the schedule.
             lr = torch.tensor(rate, device=device)
             cuda = device.type == "cuda"
-            return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True, capturable=cuda)
+            made = torch.optim.AdamW([x], lr=lr, betas=betas, weight_decay=0.0, fused=True, capturable=cuda)
+            # Now, as its first step would: later they would each hold a block between those of the first slot
+            step = torch.zeros((), device=device)
+            made.state[x] = {"step": step, "exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+            return made
 
-        self.optimizer = adam([lora.flat], config.learning_rate, (0.9, 0.99))
+        self.optimizer = adam(lora.flat, config.learning_rate, (0.9, 0.99))
         # No momentum: the fake distribution moves with the student (the usual choice for discriminators).
-        heads = [self.discriminators.flat]
+        heads = self.discriminators.flat
         self.head_optimizer = adam(heads, config.head_learning_rate, (0.0, 0.99)) if self.used else None
 
     def _allocate(self, example: Trajectory, uncond: Text) -> None:

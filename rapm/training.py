@@ -217,16 +217,11 @@ class Training:
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor], done: int) -> None:
         """The inverse of `state`."""
-        step, device = self.step, self.step.z.device
-        for label, optimizer in (("lora", step.optimizer), ("heads", step.head_optimizer)):
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
-                moments = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {n: state[f"adam.{label}.{i}.{n}"].to(device) for n in moments}
         for name, mine in self._shared().items():
             mine.copy_(state[name])
         for name, mine in self._own().items():
             mine.copy_(state[distributed.owned(name)])
-        self._reported = float(step.skipped)
+        self._reported = float(self.step.skipped)
         self.done = done
 
     def _uncond(self, trajectory: Trajectory) -> Text:

@@ -60,8 +60,8 @@ ROW = dict(seconds=1.0, allocated_mib=1.0, reserved_mib=1.0)
 
 def test_step(run: Callable) -> None:
     earlier = {"models": {"sd15": {"rapm": {"seconds": 2.0}, "compile": {"seconds": 3.0}}, "sdxl": {"tflop": 1.0}}}
-    rows = times(2, lambda model, provider: ROW if provider == "stock" else {"failed": "no"})
-    found = run("step", "--models sd15 --providers rapm stock lean", earlier, one=rows, tflop=lambda model: 5.0)
+    rows = times(2, lambda command, limit: ROW if command[-1] == "stock" else {"failed": "no"})
+    found = run("step", "--models sd15 --providers rapm stock lean", earlier, alone=rows, tflop=lambda model: 5.0)
     sd15 = {"rapm": {"failed": "no"}, "compile": {"seconds": 3.0}, "stock": ROW, "tflop": 5.0}
     assert found["models"] == {"sd15": sd15, "sdxl": {"tflop": 1.0}}
 
@@ -76,8 +76,8 @@ def test_a_cap_needs_a_device_with_an_index(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_memory(run: Callable) -> None:
-    rows = times(2, lambda case, check: ROW)
-    found = run("memory", "--models sd15 --budgets 24G 16G 8G", {"rows": {"rapm sd15 64 none": ROW}}, one=rows)
+    rows = times(2, lambda command, limit: ROW)
+    found = run("memory", "--models sd15 --budgets 24G 16G 8G", {"rows": {"rapm sd15 64 none": ROW}}, alone=rows)
     assert [*found["rows"]] == ["rapm sd15 64 none", "rapm sd15 64 24G", "rapm sd15 64 16G"]
 
 

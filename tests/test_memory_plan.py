@@ -22,7 +22,7 @@ from rapm.errors import UserError
 from rapm.loading.families import FAMILIES, model_of
 from rapm.lora import LoRA
 from rapm.memory.cards import CARDS, GIB, MIB
-from rapm.memory.choice import Chooser
+from rapm.memory.choice import BEHIND, Chooser, Option
 from rapm.memory.count import REST, count_encoder, count_student, meta_text, meta_unet
 from rapm.memory.planner import PHASES, Planner
 from rapm.memory.saved import LEVELS, Memory, Policy, Saved
@@ -125,22 +125,34 @@ def test_the_choice_is_the_best_of_all(planners: dict[str, Planner]) -> None:
     chooser = Chooser(few, CARDS[0], adversarial=False)
     every = list(itertools.product(*chooser.options.values()))
 
+    names, window = list(chooser.options), 64 * MIB
+
     def total(options: tuple) -> float:
-        moved = sum(o.moved for o in options) / chooser.link
-        return sum(o.seconds for o in options) + max(0, moved - chooser.hidden) + max(0, moved - 2 * chooser.hidden)
+        return chooser.seconds(dict(zip(names, options, strict=True)), window)
 
     low, high = (f(sum(o.kept for o in options) for options in every) for f in (min, max))
     for share in (0.1, 0.3, 0.5, 0.8, 1.0):
         room = int(low + share * (high - low))
-        choice = chooser.best(room)
+        choice = chooser.best(room, window)
         assert choice.kept <= room
         tight = room - (len(names) + 1) * chooser.grain
         best, close = (min(total(o) for o in every if sum(x.kept for x in o) <= r) for r in (room, max(low, tight)))
-        slack = 2 * len(names) * chooser.moved_grain / chooser.link
+        slack = len(names) * window / chooser.link / BEHIND
         assert best <= choice.seconds + 1e-12 and choice.seconds <= close + slack
-    assert chooser.best(low - len(names) * chooser.grain) is None
-    alone = chooser.best(high + len(names) * chooser.grain, offload=False)
+    assert chooser.best(low - len(names) * chooser.grain, window) is None
+    alone = chooser.best(high + len(names) * chooser.grain, 0)
     assert alone.moved == 0 and alone.seconds == 0.0
+
+
+def test_copies_cost_what_passes_do_not_hide(planners: dict[str, Planner]) -> None:
+    """Layers of 2, 4 and 1 ms, of which two move 5 and 3 MB at 1 GB/s, with 1 and with 4 MB under way."""
+    chooser = Chooser(planners["sd15"].sizes, CARDS[0])
+    chooser.link, chooser.forward = 1e9, {"first": 2e-3, "second": 4e-3, "third": 1e-3}
+    moved = {"first": 5e6, "second": 0, "third": 3e6}
+    chosen = {name: Option(Policy("keep", x > 0), 0, int(x), 0.0) for name, x in moved.items()}
+    # 5 - 2 - 1 and 3 - 1 - 1 in the forward, 5 - 2 * 2 and 3 - 2 * 1 in the backward
+    assert chooser.seconds(chosen, 10**6) == pytest.approx((2 + 1 + 1 + 1) * 1e-3)
+    assert chooser.seconds(chosen, 4 * 10**6) == pytest.approx((1 + 1) * 1e-3)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

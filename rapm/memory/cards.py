@@ -37,20 +37,21 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
     Card("H200", 141, 785, 4300, 55),
 )
 
-# What counting on meta tensors cannot see. Calibrated on captured slots at rank 1 of SDXL 1024x1024, with everything
-# kept (13,754 MiB reserved by benchmarks/step.py, 14,080 in the job's training) and lean (12,074), and of SD1.5 512x512
-# (3,392), on one H100 with torch 2.11: what is allocated is what was counted, within 0.6%, and a constant.
-RESERVED = 1.11  # bytes reserved for each allocated in a slot: what the allocator cannot hand out again
-TRANSIENT = 12  # largest convolution inputs, and sets of features, that are alive at once
+# What counting on meta tensors cannot see. Calibrated on captured slots of SDXL 1024x1024 and SD1.5 512x512, at ranks 1
+# and 64, with everything kept and under plans for 8 to 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What
+# is reserved beyond weights, state and what is counted as kept depends on the model, hardly on the plan. Some two
+# thirds of it are never allocated at once: what the allocator cannot hand out again.
+TRANSIENT = 34  # largest convolution inputs that it is
+BESIDE = 8  # more of them, where passes without gradient have a stream of their own
+PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
 # CUDA context, cuBLAS and cuDNN, compiled kernels, and a captured slot: what nvidia-smi says of the process beyond what
-# is reserved. On that card 858 and 872 MiB with SDXL's slots of 8,343 launches, 946 and 950 with stock's of 19,133.
-CONTEXT = 808 * MIB
+# is reserved. On that card 858 to 892 MiB with SDXL's slots of 8,343 launches, 946 and 950 with stock's of 19,133.
+CONTEXT = 824 * MIB
 GRAPH = 8 * 2**10  # a launch
 # Estimates until measured.
 DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` would fill
 FORWARD = 8  # largest convolution inputs alive in a forward without gradients
-SECOND = 96 * MIB  # of cuBLAS and of small tensors, where that forward has a stream of its own
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled
 ENCODE = 0.1  # activations of the text encoders, of their bytes
@@ -62,7 +63,7 @@ UPDATE = 262  # bytes read and written for each of a LoRA's weights: gradients i
 COPIES = 0.03  # of the time of a copy to the host and back, that shows even where it is hidden (estimate)
 HIDDEN = 0.15  # of what is bound by memory, that the second stream hides: of SDXL's 12%, of SD1.5's 23%
 LAUNCHES = 12  # a slot's, for each layer that a LoRA may extend
-MADE = 1.5  # bytes read and written for each of a weight that is made for a product (estimate)
+MADE = 2.1  # bytes read and written for each of a weight that is made for a product: 5 ms of an SD1.5 slot
 ELEMENTWISE = 0.6  # of `bandwidth`, where norms are computed again
 
 

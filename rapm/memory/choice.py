@@ -1,11 +1,15 @@
-"""The fastest policies whose kept bytes fit: exact, up to the grain of a table over bytes kept and bytes moved.
+"""The fastest policies whose kept bytes fit: exact, up to the grain of a table over bytes kept and copies behind.
 
 Layer by layer, over both passes, the table holds the least added time for every number of bytes; the answers for all
-budgets are in it. Copies to the host count only as far as the passes do not hide them, which the whole decides.
+budgets are in it. Copies to the host count as far as passes do not hide them: a layer hides what the link takes in its
+own time, later layers the rest, of which no more than the window may be under way.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +20,7 @@ from rapm.memory.saved import LEVELS, Policy
 from rapm.memory.sizes import Sizes, slot_seconds
 
 CELLS = 1200  # of the choice's table, over all that can be kept
-MOVED_CELLS = 96  # over all that can be moved to the host
+BEHIND = 12  # over the window, of what copies are behind
 
 
 class Option(NamedTuple):
@@ -59,7 +63,7 @@ class Choice(NamedTuple):
 
 
 class Chooser:
-    """The least added time for any number of kept bytes: a table over bytes kept and bytes moved, layer by layer."""
+    """The least added time for any number of kept bytes: tables over bytes kept and copies behind, layer by layer."""
 
     def __init__(self, sizes: Sizes, card: Card, adversarial: bool = True) -> None:
         names = [f"student/{name}" for name in sizes.student.layers]
@@ -69,59 +73,81 @@ class Chooser:
         self.options = {name: options(name, sizes, card, name == last) for name in names}
         self.link = card.link * 1e9
         per_flop = slot_seconds(sizes, card) / sizes.flops
-        self.hidden = sizes.student.flops * per_flop  # what the forward hides; the backward takes twice as long
+        # Seconds of each layer's forward, which hides copies; its backward takes twice as long
+        self.forward = {f"student/{name}": x.flops["checkpoint"] * per_flop for name, x in sizes.student.layers.items()}
         most = sum(max(o.kept for o in found) for found in self.options.values())
-        movable = sum(max(o.moved for o in found) for found in self.options.values())
-        self.grain, self.moved_grain = max(1, most // CELLS), max(1, movable // MOVED_CELLS)
-        self._fill()
+        self.grain = max(1, most // CELLS)
+        self._tables: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
 
-    def _cells(self, option: Option) -> tuple[int, int]:
-        return -(-option.kept // self.grain), -(-option.moved // self.moved_grain)
+    def seconds(self, chosen: Mapping[str, Option], window: int) -> float:
+        """What the options of all layers add to a slot."""
+        total = behind = 0.0
+        for name, option in chosen.items():
+            behind, stall = self._after(name, option, behind, window)
+            total += option.seconds + stall
+        return total
 
-    def _fill(self) -> None:
-        shape = CELLS + len(self.options) + 1, MOVED_CELLS + len(self.options) + 1
+    def _after(self, name: str, option: Option, behind: float, window: int) -> tuple[float, float]:
+        """Seconds that copies are behind after a layer, and that it waits for them, its backward too."""
+        forward, copy, most = self.forward.get(name, 0.0), option.moved / self.link, window / self.link
+        behind = max(0.0, behind + copy - forward)
+        return min(behind, most), max(0.0, behind - most) + max(0.0, copy - 2 * forward)
+
+    def _cells(self, option: Option) -> int:
+        return -(-option.kept // self.grain)
+
+    def _table(self, window: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Least seconds by bytes kept and copies behind, and how each layer came there: option and copies before it."""
+        if window in self._tables:
+            return self._tables[window]
+        cell = window / self.link / BEHIND or 1.0
+        shape = CELLS + len(self.options) + 1, BEHIND + 1 if window else 1
         best = np.full(shape, np.inf)
         best[0, 0] = 0.0
-        self.picks: list[np.ndarray] = []
-        for found in self.options.values():
-            after, pick = np.full(shape, np.inf), np.zeros(shape, np.int8)
-            for i, option in enumerate(found):
-                kept, moved = self._cells(option)
-                if kept >= shape[0] or moved >= shape[1]:
+        picks: list[np.ndarray] = []
+        for name, found in self.options.items():
+            after, pick = np.full(shape, np.inf), np.zeros(shape, np.int16)
+            for (i, option), before in itertools.product(enumerate(found), range(shape[1])):
+                kept = self._cells(option)
+                if kept >= shape[0] or (option.moved and not window):
                     continue
-                candidate = np.full(shape, np.inf)
-                candidate[kept:, moved:] = best[: shape[0] - kept, : shape[1] - moved] + option.seconds
-                better = candidate < after
-                after[better], pick[better] = candidate[better], i
+                behind, stall = self._after(name, option, before * cell, window)
+                to = min(math.ceil(behind / cell - 1e-9), shape[1] - 1)
+                candidate = best[: shape[0] - kept, before] + option.seconds + stall
+                better = candidate < after[kept:, to]
+                after[kept:, to][better], pick[kept:, to][better] = candidate[better], i * shape[1] + before
             best = after
-            self.picks.append(pick)
-        link = np.arange(shape[1]) * self.moved_grain / self.link
-        unhidden = np.maximum(0, link - self.hidden) + np.maximum(0, link - 2 * self.hidden)
-        self.total = best + unhidden[None, :]
+            picks.append(pick)
+        self._tables[window] = best, picks
+        return best, picks
 
     @property
     def least(self) -> int:
         """The fewest bytes that can be kept."""
-        return int(np.argmax(np.isfinite(self.total).any(axis=1))) * self.grain
+        return sum(min(map(self._cells, found)) for found in self.options.values()) * self.grain
 
     def everything(self) -> Choice:
         """All is kept."""
         kept = sum(found[0].kept for found in self.options.values())
         return Choice({name: found[0].policy for name, found in self.options.items()}, kept, 0, 0.0)
 
-    def best(self, kept: int, offload: bool = True) -> Choice | None:
-        """The fastest choice that keeps at most `kept` bytes, of those moving none without `offload`; None if none."""
-        total = self.total[: max(0, kept // self.grain + 1), : None if offload else 1]
+    def best(self, kept: int, window: int) -> Choice | None:
+        """The fastest choice that keeps at most `kept` bytes, with `window` bytes under way; None if there is none.
+
+        Without a window nothing is moved.
+        """
+        best, picks = self._table(window)
+        total = best[: max(0, kept // self.grain + 1)]
         if not np.isfinite(total).any():
             return None
         i, j = map(int, np.unravel_index(np.argmin(total), total.shape))
-        seconds = float(total[i, j])
         chosen = {}
-        for name, pick in reversed(list(zip(self.options, self.picks, strict=True))):
-            chosen[name] = option = self.options[name][pick[i, j]]
-            kept_cells, moved_cells = self._cells(option)
-            i, j = i - kept_cells, j - moved_cells
+        for name, pick in reversed(list(zip(self.options, picks, strict=True))):
+            place, j = divmod(int(pick[i, j]), best.shape[1])
+            chosen[name] = option = self.options[name][place]
+            i -= self._cells(option)
+        chosen = dict(reversed(chosen.items()))
         return Choice(
-            {name: option.policy for name, option in reversed(chosen.items())},
-            sum(o.kept for o in chosen.values()), sum(o.moved for o in chosen.values()), seconds,
+            {name: option.policy for name, option in chosen.items()},
+            sum(o.kept for o in chosen.values()), sum(o.moved for o in chosen.values()), self.seconds(chosen, window),
         )  # fmt: skip

@@ -24,7 +24,7 @@ from rapm.memory.choice import Choice, Chooser
 from rapm.memory.low_precision import MODES
 from rapm.memory.offload import WINDOWS
 from rapm.memory.saved import Policy
-from rapm.memory.sizes import bound_seconds, sizes_of, slot_seconds
+from rapm.memory.sizes import Sizes, bound_seconds, sizes_of, slot_seconds
 
 PHASES = ("encode", "solve", "train", "validate", "export")
 
@@ -55,12 +55,17 @@ class Plan:
 class Planner:
     """Plans for one job on one card, for any budget."""
 
-    def __init__(self, model: Model, config: Config, card: Card | None = None, mode: str | None = None) -> None:
-        """`mode` is that of the frozen weights, by default the settings', where auto is full."""
+    def __init__(
+        self, model: Model, config: Config, card: Card | None = None, mode: str | None = None,
+        whole: Sizes | None = None,
+    ) -> None:  # fmt: skip
+        """`mode` is that of the frozen weights, by default the settings', where auto is full; `whole` the sizes that
+        they would have without a budget, by default these."""
         self.asked = config.frozen_weights
         self.model = model
         self.config = config.replace(frozen_weights=mode or self.asked.replace("auto", "full"))
         self.sizes = sizes_of(model, self.config)
+        self.whole = whole or self.sizes
         self.card = card
         self.graph = cards.GRAPH * cards.LAUNCHES * self.sizes.targets
         self.context = cards.CONTEXT + self.graph  # bytes of the process outside the allocator
@@ -83,7 +88,7 @@ class Planner:
         ):
             plan = Plan(budget, card, together=together, beside=beside, window=window)
             room = min(self._room(plan), 2**62 if most is None else most)
-            choice = chooser.best(room, offload=window > 0)
+            choice = chooser.best(room, window)
             if choice is not None and (window == 0 or choice.moved):
                 # With one real position at a time, about one more pass of the encoder's launches
                 more = bound_seconds(sizes, card) * ((not together) / 12 + (not beside) * cards.HIDDEN)
@@ -112,34 +117,34 @@ class Planner:
     def _parts(self, plan: Plan, extra: int | None) -> tuple[float, float, float]:
         """Bytes of training: what is always there, a slot that keeps nothing, and its end, when its graphs are gone."""
         sizes = self.sizes
-        size = DTYPES[self.config.mixed_precision].itemsize
+        lora = DTYPES[self.config.mixed_precision].itemsize * sizes.lora  # in the UNet's dtype
         if extra is None:
             extra = max(max(layer.extra.values()) for layer in sizes.student.layers.values())
-        rows = 2 if plan.together else 1
-        transient = (cards.TRANSIENT + rows - 2) * (sizes.student.widest + sizes.features) + extra + sizes.largest
+        transient = cards.TRANSIENT * sizes.student.widest + extra + 2 * sizes.largest
+        if not plan.together:
+            transient -= sizes.student.widest + sizes.features
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay
-        end = 2 * size * sizes.lora  # the LoRA in the UNet's dtype, and its gradient
-        slot = cards.WORKSPACE + transient + 2 * plan.window + size * sizes.lora
-        return fixed, slot + plan.beside * self._beside(), cards.WORKSPACE + end
+        slot = cards.WORKSPACE + transient + plan.window + cards.PIECES * lora + plan.beside * self._beside()
+        return fixed, slot, cards.WORKSPACE + 2 * lora  # at the end the LoRA and its gradient
 
     def _beside(self) -> int:
         """Bytes of the second stream's own: a pass without gradient."""
-        return cards.SECOND + cards.FORWARD * self.sizes.student.widest
+        return cards.BESIDE * self.sizes.student.widest
 
     def eager(self, plan: Plan) -> int:
         """Bytes of the process at the peak of a slot that is not captured: one stream does it all."""
-        return plan.phases["train"] - int(plan.beside * self._beside() * cards.RESERVED)
+        return plan.phases["train"] - plan.beside * self._beside()
 
     def _train(self, plan: Plan, kept: int, extra: int | None = None) -> int:
         """Bytes of the process at the peak of a slot that keeps `kept`; `extra`: the most that is computed again."""
         fixed, slot, end = self._parts(plan, extra)
-        return int(fixed + max(slot + kept, end) * cards.RESERVED)
+        return int(fixed + max(slot + kept, end))
 
     def _room(self, plan: Plan) -> int:
         """Bytes that may be kept; below 0 where not even nothing fits."""
         fixed, slot, end = self._parts(plan, None)
-        free = (plan.budget - fixed) / cards.RESERVED
+        free = plan.budget - fixed
         return int(free - slot) if free >= max(slot, end) else -1
 
     def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
@@ -195,7 +200,7 @@ class Planner:
             plan, **policies, kept=choice.kept, moved=choice.moved, window=plan.window if choice.moved else 0,
             solve_batch=batch, aside=aside, tiled=tiled, apart=apart,
             phases={phase: phases[phase] for phase in PHASES}, seconds=config.steps * (slot + choice.seconds),
-            slowdown=(slot + choice.seconds) / slot, solve_seconds=solve,
+            slowdown=(slot + choice.seconds) / slot_seconds(self.whole, plan.card), solve_seconds=solve,
         )  # fmt: skip
 
     def disk(self) -> int:
@@ -208,9 +213,10 @@ def planned(model: Model, config: Config, card: Card | None, budget: int | None)
 
     UserError for a budget that cannot work, with the smallest that would.
     """
-    modes = MODES if config.frozen_weights == "auto" else (config.frozen_weights,)
+    modes, whole = MODES if config.frozen_weights == "auto" else (config.frozen_weights,), None
     for mode in modes:
-        planner = Planner(model, config, card, mode)
+        planner = Planner(model, config, card, mode, whole)
+        whole = planner.whole
         try:
             return planner, planner.plan(budget)
         except UserError:

@@ -13,8 +13,6 @@ class Snapshot:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.optimizers = [optimizer for optimizer in (step.optimizer, step.head_optimizer) if optimizer]
-        self.fresh = [not optimizer.state for optimizer in self.optimizers]
         self.copies = [(x, x.detach().to("cpu", copy=True)) for x in self._tensors()]
 
     def _tensors(self) -> list[Tensor]:
@@ -22,7 +20,7 @@ class Snapshot:
         found = [step.lora.flat, step.discriminators.flat, step.sums]
         found += [step.skipped, step.streak, step.worst, step.fault]
         found += step.replay.buffers() if step.replay is not None else []
-        for optimizer in self.optimizers:
+        for optimizer in filter(None, (step.optimizer, step.head_optimizer)):
             found += [x for moments in optimizer.state.values() for x in moments.values()]
         return found
 
@@ -31,8 +29,5 @@ class Snapshot:
         """Everything as it was."""
         for x, copy in self.copies:
             x.copy_(copy)
-        for optimizer, fresh in zip(self.optimizers, self.fresh, strict=True):
-            if fresh:
-                optimizer.state.clear()
         for x in (self.step.lora.flat, self.step.discriminators.flat):
             x.grad = None
