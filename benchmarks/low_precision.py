@@ -47,7 +47,7 @@ from rapm.kernels.int8_linear import int8_linear, quantise_rows
 from rapm.kernels.quantise import int8
 from rapm.losses import pseudo_huber
 from rapm.memory.cards import MIB
-from rapm.memory.low_precision import MODES, low_precision
+from rapm.memory.low_precision import MODES
 from rapm.step import Step
 from rapm.teacher import load_teacher
 from rapm.train import Training, prepare_teacher, solve_all
@@ -135,7 +135,7 @@ def slots(name: str, check: bool) -> dict[str, dict]:
     rows = {}
     for mode in MODES:
         torch.manual_seed(0)
-        unet = low_precision(random_unet(config, device), mode)
+        unet = random_unet(config, device, mode=mode)
         if mode == MODES[-1]:
             del whole
         found = one_slot(unet, name, side)
@@ -151,7 +151,7 @@ def slots(name: str, check: bool) -> dict[str, dict]:
     for mode in MODES if device == "cuda" and not check else ():  # without the others' weights
         clean()
         torch.manual_seed(0)
-        unet = low_precision(random_unet(config, device), mode)
+        unet = random_unet(config, device, mode=mode)
         clean()
         rows[mode] |= seconds(unet, name, side)
         del unet

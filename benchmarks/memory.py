@@ -43,7 +43,6 @@ from rapm.loading.families import Model as Planned
 from rapm.memory import cards
 from rapm.memory.budget import Budget, out_of_memory, summary
 from rapm.memory.cards import GIB, MIB
-from rapm.memory.low_precision import low_precision
 from rapm.memory.planner import Planner
 from rapm.memory.saved import Memory, Saved
 from rapm.schedule import Schedule
@@ -106,7 +105,7 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
     config = Config.preset(name).replace(lora_rank=rank, vram="auto" if vram == "none" else vram)
     budget = None if vram == "none" else Budget(planned, config, device)
     mode = "full" if budget is None else budget.planner.config.frozen_weights
-    unet = low_precision(random_unet(model.unet, device.type), mode)
+    unet = random_unet(model.unet, device.type, mode=mode)
     if budget is not None and device.type == "cuda":  # now: a run loads its weights layer by layer
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

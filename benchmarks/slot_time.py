@@ -25,6 +25,7 @@ from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import UserError
 from rapm.lora import LoRA
+from rapm.memory.low_precision import low_precision, set_weight
 from rapm.schedule import Schedule
 from rapm.step import Step
 from rapm.store import Trajectory
@@ -74,17 +75,16 @@ def classify(name: str, own: dict[str, str]) -> str:
     return next((family for family, words in FAMILIES if any(word in name for word in words)), "other")
 
 
-def random_unet(config: Mapping, device: str, dtype: torch.dtype = torch.bfloat16) -> UNet:
-    """A frozen UNet: normal weights of deviation 0.02, convolutions channels-last."""
+def random_unet(config: Mapping, device: str, dtype: torch.dtype = torch.bfloat16, mode: str = "full") -> UNet:
+    """A frozen UNet: normal weights of deviation 0.02, the same in every `mode` of low_precision."""
     with torch.device("meta"):
-        unet = UNet(config)
-    unet = unet.requires_grad_(False).eval().to(dtype).to_empty(device=device)
-    for name, x in unet.named_parameters():
-        if x.dim() > 1:
-            x.normal_(0, 0.02)
-        else:
-            x.fill_(name.endswith(".weight"))  # of a norm: 1; a bias: 0
-    unet = unet.to(memory_format=torch.channels_last).join()
+        unet = UNet(config).to(dtype)
+    shapes = {name: x.shape for name, x in unet.named_parameters()}
+    low_precision(unet, mode).requires_grad_(False).eval().lay(device)
+    for name, shape in shapes.items():
+        x = torch.empty(shape, dtype=dtype, device=device)
+        # Of a norm: 1; a bias: 0
+        set_weight(unet, name, x.normal_(0, 0.02) if x.dim() > 1 else x.fill_(name.endswith(".weight")))
     if device == "cuda":
         torch.cuda.synchronize()  # other streams will read it
     return unet

@@ -1,15 +1,16 @@
 """Layers of one shape that read the same input, computed as one: q, k and v; all keys and values of the text; the time.
 
-Such layers are a stack. Their frozen weights lie below one another in memory (`join`), and so do their low-rank updates
-(rapm/lora.py). Where they do not, they are put together at each use: the same numbers, for a copy.
+Such layers are a stack. Their frozen weights lie below one another in memory (`lay`, `join`), and so do their low-rank
+updates (rapm/lora.py). Where they do not, they are put together at each use: the same numbers, for a copy.
 
 Shapes: n layers of K inputs and C outputs; M rows, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rapm.unet import Linear
 
 Pair = tuple[Tensor, Tensor]  # down and up
+ALIGN = 256  # bytes, from which on each group begins
 
 
 class StackedWeights(dict[str, Pair]):
@@ -39,6 +41,32 @@ def join(tensors: Sequence[Tensor]) -> None:
         whole = torch.cat([x.detach() for x in tensors])
         for x, part in zip(tensors, whole.split([len(x) for x in tensors]), strict=True):
             x.data = part
+
+
+@torch.no_grad()
+def lay(groups: Iterable[Sequence[nn.Parameter]], device: torch.device | str) -> None:
+    """Move frozen parameters into one piece of memory on `device`, one for each dtype; convolutions channels-last.
+
+    Those of a group follow one another. From the meta device they come unfilled.
+    """
+    by_dtype: dict[torch.dtype, list[Sequence[nn.Parameter]]] = defaultdict(list)
+    for group in groups:
+        by_dtype[group[0].dtype].append(group)
+    for dtype, found in by_dtype.items():
+        step = ALIGN // dtype.itemsize
+        starts = [0, *accumulate(-(-sum(x.numel() for x in group) // step) * step for group in found)]
+        whole = torch.empty(starts[-1], dtype=dtype, device=device)
+        for group, start in zip(found, starts, strict=False):
+            offset = start
+            for x in group:
+                layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+                strides = torch.empty_like(x, device="meta", memory_format=layout).stride()
+                place = whole.as_strided(x.shape, strides, offset)
+                offset += x.numel()
+                if x.is_meta:
+                    torch.utils.swap_tensors(x, nn.Parameter(place, requires_grad=False))
+                else:
+                    x.data = place.copy_(x)
 
 
 def together(tensors: Sequence[Tensor]) -> Tensor:
@@ -75,11 +103,19 @@ class Stack:
     names = property(lambda self: tuple(layer.name for layer in self.layers))
     size = property(lambda self: sum(layer.weight.numel() for layer in self.layers))  # of the weights
 
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters that lie below one another once they are joined."""
+        kinds = (self.layers, "weight"), (self.layers, "bias"), (self.biases, "bias")
+        return [
+            [getattr(m, kind) for m in modules]
+            for modules, kind in kinds
+            if modules and getattr(modules[0], kind) is not None
+        ]
+
     def join(self) -> None:
         """Lay the weights below one another, in place."""
-        for modules, kind in ((self.layers, "weight"), (self.layers, "bias"), (self.biases, "bias")):
-            if modules and getattr(modules[0], kind) is not None:
-                join([getattr(module, kind) for module in modules])
+        for group in self.groups():
+            join(group)
 
     def frozen(self) -> tuple[Tensor, Tensor | None]:
         """The weights (n C K) and biases (n C), each below one another."""

@@ -186,11 +186,12 @@ class Teacher:
     def waiting(self, aside: bool, device: torch.device) -> Iterator[None]:
         """The UNet on the CPU for a while, if `aside`. A captured graph that reads it must be given back before."""
         if aside:
-            self.unet.to("cpu")
+            self.unet.lay("cpu")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # or a visitor would take a part of its place, which must come back whole
         yield
-        self.unet.to(device)
         if aside:
-            self.unet.join()
+            self.unet.lay(device)
 
 
 def load_teacher(

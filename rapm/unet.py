@@ -28,7 +28,7 @@ from rapm.kernels.layer_norm import layer_norm
 from rapm.kernels.lora_conv import lora_conv
 from rapm.kernels.lora_linear import deferrable, lora_linear, lora_linear_deferred
 from rapm.memory.saved import KEEP, KEEP_ALL, Memory, Saved
-from rapm.stacks import Lora, Stack
+from rapm.stacks import Lora, Stack, lay
 
 Made = Mapping[str, Tensor]  # what a stack's layers have made of their input, by name
 
@@ -372,9 +372,19 @@ class UNet(nn.Module):
         self.stacks = [*self.time_stacks, *self.text_stacks, *(m.qkv for m in attentions if not m.cross)]
 
     def join(self) -> UNet:
-        """Lay the frozen weights of each stack below one another: call it once they are where they stay. Itself."""
+        """Lay the frozen weights of each stack below one another, where they are. Itself."""
         for stack in self.stacks:
             stack.join()
+        return self
+
+    def lay(self, device: torch.device | str) -> UNet:
+        """Move the frozen weights to another device, into one piece of memory there, joined. Itself.
+
+        One by one they would leave holes: 0.6 GiB of SDXL's. From the meta device they come unfilled.
+        """
+        groups = [group for stack in self.stacks for group in stack.groups()]
+        joined = {id(x) for group in groups for x in group}
+        lay([*groups, *([x] for x in self.parameters() if id(x) not in joined)], device)
         return self
 
     dtype = property(lambda self: self.conv_in.weight.dtype)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 from test_unet import CONFIGS, error, inputs, perturb
-from tiny import load_unet
+from tiny import UNET, load_unet
 
 from rapm.lora import LoRA
+from rapm.memory.low_precision import MODES, low_precision
 from rapm.stacks import Stack, join, together
 from rapm.unet import Linear, UNet
 
@@ -90,6 +93,28 @@ def test_the_unet_with_and_without(family: str) -> None:
         assert all(error(a, b) < 1e-5 for a, b in zip(found, apart, strict=True))
     features = unet.features(z, t, text, keys=unet.text_keys(text))
     assert all(error(a, b) < 1e-5 for a, b in zip(features, unet.features(z, t, text), strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", UNET)
+def test_laid_weights_are_in_one_piece(family: str, mode: str) -> None:
+    """One storage a dtype, stacks joined, the same numbers in the same parameters; from the meta device unfilled."""
+    unet = low_precision(UNet(UNET[family]).to(torch.bfloat16).requires_grad_(False), mode)
+    before = {name: (x, x.clone()) for name, x in unet.named_parameters()}
+    with torch.device("meta"):
+        empty = low_precision(UNet(UNET[family]).to(torch.bfloat16), mode)
+    for laid in (unet.lay("cpu"), empty.lay("cpu")):
+        by_dtype = defaultdict(set)
+        for name, x in laid.named_parameters():
+            by_dtype[x.dtype].add(x.untyped_storage()._cdata)
+            assert x.dtype == before[name][1].dtype and x.shape == before[name][1].shape and not x.requires_grad
+            assert x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+        assert set(map(len, by_dtype.values())) == {1} and len(by_dtype) == {"full": 1, "int8": 3, "nf4": 4}[mode]
+        for stack in laid.stacks:
+            for group in stack.groups():
+                assert together(group).data_ptr() == group[0].data_ptr()
+    for name, x in unet.named_parameters():
+        assert x is before[name][0] and torch.equal(x, before[name][1])
 
 
 def test_a_loaded_unet_is_joined(tiny_folders) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rapm.errors import UserError
 from rapm.export.lora_file import folded
-from rapm.memory.low_precision import LowPrecision, low_precision
+from rapm.memory.low_precision import low_precision, set_weight
 from rapm.unet import UNet
 
 PER_OPENING = 8  # tensors read from one mapping of a file: what has been read counts as memory until it is unmapped
@@ -139,8 +139,7 @@ def fill(
     """
     updates = updates or {}
     check_fit(unet, places)
-    low_precision(unet, frozen, dtype)
-    state: dict[str, Tensor] = {}
+    low_precision(unet.to(dtype), frozen).requires_grad_(False).lay(device)
     for path, names in places.items():
         for name, x in _stream(path, names):
             y = x.to(dtype, copy=True)  # a copy: x is the mapped file
@@ -149,19 +148,12 @@ def fill(
                 y = fused(x, mine).to(dtype)
                 if digest:
                     digest.result()  # one whole weight in memory twice at most
-            layout = torch.channels_last if y.dim() == 4 else torch.preserve_format
-            y = y.to(device, memory_format=layout)
+            y = y.to(device)
             if not y.isfinite().all():
                 raise UserError(_not_finite(path, name, x, dtype))
-            module = unet.get_submodule(name.rpartition(".")[0])
-            if isinstance(module, LowPrecision) and name.endswith(".weight"):
-                state |= {f"{module.name}.{part}": value for part, value in module.parts(y).items()}
-            else:
-                state[name] = y
+            set_weight(unet, name, y)
             del x, y  # before the next is read
-    unet.requires_grad_(False).load_state_dict(state, assign=True)
-    del state  # or it would hold the stacks' parts beside the stacks
-    return unet.join().eval()
+    return unet.eval()
 
 
 def check_fit(unet: UNet, places: Mapping[Path, Mapping[str, str]]) -> None:

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rapm.kernels.int8_linear import int8_linear
 from rapm.kernels.lora_linear import lora_linear
 from rapm.kernels.quantise import Low, dequantise, int8, nf4
-from rapm.stacks import Lora, Stack, join, together
+from rapm.stacks import Lora, Stack, together
 from rapm.unet import Conv2d, Deferred, Linear, UNet
 
 MODES = ("full", "int8", "nf4")  # each takes less memory than the one before
@@ -91,11 +91,10 @@ class Int8Conv2d(Transient, Conv2d):  # type: ignore[misc]
 class LowStack(Stack):
     """A stack of such layers: those of the text one by one, once an iteration; q, k and v as one product."""
 
-    def join(self) -> None:
-        """The layers' codes beside one another in memory."""
-        for name in (*Low._fields, "bias"):
-            if getattr(self.layers[0], name) is not None:
-                join([getattr(layer, name) for layer in self.layers])
+    def groups(self) -> list[list[nn.Parameter]]:
+        """As `Stack.groups`, of the codes and their scales."""
+        names = [name for name in (*Low._fields, "bias") if getattr(self.layers[0], name) is not None]
+        return [[getattr(layer, name) for layer in self.layers] for name in names]
 
     def base(self, x: Tensor) -> Tensor:
         """As `Stack.base`."""
@@ -175,6 +174,18 @@ def low_precision(unet: UNet, mode: str, dtype: torch.dtype | None = None) -> UN
         if isinstance(stack.layers[0], LowPrecision):
             stack.__class__ = LowStack
     return unet.join()
+
+
+@torch.no_grad()
+def set_weight(unet: UNet, name: str, x: Tensor) -> None:
+    """Fill the parameter `name` of the whole UNet with x, of its shape, or what stands for it with the parts of x."""
+    module = unet.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, LowPrecision) and name.endswith(".weight"):
+        layout = torch.channels_last if x.dim() == 4 else torch.preserve_format
+        for part, value in module.parts(x.contiguous(memory_format=layout)).items():
+            getattr(module, part).copy_(value)
+    else:
+        unet.get_parameter(name).copy_(x)
 
 
 def _kind(module: nn.Module, mode: str) -> type[LowPrecision] | None:
