@@ -50,7 +50,7 @@ class Trajectory(NamedTuple):
 class _Opened(NamedTuple):
     """A shard that has been read from."""
 
-    file: Any  # a handle of safetensors
+    tensors: dict[str, Tensor]  # whole, as the file is mapped: only the rows that are looked at are read
     lists: dict[str, list[Any]]  # of its header
     name: str
 
@@ -78,8 +78,8 @@ class Store:
 
     def __getitem__(self, index: int) -> Trajectory:
         """UserError for numbers that are not finite."""
-        (file, lists, shard), row = self._place(index)
-        rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
+        (tensors, lists, shard), row = self._place(index)
+        rows = {name: x[row : row + 1] for name, x in tensors.items()}
         if bad := next((name for name, x in rows.items() if not finite(x)), None):
             where = f"store {self.folder}: not finite: {bad} of trajectory {index}"
             raise UserError(f"{where}, in {shard}: delete that file, it will be computed again")
@@ -102,9 +102,11 @@ class Store:
         shard = group * len(self.resolutions) + bucket
         if shard not in self._open:
             name = _shard_name(shard)
-            file: Any = safe_open(self.folder / name, framework="pt")
-            header = file.metadata()
-            self._open[shard] = _Opened(file, {key: json.loads(header[key]) for key in LISTS}, name)
+            with safe_open(self.folder / name, framework="pt") as file:
+                header = file.metadata()
+                # Once a shard, not once a row: safetensors 0.8 keeps two numbers for good at each tensor or slice.
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self._open[shard] = _Opened(tensors, {key: json.loads(header[key]) for key in LISTS}, name)
         return self._open[shard], row
 
     def resolution(self, index: int) -> tuple[int, int]:

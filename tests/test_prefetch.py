@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 import threading
 import time
 from itertools import pairwise
@@ -189,6 +190,18 @@ def test_the_order_is_that_of_the_seed(teacher, store: Store, monkeypatch: pytes
     training.done = 4
     again = loaded(training, 3, monkeypatch)[-3:]
     assert all(torch.equal(z, store[index].positions) for (_, z), index in zip(again, chosen[4:], strict=False))
+
+
+def test_an_iteration_leaves_nothing_on_the_host(teacher, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers for each tensor that is read would be six blocks an iteration, for as long as a run lasts."""
+    monkeypatch.setattr(Step, "__call__", lambda self: None)
+    training, held = Training(teacher, store, CONFIG), []
+    for _ in range(2):
+        for _ in range(200):
+            training.iterate()
+        gc.collect()
+        held.append(sys.getallocatedblocks())
+    assert held[1] - held[0] < 200
 
 
 @pytest.mark.gpu
