@@ -44,7 +44,7 @@ from rapm.memory import cards
 from rapm.memory.budget import Budget, out_of_memory, summary
 from rapm.memory.cards import GIB, MIB
 from rapm.memory.planner import Planner
-from rapm.memory.saved import Memory, Saved
+from rapm.memory.saved import Memory, Policy, Saved
 from rapm.schedule import Schedule
 from rapm.step import SlotMemory
 
@@ -114,7 +114,10 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
     step, notes = make_step(unet, config, trajectory), []
     row: dict = {"frozen_weights": mode}
     if budget is None:
-        row["predicted_mib"] = Planner(planned, config, cards.CARDS[-1]).plan(None).phases["train"] / MIB
+        row |= {
+            "predicted_mib": Planner(planned, config, cards.CARDS[-1]).plan(None).phases["train"] / MIB,
+            "beside": True,
+        }
         step.memory = SlotMemory(beside=True)
     else:
         row["predicted_mib"] = budget.plan.phases["train"] / MIB
@@ -151,8 +154,17 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
         raise SystemExit(f"memory: {name} {rank} {vram}: not finite: what was timed is not a training")
     row |= {"seconds": statistics.median(times), "slowest": max(times), "notes": notes, **held(device)}
     if budget is not None:
-        row |= {"plan": summary(budget.plan), "moved_mib": budget.plan.moved / MIB, "promised": budget.plan.slowdown}
-        row["final_predicted_mib"] = budget.plan.phases["train"] / MIB
+        plan = budget.plan
+        row |= {
+            "plan": summary(plan),
+            "window_mib": plan.window / MIB,
+            "together": plan.together,
+            "beside": plan.beside,
+        }
+        for kind, policies in (("student", plan.student), ("encoder", plan.encoder)):
+            row[kind] = {name: str(policy) for name, policy in policies.items() if policy != Policy()}
+        row |= {"moved_mib": plan.moved / MIB, "promised": plan.slowdown}
+        row["final_predicted_mib"] = plan.phases["train"] / MIB
     offload = step.memory.student.offload
     row["moved"] = 0 if offload is None else offload.moved_out
     return row

@@ -41,7 +41,7 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
 # and 64, with everything kept and under plans for 8 to 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What
 # is reserved beyond weights, state and what is counted as kept depends on the model, hardly on the plan. Some two
 # thirds of it are never allocated at once: what the allocator cannot hand out again.
-TRANSIENT = 34  # largest convolution inputs that it is
+TRANSIENT = 14  # largest convolution inputs that it is
 BESIDE = 8  # more of them, where passes without gradient have a stream of their own
 PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
