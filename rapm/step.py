@@ -237,7 +237,8 @@ class Step:
         del pieces
         if offload is not None:
             offload.finish()
-        flat /= self.scale
+        if self.scale != 1:
+            flat /= self.scale
         loss = sum(w * x for w, x in zip(pull, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
         told = torch.cat([loss[None], distances, generator, discriminator, seen])

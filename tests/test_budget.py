@@ -162,8 +162,8 @@ def test_a_budget_that_cannot_work_is_refused_before_the_weights_are_read(place,
 
 def test_the_unet_waits_while_another_part_visits(teacher, monkeypatch):
     wanted, moves = teacher.encode(["a cat"]), []
-    to = type(teacher.unet).to
-    monkeypatch.setattr(type(teacher.unet), "to", lambda self, *a: moves.append(a[0]) or to(self, *a))
+    lay = type(teacher.unet).lay
+    monkeypatch.setattr(type(teacher.unet), "lay", lambda self, device: moves.append(device) or lay(self, device))
     monkeypatch.setattr(teacher, "aside", True)
     assert torch.equal(teacher.encode(["a cat"]).hidden, wanted.hidden)
     assert moves == ["cpu", torch.device("cpu")]  # away, and back to where it was
