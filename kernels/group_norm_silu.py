@@ -7,7 +7,8 @@ output), else x and shift. A program owns a tile in registers: a run of an image
 fill a power of two well (12 of width 10, 3 of 80). Launch FIRST writes mean and M2 (squared deviations) of each group
 and run; SECOND combines them in a fixed order (Chan et al. 1979) and normalises what FIRST left in L2: batch 1 fills
 the chip, and no result depends on timing. Backward is alike, with the sums of dy' w and dy' w xhat, dy' = dy act', and
-shift's gradient in the same launches. On a small map a tile is a whole group, and one launch is both.
+shift's gradient in the same launches. On a small map a tile is a whole group, and one launch is both. Of v (or x and
+shift) and the statistics y can be made again, the same bits, by SECOND alone: nothing is added up.
 
 Shapes: B C H W; a tile is ROWS positions by TILE channels, OWN groups of WIDTH channels and padding. In a kernel r are
 rows (ROWS 1), c channels (1 TILE), group (OWN_PAD) and s runs, that is splits of the positions (1 SPLITS).
@@ -76,7 +77,8 @@ def _forward_kernel(
     ROWS: tl.constexpr, SPLITS: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL and (FIRST or v is not None):  # else the tile is from before FIRST, which is over once the wait below is
+    # Else the tile is from before FIRST, which is over once the wait below is
+    if PDL and (FIRST or v is not None or partial is None):
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     GROUPS: tl.constexpr = C // WIDTH
@@ -85,12 +87,13 @@ def _forward_kernel(
     r, start = tl.arange(0, ROWS)[:, None], split.to(tl.int64) * ROWS  # int64 to a tile's corner, int32 inside
     c, in_c = (block * (OWN * WIDTH) + k)[None, :], ((k < OWN * WIDTH) & (block * (OWN * WIDTH) + k < C))[None, :]
     group, in_g, mask = block * OWN + g, (g < OWN) & (block * OWN + g < GROUPS), (r < positions - start) & in_c
-    partial, out = partial + b * (2 * GROUPS * splits), b * y_batch + start * C
+    partial = partial + b * (2 * GROUPS * splits) if partial is not None else None  # None: y again, of v and stats
+    out = b * y_batch + start * C
     # the compiler takes the layout of the last of these loads for the tile: let it be the tile's own
     scale, offset = _load(weight + c, in_c), _load(bias + c, in_c)
     add = _load(shift + b * C + c, in_c) if shift is not None else 0.0
     z = tl.load(x + (b * x_batch + start * x_row) + (r * x_row + c), mask=mask, other=0.0)
-    if not FIRST:
+    if not FIRST and partial is not None:
         s_mean, s_m2 = _partial(partial, splits, group, in_g, GROUPS, SPLITS, PDL)
     z = tl.where(mask, z.to(tl.float32) + add, 0.0)
     if residual is not None:
@@ -102,18 +105,23 @@ def _forward_kernel(
         mean = _gather(tl.sum(z, axis=0, keep_dims=True), WIDTH, OWN_PAD) / n
         deviation = tl.where(mask, z - _spread(mean, k, WIDTH)[None, :], 0.0)
         m2 = _gather(tl.sum(deviation * deviation, axis=0, keep_dims=True), WIDTH, OWN_PAD)
+    elif partial is None:
+        mean = _load(stats + b * (2 * GROUPS) + group, in_g)
     else:
         n = tl.minimum(tl.maximum(positions - tl.arange(0, SPLITS)[None, :] * ROWS, 0), ROWS).to(tl.float32) * WIDTH
         mean = tl.sum(s_mean * (n / (positions * WIDTH)), axis=1)
         s_mean -= mean[:, None]
         m2 = tl.sum(s_m2 + s_mean * s_mean * n, axis=1)
     if SECOND:
-        rstd = tl.rsqrt(m2 / (positions * WIDTH) + eps)
+        if partial is None:
+            rstd = _load(stats + b * (2 * GROUPS) + GROUPS + group, in_g)
+        else:
+            rstd = tl.rsqrt(m2 / (positions * WIDTH) + eps)
         u = (z - _spread(mean, k, WIDTH)[None, :]) * (_spread(rstd, k, WIDTH)[None, :] * scale) + offset
         if SILU:
             u *= tl.sigmoid(u)
         tl.store(y + out + (r * C + c), u, mask=mask)
-        if split == 0:
+        if partial is not None and split == 0:
             tl.store(stats + b * (2 * GROUPS) + group, mean, mask=in_g)
             tl.store(stats + b * (2 * GROUPS) + GROUPS + group, rstd, mask=in_g)
     else:
@@ -239,6 +247,17 @@ def _op(
     return y, v, stats
 
 
+@torch.library.custom_op("rapm::group_norm_silu_again", mutates_args=())
+def _again_op(v: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, silu: bool, shift: Tensor | None) -> Tensor:
+    y = torch.empty_like(v, memory_format=torch.channels_last)
+    grid, launches = _plan(v, stats.shape[2], 0, FORWARD_VALUES)
+    inputs = *_rows(v), None, 0, 0, None if shift is None else shift.contiguous(), weight, bias
+    options = launches[-1] | dict(FIRST=False, SECOND=True, SILU=silu)
+    results = None, y, y.stride(0), stats, None, 0.0
+    _forward_kernel[grid](*inputs, *results, v.shape[2] * v.shape[3], grid[1], **options)
+    return y
+
+
 def _gradients(v: Tensor, of_v: bool, of_shift: bool, of_affine: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dv, dshift, and (3 C, fp32) dbias, dweight and a row without use; empty where not asked for."""
     dx = torch.empty_like(v, memory_format=torch.channels_last) if of_v else v.new_empty(0)
@@ -285,6 +304,7 @@ def _backward(ctx, dy: Tensor | None, dv: Tensor | None, _: None) -> tuple[Tenso
 
 
 _op.register_fake(lambda x, weight, bias, groups, eps, silu, shift, residual: _outputs(x, groups, residual))
+_again_op.register_fake(lambda v, *_: torch.empty_like(v, memory_format=torch.channels_last))
 _backward_op.register_fake(lambda dy, dv, v, shift, weight, bias, stats, silu, *of: _gradients(v, *of))
 _op.register_autograd(_backward, setup_context=_setup_context)
 
@@ -294,7 +314,31 @@ def group_norm_silu(
     *, silu: bool = True, shift: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """y = act(GroupNorm(v)), v = x (B C H W) + shift (B C) + residual, channels-last; with a residual (y, v)."""
-    if not enabled(x):
-        return group_norm_silu_ref(x, weight, bias, groups, eps, silu=silu, shift=shift, residual=residual)
-    y, v, _ = _op(x, weight, bias, groups, eps, silu, shift, residual)
+    options = dict(silu=silu, shift=shift, residual=residual)
+    y, v, _ = group_norm_silu_with_stats(x, weight, bias, groups, eps, **options)
     return y if residual is None else (y, v)
+
+
+def group_norm_silu_with_stats(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
+    *, silu: bool = True, shift: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`group_norm_silu`'s y, v (x itself without a residual), and the statistics kept: B 2 groups, fp32; or None."""
+    if not enabled(x):
+        y = group_norm_silu_ref(x, weight, bias, groups, eps, silu=silu, shift=shift, residual=residual)
+        return (y, x, None) if residual is None else (*y, None)
+    y, v, stats = _op(x, weight, bias, groups, eps, silu, shift, residual)
+    return y, x if residual is None else v, stats
+
+
+def group_norm_silu_again(
+    v: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, stats: Tensor | None,
+    *, silu: bool = True, shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y, the same bits, from `group_norm_silu_with_stats`'s v (B C H W) and `stats`; `shift` if there was no residual.
+
+    It has no gradient.
+    """
+    if stats is None:
+        return group_norm_silu_ref(v, weight, bias, groups, eps, silu=silu, shift=shift)
+    return _again_op(v, weight, bias, stats, silu, shift)

@@ -2,7 +2,8 @@
 
 LN(s) = (s - mean(s)) / sqrt(var(s) + eps), var the biased one (arXiv 1607.06450). With r = 1 / sqrt(var + eps),
 h = (s - mean) r and g = dy weight, the gradient of x and of residual alike is ds + r (g - mean(g) - h mean(g h)), where
-ds is what s itself got. For backward s (or x) is kept, and per row mean and r.
+ds is what s itself got. For backward s (or x) is kept, and per row mean and r; of them y can be made again, to the bit:
+a row's sums may differ in the last bits between variants of the kernel, whose threads share a row as Triton sees fit.
 
 One launch forward; one backward, and where weight or bias require a gradient their sums besides. Rows stay in
 registers, so that the statistics take two passes and memory is read once. A row is a program of 64 numbers a thread;
@@ -46,7 +47,7 @@ def _mean(x, c):
 @jit
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, h_ptr, up_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, stats_ptr, n, c, x_stride, residual_stride,
-    up_c, up_k, eps, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    up_c, up_k, eps, K: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row, column = line[:, None], tl.arange(0, WIDTH)[None, :]
@@ -64,12 +65,13 @@ def _layer_norm_fwd_kernel(
         rounded = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + row * c + column, rounded, mask)
         s = rounded.to(tl.float32)  # what backward reads
-    mean = _mean(s, c)
+    mean = tl.load(stats_ptr + row, row < n, other=0.0) if AGAIN else _mean(s, c)
     d = tl.where(mask, s - mean, 0.0)
-    rstd = tl.rsqrt(_mean(d * d, c) + eps)
+    rstd = tl.load(stats_ptr + n + row, row < n, other=0.0) if AGAIN else tl.rsqrt(_mean(d * d, c) + eps)
     tl.store(y_ptr + row * c + column, (d * rstd * weight + bias).to(y_ptr.dtype.element_ty), mask)
-    tl.store(stats_ptr + row, mean, row < n)
-    tl.store(stats_ptr + n + row, rstd, row < n)
+    if not AGAIN:
+        tl.store(stats_ptr + row, mean, row < n)
+        tl.store(stats_ptr + n + row, rstd, row < n)
 
 
 @jit
@@ -128,19 +130,21 @@ def _forward(
     eps: float,
     h: Tensor | None = None,
     up: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """s (x itself without a residual), y, and 2 N: the rows' means and reciprocal standard deviations."""
+    """s (x itself without a residual), y, and 2 N: the rows' means and reciprocal deviations, `stats` where given."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = _rows(x)
     n, c = rows.shape
-    stats = torch.empty((2, n), dtype=torch.float32, device=x.device)
+    again = stats is not None
+    stats = stats if again else torch.empty((2, n), dtype=torch.float32, device=x.device)
     residual = residual if residual is None else _rows(residual)
     programs, options = _launch(n, c, x.device)
     _layer_norm_fwd_kernel[(programs,)](
         rows, residual, rows if h is None else _rows(h).contiguous(), rows if up is None else up, weight, bias, s, y,
         stats, n, c, rows.stride(0), 0 if residual is None else residual.stride(0),
-        *((0, 0) if up is None else up.stride()), eps, K=0 if up is None else up.shape[1], **options,
+        *((0, 0) if up is None else up.stride()), eps, K=0 if up is None else up.shape[1], AGAIN=again, **options,
     )  # fmt: skip
     return s, y, stats
 
@@ -156,6 +160,11 @@ def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, h: Tensor | None, up: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(x, residual, weight, bias, eps, h, up)
+
+
+@torch.library.custom_op("rapm::layer_norm_again", mutates_args=())
+def _layer_norm_again(s: Tensor, weight: Tensor, bias: Tensor, stats: Tensor) -> Tensor:
+    return _forward(s, None, weight, bias, 0.0, stats=stats)[1]
 
 
 @torch.library.custom_op("rapm::layer_norm_backward", mutates_args=())
@@ -197,6 +206,11 @@ def _(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, h: Tensor | None, up: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(x), _empty(x), _stats(x)
+
+
+@_layer_norm_again.register_fake
+def _(s: Tensor, weight: Tensor, bias: Tensor, stats: Tensor) -> Tensor:
+    return _empty(s)
 
 
 @_layer_norm_backward.register_fake
@@ -243,8 +257,25 @@ def layer_norm(
 
     With h (... K) and up (C K), which take a residual, s = x + h up^T + residual; x's gradient is all that there is.
     """
+    s, y, _ = layer_norm_with_stats(x, weight, bias, eps, residual, h, up)
+    return y if residual is None else (s, y)
+
+
+def layer_norm_with_stats(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, h: Tensor | None = None,
+    up: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`layer_norm`'s s (x itself without a residual) and y, and the statistics that it keeps: 2 N, fp32; or None."""
     if not enabled(x):
-        return layer_norm_ref(x, weight, bias, eps, residual, h, up)
+        y = layer_norm_ref(x, weight, bias, eps, residual, h, up)
+        return (x, y, None) if residual is None else (*y, None)
     if residual is None:
-        return _layer_norm(x, weight, bias, eps)[0]
-    return _add_layer_norm(x, residual, weight, bias, eps, h, up)[:2]
+        return x, *_layer_norm(x, weight, bias, eps)
+    return _add_layer_norm(x, residual, weight, bias, eps, h, up)
+
+
+def layer_norm_again(s: Tensor, weight: Tensor, bias: Tensor, eps: float, stats: Tensor | None) -> Tensor:
+    """y (... C), the same bits, from what `layer_norm_with_stats` gave: s (... C) and `stats`. It has no gradient."""
+    if stats is None:
+        return layer_norm_ref(s, weight, bias, eps)
+    return _layer_norm_again(s, weight, bias, stats)

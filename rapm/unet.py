@@ -23,8 +23,8 @@ from rapm.architecture import complete, each
 from rapm.kernels.attention import attention
 from rapm.kernels.frozen_conv import frozen_conv
 from rapm.kernels.geglu import geglu
-from rapm.kernels.group_norm_silu import group_norm_silu
-from rapm.kernels.layer_norm import layer_norm
+from rapm.kernels.group_norm_silu import group_norm_silu_again, group_norm_silu_with_stats
+from rapm.kernels.layer_norm import layer_norm_again, layer_norm_with_stats
 from rapm.kernels.lora_conv import lora_conv
 from rapm.kernels.lora_linear import deferrable, lora_linear, lora_linear_deferred
 from rapm.memory.saved import KEEP, KEEP_ALL, Memory, Saved
@@ -114,16 +114,15 @@ class GroupNorm(nn.GroupNorm):
         self, x: Tensor, saved: Saved = KEEP, *, silu: bool = False, shift: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip  # x, residual: B C H W, shift: B C
-        def norm(x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-            options = dict(silu=silu, shift=shift, residual=residual)
-            return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, **options)
+        how = self.weight, self.bias, self.num_groups, self.eps
+        y, v, stats = group_norm_silu_with_stats(x, *how, silu=silu, shift=shift, residual=residual)
 
-        out = norm(x, shift, residual)
-        if residual is None:
-            saved.again("lean", out, norm, x, shift)
-        else:
-            saved.again("lean", out[0], norm, out[1])
-        return out
+        # It holds `stats`, which nobody else does until y is saved; of memory that is none, backward keeps them too
+        def again(v: Tensor, shift: Tensor | None) -> Tensor:
+            return group_norm_silu_again(v, *how, stats, silu=silu, shift=shift)
+
+        saved.again("lean", y, again, v, shift if residual is None else None)
+        return y if residual is None else (y, v)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -133,15 +132,10 @@ class LayerNorm(nn.LayerNorm):
         self, x: Tensor, residual: Tensor | None, saved: Saved = KEEP, low: Tensor | None = None,
         up: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip  # B N C
-        def norm(x: Tensor) -> Tensor:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-
-        if residual is None:
-            y = norm(x)
-        else:
-            x, y = layer_norm(x, self.weight, self.bias, self.eps, residual, low, up)
-        saved.again("lean", y, norm, x)
-        return x, y
+        how = self.weight, self.bias, self.eps
+        s, y, stats = layer_norm_with_stats(x, *how, residual, low, up)
+        saved.again("lean", y, lambda s: layer_norm_again(s, *how, stats), s)  # it holds `stats`, as above
+        return s, y
 
 
 def sinusoid(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:

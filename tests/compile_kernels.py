@@ -26,6 +26,7 @@ from rapm.kernels.position_loss import position_gradient, position_loss
 from rapm.kernels.renoise import renoise
 from rapm.kernels.short_attention import fits, short_attention
 from rapm.memory.low_precision import low_precision
+from rapm.memory.saved import Memory, Policy
 from rapm.unet import Attention, Text, UNet
 
 Call = tuple[str, tuple]
@@ -84,7 +85,10 @@ def lora_on(unet: UNet, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def pass_through(config: dict, side: int, dtype: torch.dtype, rank: int, mode: str = "full") -> None:
-    """The student's forward and backward, and the encoder with a gradient on its input, of frozen weights in `mode`."""
+    """The student's forward and backward, and the encoder with a gradient on its input, of frozen weights in `mode`.
+
+    Under `lean`: all that `keep` calls, and what is made again.
+    """
     with torch.device("meta"):
         unet = UNet(config).to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
         low_precision(unet, mode)
@@ -94,7 +98,8 @@ def pass_through(config: dict, side: int, dtype: torch.dtype, rank: int, mode: s
         text = Text(hidden)
         if unet.config["addition_embed_type"]:
             text = Text(hidden, torch.empty(1, 1280, dtype=dtype), torch.empty(1, 6))
-        out = unet(z, t, text, lora_on(unet, rank))
+        lean = Memory(dict.fromkeys(unet.layers(), Policy("lean")))
+        out = unet(z, t, text, lora_on(unet, rank), lean)
         out.backward(torch.empty_like(out))
         z = z.clone().requires_grad_()
         features = unet.features(z, t, text)

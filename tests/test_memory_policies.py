@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ops import DEVICE, tensor
 from tiny import UNET
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rapm.bench.run import MODELS
+from rapm.kernels import runtime
 from rapm.lora import LoRA
 from rapm.memory.cards import GIB
 from rapm.memory.offload import Offload
 from rapm.memory.saved import KEEP_ALL, LEVELS, Memory, Policy, Saved
-from rapm.unet import Text, UNet
+from rapm.unet import GroupNorm, LayerNorm, Text, UNet
 
 POLICIES = [Policy(level, offload) for level in LEVELS for offload in (False, True)][1:]
 
@@ -193,6 +198,37 @@ def test_what_runs_again_has_its_own_lora(unets, monkeypatch, policy):
     wanted = student(unet, KEEP_ALL)[1]
     between = lambda: encoder(unet, uniform(unet, Policy("checkpoint")))  # noqa: E731
     assert torch.equal(student(unet, uniform(unet, policy, offload), between)[1], wanted)
+
+
+@pytest.mark.parametrize("kind", ["group_norm_silu", "layer_norm"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_kernels_make_norms_again_of_their_statistics(monkeypatch, residual, kind):
+    """y is not kept, and no sum is added up twice: variants of a kernel may do so in another order."""
+    monkeypatch.setattr(runtime, "MODE", "triton")
+    module = importlib.import_module(f"rapm.kernels.{kind}")
+    function, given = getattr(module, f"{kind}_again"), []
+    monkeypatch.setattr(f"rapm.unet.{kind}_again", lambda *a, **k: given.append(a[-1]) or function(*a, **k))
+    norm, shape = (GroupNorm(4, 24), (2, 24, 3, 5)) if kind == "group_norm_silu" else (LayerNorm(24), (2, 15, 24))
+    norm = norm.requires_grad_(False).to(DEVICE)
+    x, other = (tensor(*shape, grad=True) for _ in range(2))
+    weight, found, kept = tensor(*shape, grad=True), {}, {}
+    for level in ("keep", "lean"):
+        with Saved(Policy(level)) as saved:
+            if kind == "layer_norm":
+                stream, y = norm(x, other if residual else None, saved)
+            else:
+                out = norm(x, saved, residual=other if residual else None)
+                y, stream = out if residual else (out, x)
+            out = y * weight  # keeps y
+        storage, value = StorageWeakRef(y.untyped_storage()), y.detach().clone()
+        del y
+        gc.collect()  # Triton's interpreter leaves circles
+        kept[level] = not storage.expired()
+        found[level] = [value, *torch.autograd.grad(out.sum(), [x, weight])]
+        del stream  # which whoever calls a norm holds
+    assert kept == {"keep": True, "lean": False}
+    assert len(given) == 1 and given[0].dtype == torch.float32
+    assert all(map(torch.equal, found["lean"], found["keep"])) and torch.equal(found["lean"][2], found["lean"][0])
 
 
 def test_policies_differ_by_layer(unets):

@@ -7,12 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from launches import launched
 from ops import DEVICE, ROUNDOFF, check, error, tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rapm.kernels import runtime
-from rapm.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from rapm.kernels.group_norm_silu import (
+    group_norm_silu,
+    group_norm_silu_again,
+    group_norm_silu_ref,
+    group_norm_silu_with_stats,
+)
 
 module = importlib.import_module("rapm.kernels.group_norm_silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -192,6 +198,52 @@ def test_strides_of_gradients(launches: int, kind: str) -> None:
     assert all(error(a, b) <= 1e-5 for a, b in zip(mine, theirs, strict=True))
 
 
+def check_again(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, residual: Tensor | None, groups: int = 4,
+    silu: bool = True, eps: float = 1e-5,
+) -> None:  # fmt: skip
+    """Of v and the statistics comes y to the bit, whichever variant of the kernel has added them up."""
+    how = weight, bias, groups, eps
+    y, v, stats = group_norm_silu_with_stats(x, *how, silu=silu, shift=shift, residual=residual)
+    assert (v is x) == (residual is None) and y.isfinite().all() and stats.shape == (len(x), 2, groups)
+    again = group_norm_silu_again(v, *how, stats, silu=silu, shift=shift if residual is None else None)
+    assert torch.equal(again, y) and again.stride() == y.stride()
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_again_is_the_same_bits(launches: int, dtype: torch.dtype, silu: bool) -> None:
+    for variant in VARIANTS:
+        check_again(*make(2, 40, 9, 7, dtype, *variant, frozen=True), silu=silu)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 320, 3, 5), 4), ((1, 48, 8, 8), 16), ((3, 130, 2, 9), 13), ((2, 12, 1, 5), 1)]
+)
+def test_again_of_any_shape(launches: int, shape: tuple[int, ...], groups: int) -> None:
+    for variant in VARIANTS:
+        check_again(*make(*shape, torch.float32, *variant, frozen=True), groups, eps=1e-6)
+
+
+def test_again_of_slices() -> None:
+    big = tensor(3, 60, 10, 9)
+    weight, bias, shift = tensor(40), tensor(40), tensor(3, 80)[:, 7:47]
+    for x in (big[:, 8:48], big[:, :40, 2:7], big[:, :40, 4:5], big[:, :40, :, 3:4], big[:, :40].contiguous()):
+        check_again(x, weight, bias, shift, None)
+        check_again(x, weight, bias, None, x.flip(0))
+
+
+def test_again_is_one_launch_and_adds_nothing_up(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics are those that it is given: with a mean of 3 and a deviation of 1/2."""
+    x, weight, bias, shift, _ = (t if t is None else t.detach() for t in make(2, 40, 5, 9, DTYPES[0], True, False))
+    stats = torch.tensor([3.0, 2.0], device=DEVICE).view(1, 2, 1).expand(2, 2, 4).contiguous()
+    y = group_norm_silu_again(x, weight, bias, 4, 1e-5, stats, silu=False, shift=shift)
+    expected = (x + shift[:, :, None, None] - 3) * 2 * weight[:, None, None] + bias[:, None, None]
+    assert error(y, expected) <= 1e-6
+    names = launched(monkeypatch, module, lambda: module._again_op._init_fn(x, weight, bias, stats, True, None))
+    assert len(names) == 1 and "_forward_kernel" in names[0]
+
+
 def test_one_output_used() -> None:
     inputs = make(2, 40, 5, 4, torch.float32, True, True)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
@@ -251,6 +303,7 @@ def test_registration(shift: bool, residual: bool) -> None:
         frozen[:2] = v, None
     arguments = y, v if residual else None, *frozen, stats, True, True, shift, not shift
     torch.library.opcheck(module._backward_op, arguments)
+    torch.library.opcheck(module._again_op, (frozen[0], *frozen[2:], stats, True, frozen[1]))
 
 
 @pytest.mark.parametrize(("shift", "residual"), VARIANTS[1:3])
@@ -272,6 +325,12 @@ def test_reference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_op", None)
     inputs = make(1, 40, 3, 2, torch.bfloat16, True, True)
     assert all(map(torch.equal, norm(4)(*inputs), norm(4, function=group_norm_silu_ref)(*inputs)))
+    x, weight, bias, shift, residual = inputs
+    for added in (dict(shift=shift), dict(residual=residual)):
+        y, v, stats = group_norm_silu_with_stats(x, weight, bias, 4, 1e-5, **added)
+        assert stats is None
+        again = group_norm_silu_again(v, weight, bias, 4, 1e-5, stats, shift=added.get("shift"))
+        assert torch.equal(again, y)
 
 
 # As in the UNet: after the time embedding, after a residual, before a transformer. batch, shift, residual, silu, eps
@@ -293,6 +352,15 @@ def test_real_shapes(channels: int, size: int, dtype: torch.dtype, use: tuple) -
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("channels", "size"), dict.fromkeys(SD15 + SDXL))
+def test_again_is_the_same_bits_of_real_shapes(channels: int, size: int, dtype: torch.dtype) -> None:
+    for shift, residual in VARIANTS:
+        inputs = make(1, channels, size, size, dtype, shift, residual, frozen=True)
+        check_again(*inputs, groups=32, silu=not residual)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize(("channels", "size"), [(960, 128), (1280, 8)])
 def test_same_bits_and_graph(channels: int, size: int, pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +378,7 @@ def test_same_bits_and_graph(channels: int, size: int, pdl: bool, monkeypatch: p
             wanted = [x for x in inputs if x is not None]
             return [*outputs, *torch.autograd.grad(outputs, wanted, cotangents)]
 
+        check_again(*inputs, groups=32)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -12,7 +12,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from rapm.kernels import layer_norm as module
-from rapm.kernels.layer_norm import _add_layer_norm, _layer_norm, _layer_norm_backward, layer_norm, layer_norm_ref
+from rapm.kernels import runtime
+from rapm.kernels.layer_norm import (
+    _add_layer_norm,
+    _layer_norm,
+    _layer_norm_again,
+    _layer_norm_backward,
+    layer_norm,
+    layer_norm_again,
+    layer_norm_ref,
+    layer_norm_with_stats,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
@@ -125,6 +135,60 @@ def test_the_sum_that_is_normalised_is_the_rounded_one_that_goes_on():
     assert error(y, run(weight, bias, s)) < 2**-12  # and 2**-9 if it were not
 
 
+def check_again(x: Tensor, *added: Tensor | None) -> None:
+    """Of the sum and the statistics comes y to the bit, whichever variant of the kernel has added them up."""
+    weight, bias = (tensor(x.shape[-1], dtype=x.dtype) for _ in range(2))
+    s, y, stats = layer_norm_with_stats(x, weight, bias, EPS, *added)
+    assert (s is x) == (not added) and y.isfinite().all() and stats.shape == (2, x.numel() // x.shape[-1])
+    again = layer_norm_again(s, weight, bias, EPS, stats)
+    assert torch.equal(again, y) and again.stride() == y.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_again_is_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype):
+    x, residual = (tensor(*shape, dtype=dtype) for _ in range(2))
+    check_again(x)
+    check_again(x, residual)
+    for rank in (1, 3):
+        check_again(x, residual, *update(shape, rank, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", REAL)
+def test_again_is_the_same_bits_of_real_shapes(shape: tuple[int, ...], dtype: torch.dtype):
+    """With an update of rank 3 or 16 Triton 3.6 deals a row out to sm_90's threads in another way than without."""
+    x, residual = (tensor(*shape, dtype=dtype, mean=3.0) for _ in range(2))
+    check_again(x)
+    check_again(x, residual)
+    for rank in (1, 3, 16):
+        check_again(x, residual, *update(shape, rank, dtype))
+
+
+def test_again_of_slices():
+    wide = tensor(4, 6, 80)
+    for x in (wide[1:3, :, :40], wide[:, ::2, 8:48], wide.transpose(0, 2)[:2].transpose(1, 2).expand(2, 4, 6)):
+        check_again(x)
+        check_again(x, x.flip(0))
+
+
+def test_again_adds_nothing_up():
+    """The statistics are those that it is given."""
+    weight, bias, s = case((6, 40), torch.float32, False, False)
+    stats = torch.stack([torch.full((6,), 3.0), torch.full((6,), 2.0)]).to(DEVICE)
+    assert error(layer_norm_again(s, weight, bias, EPS, stats), (s - 3) * 2 * weight + bias) < 1e-6
+
+
+def test_without_kernels_again_is_the_reference(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "MODE", "reference")
+    weight, bias, x, residual = case((6, 40), torch.float32, False, True)
+    for added in ((), (residual,)):
+        s, y, stats = layer_norm_with_stats(x, weight, bias, EPS, *added)
+        assert stats is None and torch.equal(layer_norm_again(s, weight, bias, EPS, stats), y)
+        assert torch.equal(y, run(weight, bias, x, *added)[1] if added else run(weight, bias, x))
+
+
 def test_the_two_streams_get_gradients_of_their_own():
     weight, bias, x, residual = case((6, 40), torch.float32, False, True)
     s, y = run(weight, bias, x, residual)
@@ -164,6 +228,7 @@ def test_opcheck():
     stats = torch.stack([torch.zeros(10, device=DEVICE), torch.ones(10, device=DEVICE)])
     for ds, affine in ((None, False), (residual.detach(), True)):
         torch.library.opcheck(_layer_norm_backward, (x.detach(), ds, x.detach(), stats, weight.detach(), affine))
+    torch.library.opcheck(_layer_norm_again, (x.detach(), weight.detach(), bias.detach(), stats))
 
 
 @pytest.mark.parametrize("residual", [False, True])
