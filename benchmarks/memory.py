@@ -145,7 +145,7 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
             if out_of_memory(error) is None or budget is None or (line := budget.step_down()) is None:
                 raise
             notes.append(line or "and again")
-            step.discriminators.flat.grad = None  # it lies in the graph's memory
+            step.lora.flat.grad = step.discriminators.flat.grad = None  # they lie in the graph's memory
             torch.cuda.empty_cache()
             step.memory = SlotMemory()
             step.memory = budget.memory(unet)

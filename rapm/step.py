@@ -88,7 +88,6 @@ class Step:
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)  # position_loss's own
         self.adversarial = torch.ones((), device=device)  # 0 while the heads warm up
         self.sums = torch.zeros(len(LOSSES), device=device)  # over slots, of LOSSES
-        self.gradient = torch.zeros_like(lora.flat, requires_grad=False)  # the LoRA's
         self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
         self.fault = torch.zeros(1 + len(PROBES), dtype=torch.long, device=device)
 
@@ -213,6 +212,7 @@ class Step:
         config, offload = self.config, self.memory.student.offload
         if offload is not None:
             offload.begin()
+        self.lora.flat.grad = self.discriminators.flat.grad = None  # at high ranks as large as what a slot keeps
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
         weights, leaves = self.lora.leaves(self.unet.dtype)
         with (beside := Beside(self.memory.beside)):  # none of it asks for the student's step
@@ -231,8 +231,8 @@ class Step:
         generator, discriminator, seen, *added = self._adversarial(fake, real)
         gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
-        flat = self.gradient  # in place, here and below: at high ranks a copy more is the peak of the whole slot
         pieces = torch.autograd.grad(out, leaves, gradient)
+        flat = torch.empty_like(self.lora.flat, requires_grad=False)  # changed in place below: no copy more
         torch._foreach_copy_(self.lora.parts(flat), list(pieces))
         del pieces
         if offload is not None:

@@ -145,7 +145,7 @@ class Training:
             if self._slots[size] is not step:
                 self._slots[size], self._eager[size] = step, 0
         if self.step.z.is_cuda:
-            self.step.discriminators.flat.grad = None  # it lies in the graphs' memory
+            self.lora.flat.grad = self.step.discriminators.flat.grad = None  # they lie in the graphs' memory
             self._pool = torch.cuda.graph_pool_handle()  # one that no graph holds any more takes no other capture
             torch.cuda.empty_cache()
 

@@ -37,11 +37,11 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
     Card("H200", 141, 785, 4300, 55),
 )
 
-# What counting on meta tensors cannot see. Calibrated on captured slots of SDXL 1024x1024 and SD1.5 512x512, at ranks 1
-# and 64, with everything kept and under plans for 8 to 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What
-# is reserved beyond weights, state and what is counted as kept depends on the model, hardly on the plan. Some two
-# thirds of it are never allocated at once: what the allocator cannot hand out again.
-TRANSIENT = 14  # largest convolution inputs that it is
+# What counting on meta tensors cannot see. Calibrated on captured slots of SDXL 1024x1024 at ranks 1 and 64 under plans
+# for 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What is reserved beyond weights, state and what is
+# counted as kept depends on the model, hardly on the plan: ten more slots, of SD1.5 too, said so before the weights lay
+# in one piece, with 570 MiB more for the holes between them.
+TRANSIENT = 8  # largest convolution inputs that it is
 BESIDE = 8  # more of them, where passes without gradient have a stream of their own
 PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to

@@ -125,8 +125,10 @@ class Planner:
             transient -= sizes.student.widest + sizes.features
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay
-        slot = cards.WORKSPACE + transient + plan.window + cards.PIECES * lora + plan.beside * self._beside()
-        return fixed, slot, cards.WORKSPACE + 2 * lora  # at the end the LoRA and its gradient
+        heads = 4 * sizes.heads  # their gradient, which is there before the LoRA's
+        slot = cards.WORKSPACE + transient + plan.window + heads + cards.PIECES * lora + plan.beside * self._beside()
+        # At the end the LoRA in the UNet's dtype, its gradient, and that in fp32
+        return fixed, slot, cards.WORKSPACE + 2 * lora + 4 * sizes.lora + heads
 
     def _beside(self) -> int:
         """Bytes of the second stream's own: a pass without gradient."""

@@ -39,8 +39,8 @@ class Sizes(NamedTuple):
 
     @property
     def state(self) -> int:
-        """LoRA and heads: fp32 weights, gradient, two moments."""
-        return 16 * (self.lora + self.heads)
+        """LoRA and heads: fp32 weights and two moments."""
+        return 12 * (self.lora + self.heads)
 
     @property
     def flops(self) -> float:
