@@ -12,18 +12,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rapm.config import Config
 from rapm.discriminators import Discriminators
-from rapm.export.files import TARGETS
 from rapm.finite import LOSSES
 from rapm.kernels.disc_head import views
 from rapm.losses import hinge_discriminator, hinge_generator, pseudo_huber
@@ -31,6 +27,9 @@ from rapm.schedule import Schedule
 from rapm.step import Slots
 from rapm.store import Trajectory
 from rapm.unet import Text
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 Draw = Callable[["Peer"], tuple[Tensor, Tensor, Tensor]]  # -> scaled noise 3 C h w, u (1,), keep (1,)
 
@@ -66,6 +65,11 @@ class Peer:
         self, unet: UNet2DConditionModel, config: Config, schedule: Schedule, trajectory: Trajectory, draw: Draw = noise
     ) -> None:
         """`unet` is frozen, on its device and in its dtype; it gets the adapter."""
+        from diffusers.training_utils import cast_training_params  # here: who times only ours need not wait for them
+        from peft import LoraConfig
+
+        from rapm.export.files import TARGETS
+
         device, self.draw, self.config = unet.device, draw, config
         self.unet = unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=TARGETS))
@@ -91,6 +95,8 @@ class Peer:
     @torch.no_grad()
     def copy_weights(self, lora: Mapping[str, tuple[Tensor, Tensor]], discriminators: Discriminators) -> None:
         """Start from the weights of another implementation: `LoRA.export()`, and its heads."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         layers = {name: m for name, m in self.unet.named_modules() if isinstance(m, BaseTunerLayer)}
         if layers.keys() != lora.keys():
             raise ValueError(f"peft adapts {len(layers)} layers, not {len(lora)}")
@@ -227,6 +233,8 @@ class Stock(Peer):
 
 def stock_unet(config: Mapping, state: Mapping[str, Tensor]) -> UNet2DConditionModel:
     """diffusers' UNet of `config` with weights that are shared, not copied."""
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(copy.deepcopy(dict(config)))
     unet.load_state_dict(dict(state), assign=True)

@@ -186,6 +186,13 @@ def test_every_phase_stays_within_the_budget_and_more_memory_is_never_slower(pla
         planner.plan(int(0.9 * smallest))
 
 
+def test_ranks_have_a_place_for_what_they_send(planners: dict[str, Planner], monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = planners["sd15"]
+    alone, sizes = planner.smallest(), planner.sizes
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    assert planner.smallest() - alone == 4 * (sizes.lora + sizes.heads)
+
+
 def test_a_plan_keeps_no_more_than_it_is_told(planners: dict[str, Planner]) -> None:
     """The ladder after an out-of-memory: always less, until nothing is left to give."""
     planner, kept = planners["sd15"], []

@@ -137,6 +137,7 @@ def test_the_same_bits_of_the_real_models(model: str, monkeypatch: pytest.Monkey
     """In bf16 on a GPU, the discriminators' passes too; what a policy is for happens: a lower peak, bytes moved."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr("rapm.unet.attention", flash_attention)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py does it
     config, side = MODELS[model]
     with torch.device("meta"):
         unet = UNet(config).requires_grad_(False).to(torch.bfloat16)

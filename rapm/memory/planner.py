@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from rapm import distributed
 from rapm.config import Config, parse_vram
 from rapm.device import DTYPES
 from rapm.errors import UserError
@@ -124,7 +125,8 @@ class Planner:
         if not plan.together:
             transient -= sizes.student.widest + sizes.features
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
-        fixed = self.context + self.correction + sizes.weights + sizes.state + replay
+        sent = 4 * (sizes.lora + sizes.heads) if distributed.world() > 1 else 0  # what ranks add up
+        fixed = self.context + self.correction + sizes.weights + sizes.state + replay + sent
         heads = 4 * sizes.heads  # their gradient, which is there before the LoRA's
         slot = cards.WORKSPACE + transient + plan.window + heads + cards.PIECES * lora + plan.beside * self._beside()
         # At the end the LoRA in the UNet's dtype, its gradient, and that in fp32

@@ -6,7 +6,8 @@
     checkpoint  only the inputs of each resnet and transformer block, which run again
 
 What the first three keep may go to host memory meanwhile (`offload`). Whatever is computed again is so by the same
-operator on the same inputs, the LoRA among them: the same bits, whichever way other passes ran in between.
+operator on the same inputs, the LoRA among them, and a norm from its sum and its statistics: the same bits, whichever
+way other passes ran in between.
 """
 
 from __future__ import annotations
