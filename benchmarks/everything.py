@@ -43,7 +43,8 @@ OURS, STOCK = "benchmarks/memory.py --kinds rapm --models", "benchmarks/memory.p
 LARGE, SMALL = "--budgets none 24G 16G", "--budgets 12G 8G 6G"
 CHECKER = "compute-sanitizer --error-exitcode 1 --tool"
 JOBS = (
-    Job("distributed", 0, 2, 420, "distributed.json", "benchmarks/distributed.py"),
+    Job("distributed-equal", 0, 2, 150, "distributed.json", "benchmarks/distributed.py --parts equal"),
+    Job("distributed-speed", 1, 2, 250, "distributed.json", "benchmarks/distributed.py --parts speed"),
     Job("tests-two-gpus", 0, 2, 100, "", f"{TESTS} tests/test_distributed.py"),
     Job("tests-others", 0, 1, 400, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
     Job("tests-unet", 1, 1, 200, "", f"{TESTS} tests/test_unet.py"),

@@ -118,3 +118,16 @@ def test_distributed(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["equal"] == {"losses": 0.0} and found["speedup"] == {"trajectories": 1.5, "slots": 1.5}
     processes = SimpleNamespace(run=times(1, rates))
     assert run("distributed", "", {}, subprocess=processes)["speedup"] == {}
+    processes = SimpleNamespace(run=times(1, rates))
+    again = run("distributed", "--parts speed", found, subprocess=processes, check=times(0, lambda: {}))
+    assert again["speedup"] == found["speedup"]
+
+
+@pytest.mark.parametrize("earlier", [{}, {"equal": {"losses": 1.0}}, {"card": {}, "equal": {"losses": 0.0}}])
+def test_nothing_is_timed_before_it_is_equal(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, earlier: dict
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as end:
+        run("distributed", "--parts speed", earlier, subprocess=SimpleNamespace(run=times(0, lambda *_: None)))
+    assert end.value.code == 2 and "--parts equal comes first" in capsys.readouterr().err
