@@ -251,7 +251,7 @@ def full(report: Mapping[str, Mapping]) -> str:
 def distributed(report: Mapping) -> str:
     equal = ", ".join(f"{name} {value:.1e}" for name, value in report["equal"].items())
     rows = []
-    for ranks, found in report["ranks"].items():
+    for ranks, found in report.get("ranks", {}).items():
         cells = {f"{name} a second": f"{found[name]:.2f}" for name in ("trajectories", "slots")}
         rows.append((f"{ranks} GPU{'s' * (int(ranks) > 1)}", cells))
     if report["speedup"]:

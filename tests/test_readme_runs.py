@@ -185,7 +185,8 @@ def test_two_gpus(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     text = section(readme, "distributed")
     assert "losses 1.5e-06, weights 2.0e-07" in text
     assert "| 2 GPUs | 2.90 | 57.00 |" in text and "| times | 1.93 | 1.90 |" in text
-    monkeypatch.setitem(REPORTS, "distributed", {**REPORTS["distributed"], "ranks": {}, "speedup": {}})
+    only = {name: x for name, x in REPORTS["distributed"].items() if name != "ranks"}
+    monkeypatch.setitem(REPORTS, "distributed", {**only, "speedup": {}})
     assert "losses 1.5e-06, weights 2.0e-07" in section(readme, "distributed")
 
 
