@@ -37,7 +37,8 @@ TESTS = (
     "--timeout 150 --session-timeout {left}"  # which ends with what failed, as a signal would not
 )
 # Jobs of their own do those
-NOT_OTHERS = ("kernels", "test_distributed.py", "test_faults.py", "test_full_teacher.py", "test_unet.py")
+NOT_OTHERS = ("kernels", "test_distributed.py", "test_faults.py", "test_full_teacher.py", "test_memory_policies.py",
+              "test_unet.py")  # fmt: skip
 STEP, FOUR = "benchmarks/step.py --models", "--providers naive stock rapm lean"
 OURS, STOCK = "benchmarks/memory.py --kinds rapm --models", "benchmarks/memory.py --kinds stock --models"
 LARGE, SMALL = "--budgets none 24G 16G", "--budgets 12G 8G 6G"
@@ -47,7 +48,8 @@ JOBS = (
     Job("distributed-speed", 1, 2, 250, "distributed.json", "benchmarks/distributed.py --parts speed"),
     Job("tests-two-gpus", 0, 2, 100, "", f"{TESTS} tests/test_distributed.py"),
     Job("tests-others", 0, 1, 400, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
-    Job("tests-unet", 1, 1, 200, "", f"{TESTS} tests/test_unet.py"),
+    Job("tests-policies", 0, 1, 250, "", f"{TESTS} --timeout 300 tests/test_memory_policies.py"),
+    Job("tests-unet", 1, 1, 250, "", f"{TESTS} --timeout 300 tests/test_unet.py"),
     Job("tests-kernels", 1, 1, 180, "", f"{TESTS} -n 4 --dist load tests/kernels"),
     Job("trajectories", 1, 1, 230, "trajectories.json", "benchmarks/trajectories.py"),
     Job("step", 1, 1, 330, "step.json", f"{STEP} sdxl sd15 embedded {FOUR}"),  # one, for its check takes 90 s
