@@ -210,7 +210,7 @@ def test_every_script_takes_its_words(
             assert words[-2:] == [sys.executable, "tests/sanitize.py"] and (ROOT / words[-1]).is_file()
         elif words[1:3] == ["-m", "pytest"]:
             told = pytestconfig._parser.parse(words[3:])
-            assert told.markexpr == "gpu" and told.timeout == 150 and told.file_or_dir, job.name
+            assert told.markexpr == "gpu" and told.timeout == 300 and told.file_or_dir, job.name
             assert all((ROOT / path).exists() for path in [*told.file_or_dir, *(told.ignore or ())]), job.name
         elif words[1:3] == ["-m", "rapm"]:
             assert parse(build_parser(), words[3:]).output == tmp_path / job.file
