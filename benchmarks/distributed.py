@@ -32,7 +32,7 @@ from rapm.bench.results import keep
 from rapm.bench.run import MODELS, card, example_text, need_gpu
 from rapm.checkpoint import STATE, checkpoints
 from rapm.config import Config
-from rapm.device import DTYPES, captured, pick_device
+from rapm.device import DTYPES, pick_device
 from rapm.errors import UserError
 from rapm.finite import LOSSES
 from rapm.lora import LoRA
@@ -222,7 +222,7 @@ def slots(unet: torch.nn.Module, config: Config, side: int) -> tuple[float, floa
     step.memory = SlotMemory(beside=True)
     step.load(trajectory, 0)
     step()  # every kernel, workspace and communicator must have been used once
-    slot, times = captured(step), []
+    slot, times = step.captured(), []
     for _ in range(TIMES):
         torch.cuda.synchronize()
         distributed.wait()

@@ -39,7 +39,6 @@ from torch import Tensor
 from rapm.bench.results import keep
 from rapm.bench.run import MODELS, card, graph_ms, need_gpu
 from rapm.config import Config
-from rapm.device import captured
 from rapm.errors import UserError
 from rapm.evaluate.embedded import Evaluation, Sampler, table, teacher_samplers
 from rapm.kernels.guided_step import guided_step
@@ -106,7 +105,7 @@ def seconds(unet: UNet, name: str, side: int) -> dict[str, float]:
     """Of a captured iteration, and the memory with the UNet's own."""
     step, trajectory = new_step(unet, name, side)
     step()
-    slot, times = captured(step), []
+    slot, times = step.captured(), []
     for _ in range(ITERATIONS):
         step.load(trajectory, 0)
         torch.cuda.synchronize()

@@ -138,14 +138,14 @@ def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
                     step.memory = SlotMemory()
                     step.memory = budget.memory(unet)
                     iteration()
-                slot = captured(step)
+                slot = step.captured()
             else:
                 slot = step
         except RuntimeError as error:  # a capture that runs out of memory ends with an error of its own
             if out_of_memory(error) is None or budget is None or (line := budget.step_down()) is None:
                 raise
             notes.append(line or "and again")
-            step.lora.flat.grad = step.discriminators.flat.grad = None  # they lie in the graph's memory
+            step.forget()  # what lies in the graph's memory
             torch.cuda.empty_cache()
             step.memory = SlotMemory()
             step.memory = budget.memory(unet)

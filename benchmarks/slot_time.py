@@ -22,7 +22,6 @@ import torch
 from rapm.bench.results import keep
 from rapm.bench.run import MODELS, card, example_text, kernel_mode, need_gpu
 from rapm.config import Config
-from rapm.device import captured
 from rapm.errors import UserError
 from rapm.lora import LoRA
 from rapm.memory.low_precision import low_precision, set_weight
@@ -121,7 +120,7 @@ def measure(unet: UNet, model: str, iterations: int = 5) -> dict:
     reset = partial(step.load, trajectory, 0)
     reset()
     step()  # eager: every kernel and workspace must have been used once
-    slot, slots = captured(step), step.config.steps
+    slot, slots = step.captured(), step.config.steps
 
     def iteration() -> None:
         for _ in range(slots):

@@ -9,6 +9,7 @@ Shapes: N slots, C h w latents, K replayed slots.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapm.config import Config
-from rapm.device import Beside
+from rapm.device import Beside, captured
 from rapm.discriminators import Discriminators, Replay
 from rapm.distributed import Gradients, world
 from rapm.finite import LOSSES, PROBES, SHARED
@@ -208,11 +209,20 @@ class Step:
         tables = slots.low, slots.high, slots.renoise, self.slot
         return renoise(fake, relative, absolute, *tables, self.key, share, self.unet.dtype)
 
+    def forget(self) -> None:
+        """Let go of the last slot's gradients: at high ranks they are as large as what a slot keeps."""
+        self.lora.flat.grad = self.discriminators.flat.grad = None
+
+    def captured(self, pool: tuple[int, int] | None = None) -> Callable[[], None]:
+        """The slot as one CUDA graph (`device.captured`), whose memory has a place for gradients of its own."""
+        self.forget()
+        return captured(self, pool)
+
     def __call__(self) -> None:
         config, offload = self.config, self.memory.student.offload
         if offload is not None:
             offload.begin()
-        self.lora.flat.grad = self.discriminators.flat.grad = None  # at high ranks as large as what a slot keeps
+        self.forget()
         ztilde, step = self.positions[self.slot + 1], self.slots.step[self.slot][0]
         weights, leaves = self.lora.leaves(self.unet.dtype)
         with (beside := Beside(self.memory.beside)):  # none of it asks for the student's step

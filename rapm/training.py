@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rapm import distributed
 from rapm.config import Config
-from rapm.device import Fetched, captured
+from rapm.device import Fetched
 from rapm.errors import RunError
 from rapm.evaluate.validate import Measured, Validation
 from rapm.finite import LOSSES, describe
@@ -84,7 +84,7 @@ class Training:
     def _walk(self, trajectory: Trajectory, size: tuple[int, int], before: int) -> None:
         step = self.steps[size]
         if self._eager[size] == 0 and step.z.is_cuda and self._slots[size] is step:
-            self._slots[size] = captured(step, self._pool)
+            self._slots[size] = step.captured(self._pool)
         self._eager[size] = max(0, self._eager[size] - 1)
         number = self.done * distributed.world() + distributed.rank()
         step.load(trajectory, number, self._uncond(trajectory) if self.config.relative_start == "student" else None)
@@ -145,7 +145,7 @@ class Training:
             if self._slots[size] is not step:
                 self._slots[size], self._eager[size] = step, 0
         if self.step.z.is_cuda:
-            self.lora.flat.grad = self.step.discriminators.flat.grad = None  # they lie in the graphs' memory
+            self.step.forget()  # they lie in the graphs' memory
             self._pool = torch.cuda.graph_pool_handle()  # one that no graph holds any more takes no other capture
             torch.cuda.empty_cache()
 

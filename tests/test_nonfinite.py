@@ -18,7 +18,6 @@ from rapm import step as step_module
 from rapm.checkpoint import load_checkpoint, save_checkpoint
 from rapm.cli import main
 from rapm.config import Config
-from rapm.device import captured
 from rapm.errors import ExportError, RunError, UserError
 from rapm.evaluate.embedded import frechet_distance
 from rapm.evaluate.validate import Features
@@ -225,7 +224,7 @@ def test_a_captured_slot_names_the_stage(tiny_teacher, tmp_path):
     trajectory = solved(teacher, tmp_path)[0]
     step = make(teacher, trajectory)
     step()
-    slot = captured(step)
+    slot = step.captured()
     for inject, words in (STAGES["absolute target"], STAGES["logits, absolute"], STAGES["sum"]):
         step.load(trajectory, 4)
         kept = step.discriminators.flat.detach().clone()

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from rapm.config import Config
-from rapm.device import Beside, captured
+from rapm.device import Beside
 from rapm.finite import LOSSES, SIDES
 from rapm.kernels.disc_head import views
 from rapm.lora import LoRA
@@ -282,15 +282,25 @@ def test_another_capture_holds_no_more_memory(tiny_teacher, trajectory):
     step.memory = step.memory._replace(beside=True)
     step()
     for i in range(4):
-        slot = captured(step)
+        slot = step.captured()
         step.load(given, i)
         slot()
         del slot
-        step.lora.flat.grad = step.discriminators.flat.grad = None
+        step.forget()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         held.append(torch.cuda.memory_allocated())
     assert held[1] == held[2] == held[3], held
+
+
+def test_a_graph_has_no_gradients_beside_it(tiny_teacher, trajectory, monkeypatch):
+    """Those of the eager slot before would hold memory that no graph can use."""
+    step, seen = make(tiny_teacher("sd1"), trajectory), []
+    step()
+    assert step.lora.flat.grad is not None and step.discriminators.flat.grad is not None
+    monkeypatch.setattr("rapm.step.captured", lambda slot, pool: seen.append((slot, pool)) or slot)
+    assert step.captured() is step and seen == [(step, None)]
+    assert step.lora.flat.grad is None and step.discriminators.flat.grad is None
 
 
 @pytest.mark.gpu
@@ -308,7 +318,7 @@ def test_two_streams_give_the_bits_of_one(tiny_teacher, trajectory, monkeypatch,
             step = make(teacher, given)
             step.memory = step.memory._replace(beside=beside)
             step()
-            slot = captured(step)
+            slot = step.captured()
             for i in range(8):
                 if i % 4 == 0:
                     step.load(given, i // 4)
