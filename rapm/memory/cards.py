@@ -39,8 +39,8 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
 
 # What counting on meta tensors cannot see. Calibrated on captured slots of SDXL 1024x1024 at ranks 1 and 64 under plans
 # for 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What is reserved beyond weights, state and what is
-# counted as kept depends on the model, hardly on the plan: ten more slots, of SD1.5 too, said so before the weights lay
-# in one piece, with 570 MiB more for the holes between them.
+# counted as kept depends on the model, hardly on the plan: eight more slots, of SD1.5 too, said so before the weights
+# lay in one piece, with some 600 MiB more of SDXL's for the holes between them.
 TRANSIENT = 8  # largest convolution inputs that it is
 BESIDE = 8  # more of them, where passes without gradient have a stream of their own
 PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
