@@ -130,8 +130,9 @@ def expected(folder: Path, ranks: int, device: str) -> Found:
             for step in steps:
                 step()
             with torch.no_grad():
-                for k, master in enumerate(masters):
-                    master.grad = torch.stack([mine[k].grad for mine in replicas]).mean(0)
+                found = [(step.gradient, step.discriminators.flat.grad) for step in steps]
+                for master, gradients in zip(masters, zip(*found, strict=True), strict=True):
+                    master.grad = torch.stack(gradients).mean(0)
             torch.nn.utils.clip_grad_norm_(masters[:1], config.max_grad_norm)
             for adam in adams:
                 adam.step()

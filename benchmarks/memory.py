@@ -21,8 +21,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +41,7 @@ from rapm.loading.families import Model as Planned
 from rapm.memory import cards
 from rapm.memory.budget import Budget, out_of_memory, summary
 from rapm.memory.cards import GIB, MIB
+from rapm.memory.offload import SMALLEST
 from rapm.memory.planner import Planner
 from rapm.memory.saved import Memory, Policy, Saved
 from rapm.schedule import Schedule
@@ -212,35 +211,35 @@ def stock(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
 
 
 class Moved(Memory):
-    """The layers that a plan moves, moved by another's hooks; all others keep what they keep."""
+    """The layers that a plan moves, moved by another's hooks, one context a pass; all others keep what they keep."""
 
     def __init__(self, policies: dict, hooks) -> None:
         super().__init__(policies)
-        self.hooks = hooks
+        self.hooks, self.first = hooks, next(iter(policies), None)
 
     def layer(self, name: str) -> Saved:
+        if name == self.first:
+            self.current = self.hooks()
         policy = self.policies.get(name)
-        return super().layer(name) if policy is None or not policy.offload else Foreign(policy, self.hooks)
+        return super().layer(name) if policy is None else Foreign(self.current)
 
 
 class Foreign(Saved):
     """A layer under another's hooks, which know nothing of what may be computed again."""
 
-    def __init__(self, policy, hooks) -> None:
-        super().__init__(policy._replace(level="keep", offload=False))
+    def __init__(self, hooks) -> None:
+        super().__init__(Policy())
         self.hooks = hooks
 
     def __enter__(self) -> Foreign:
-        self._stack.enter_context(self.hooks())
+        self._stack.enter_context(self.hooks)
         return self
 
 
-@contextmanager
-def torchtune_hooks() -> Iterator[None]:
+def torchtune_hooks():
     from torchtune.training import OffloadActivations
 
-    with OffloadActivations(use_pin_memory=True, use_streams=True):
-        yield
+    return OffloadActivations(use_pin_memory=True, use_streams=True, min_offload_size=SMALLEST)
 
 
 def move(name: str, mover: str, count: int, check: bool) -> dict:

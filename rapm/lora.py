@@ -1,7 +1,7 @@
 """The student: low-rank updates of the UNet's layers, all of them in one flat fp32 buffer.
 
-Layer W (of a LoRA target) becomes W + up down. One buffer means one cast, one optimizer tensor and one gradient. In it
-lie first the stacks (rapm/stacks.py), the downs of each below one another and then its ups, and then the other layers.
+Layer W (of a LoRA target) becomes W + up down. One buffer means one cast, and few tensors for the optimizer. In it lie
+first the stacks (rapm/stacks.py), the downs of each below one another and then its ups, and then the other layers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from rapm.errors import UserError
 from rapm.stacks import StackedWeights
 from rapm.unet import UNet
+
+PIECE = 2**24  # numbers, of which a gradient's pieces have about as many: 64 MiB
 
 
 class LoRA(nn.Module):
@@ -39,6 +41,11 @@ class LoRA(nn.Module):
             shapes += [(*lead, rank, inputs, *kernel), (*lead, out, rank, *(1 for _ in kernel))]
         self._shapes = shapes
         self._sizes = [math.prod(shape) for shape in shapes]
+        self._pieces: list[list[int]] = [[]]  # the sizes of the parts in each
+        for size in self._sizes:
+            if self._pieces[-1] and sum(self._pieces[-1]) + size > PIECE:
+                self._pieces.append([])
+            self._pieces[-1].append(size)
         flat = torch.zeros(sum(self._sizes))
         generator = torch.Generator().manual_seed(seed)
         for down, _ in self._split(self.parts(flat)).values():
@@ -52,10 +59,27 @@ class LoRA(nn.Module):
     def leaves(self, dtype: torch.dtype) -> tuple[StackedWeights, list[Tensor]]:
         """The same weights, and the flat parts of one cast that their gradients are to be asked for.
 
-        What is found belongs into the parts of a flat fp32 gradient: no backward makes one, in `dtype` and in fp32.
+        `gradients` takes what is found: no backward makes a flat gradient, in `dtype` and in fp32.
         """
         found = [part.requires_grad_() for part in self.parts(self.flat.detach().to(dtype))]
         return self._split(found), found
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """The pieces of a tensor like `flat`, each of whole parts.
+
+        What is as large as that and new in each slot comes in pieces: it then lies where the slot's activations did,
+        between what they have left. A small rank has one.
+        """
+        return list(flat.split([sum(sizes) for sizes in self._pieces]))
+
+    def gradients(self, found: list[Tensor]) -> list[Tensor]:
+        """The pieces of the fp32 gradient, of what was found for `leaves`; that list is empty afterwards."""
+        made = []
+        for sizes in self._pieces:
+            made.append(torch.empty(sum(sizes), device=self.flat.device))
+            torch._foreach_copy_(list(made[-1].split(sizes)), found[: len(sizes)])
+            del found[: len(sizes)]
+        return made
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """The parts of a tensor like `flat`."""

@@ -94,25 +94,27 @@ class Step:
 
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
-        shared = [lora.flat, self.discriminators.flat] if self.used else [lora.flat]
+        self.weights = [nn.Parameter(x) for x in lora.pieces(lora.flat.detach())]  # the LoRA's own memory
+        shared = [*self.weights, self.discriminators.flat] if self.used else self.weights
         self.exchange = Gradients(len(SHARED), *shared) if world() > 1 else None  # norms are taken afterwards
         self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
         self._allocate(example, uncond)
 
-        def adam(x: nn.Parameter, rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+        def adam(weights: list[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
             # The rate as a tensor, so that a captured slot follows the schedule.
             lr = torch.tensor(rate, device=device)
             cuda = device.type == "cuda"
-            made = torch.optim.AdamW([x], lr=lr, betas=betas, weight_decay=0.0, fused=True, capturable=cuda)
+            made = torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=0.0, fused=True, capturable=cuda)
             # Now, as its first step would: later they would each hold a block between those of the first slot
-            step = torch.zeros((), device=device)
-            made.state[x] = {"step": step, "exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+            for x in weights:
+                step = torch.zeros((), device=device)
+                made.state[x] = {"step": step, "exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
             return made
 
-        self.optimizer = adam(lora.flat, config.learning_rate, (0.9, 0.99))
+        self.optimizer = adam(self.weights, config.learning_rate, (0.9, 0.99))
         # No momentum: the fake distribution moves with the student (the usual choice for discriminators).
-        heads = self.discriminators.flat
+        heads = [self.discriminators.flat]
         self.head_optimizer = adam(heads, config.head_learning_rate, (0.0, 0.99)) if self.used else None
 
     def _allocate(self, example: Trajectory, uncond: Text) -> None:
@@ -209,9 +211,15 @@ class Step:
         tables = slots.low, slots.high, slots.renoise, self.slot
         return renoise(fake, relative, absolute, *tables, self.key, share, self.unet.dtype)
 
+    @property
+    def gradient(self) -> Tensor:
+        """The LoRA's of the last slot, clipped, like `lora.flat`."""
+        return torch.cat([x.grad for x in self.weights])
+
     def forget(self) -> None:
         """Let go of the last slot's gradients: at high ranks they are as large as what a slot keeps."""
-        self.lora.flat.grad = self.discriminators.flat.grad = None
+        for x in (*self.weights, self.discriminators.flat):
+            x.grad = None
 
     def captured(self, pool: tuple[int, int] | None = None) -> Callable[[], None]:
         """The slot as one CUDA graph (`device.captured`), whose memory has a place for gradients of its own."""
@@ -241,35 +249,36 @@ class Step:
         generator, discriminator, seen, *added = self._adversarial(fake, real)
         gradient = position_gradient(gradient, out, step[1], *added, self.adversarial, self.scale)
 
-        pieces = torch.autograd.grad(out, leaves, gradient)
-        flat = torch.empty_like(self.lora.flat, requires_grad=False)  # changed in place below: no copy more
-        torch._foreach_copy_(self.lora.parts(flat), list(pieces))
-        del pieces
+        found = list(torch.autograd.grad(out, leaves, gradient))
+        del out, weights, leaves  # the slot's last memory is the gradient's
+        gradients = self.lora.gradients(found)
         if offload is not None:
             offload.finish()
         if self.scale != 1:
-            flat /= self.scale
+            torch._foreach_div_(gradients, self.scale)
         loss = sum(w * x for w, x in zip(pull, distances, strict=True))
         loss = loss + self.adversarial * sum(w * x for w, x in zip(self._adversarial_weights, generator, strict=True))
         told = torch.cat([loss[None], distances, generator, discriminator, seen])
         if self.exchange is not None:  # before the test: all ranks must come to the same
-            told, flat = self._shared(told, flat)
+            told, gradients = self._shared(told, gradients)
         losses, seen = told.tensor_split([len(LOSSES) - 2])  # all but the two norms, the last of LOSSES
-        good = self._update(losses, seen, flat)
+        good = self._update(losses, seen, gradients)
         self.z.copy_(torch.where(good, z_n, ztilde))
         self.slot += 1
         self.key[1] += 1
 
-    def _update(self, losses: Tensor, seen: Tensor, flat: Tensor) -> Tensor:
-        """Clip the LoRA's gradient `flat`, in place, step both optimizers and count; nothing but counts where a number
+    def _update(self, losses: Tensor, seen: Tensor, gradients: list[Tensor]) -> Tensor:
+        """Clip the LoRA's gradient, in place, step both optimizers and count; nothing but counts where a number
         is not finite. `losses` are LOSSES but the two norms, `seen` the rest of PROBES. Whether all were finite, ().
         """
-        config, norm = self.config, flat.norm()
+        config, norm = self.config, torch.stack([x.norm() for x in gradients]).norm()
         heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
         row = torch.cat([losses, norm[None], heads[None]])
         bad = ~torch.isfinite(torch.cat([row, seen]))
         good = ~bad.any()
-        self.lora.flat.grad = flat.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone
@@ -282,14 +291,13 @@ class Step:
         self.fault.copy_(torch.where(good | self.fault[0].bool(), self.fault, fault))
         return good
 
-    def _shared(self, row: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def _shared(self, row: Tensor, gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The means over the ranks of both, and of the heads' gradient, in its place."""
         heads = self.discriminators.flat
-        if not self.used:
-            row, flat = self.exchange(row, flat)
-        else:
-            row, flat, heads.grad = self.exchange(row, flat, heads.grad)
-        return row, flat
+        row, *means = self.exchange(row, *gradients, *([heads.grad] if self.used else []))
+        if self.used:
+            heads.grad = means.pop()
+        return row, means
 
     @torch.no_grad()
     def held_out(

@@ -114,7 +114,7 @@ def test_every_slot_is_the_method(teacher, trajectory):
         assert rest[:6] == pytest.approx([float(expected[n]) for n in names], rel=1e-5)
         assert torch.allclose(step.z, expected["z"], rtol=1e-5, atol=1e-6)
         # 1e-4 of the largest entry: the two backward passes add the terms in another order
-        assert (step.lora.flat.grad - expected["lora_grad"]).abs().max() < 1e-4 * expected["lora_grad"].abs().max()
+        assert (step.gradient - expected["lora_grad"]).abs().max() < 1e-4 * expected["lora_grad"].abs().max()
         for i in range(2):
             expected_grad, grad = expected[f"disc_grad_{i}"], step.discriminators.flat.grad[i]
             assert (grad - expected_grad).abs().max() <= 1e-4 * expected_grad.abs().max()
@@ -127,7 +127,7 @@ def test_whose_gradients_flow_where(teacher, trajectory):
     step()
     assert all(p.grad is None and not p.requires_grad for p in teacher.unet.parameters())
     assert all(torch.equal(p, before[name]) for name, p in teacher.unet.named_parameters())
-    assert step.lora.flat.grad.abs().max() > 0
+    assert step.gradient.abs().max() > 0
 
     # The heads' gradients do not change when the generator terms count a thousand times more.
     def head_gradients(**changes):
@@ -146,7 +146,23 @@ def test_the_relative_branch_carries_no_gradient(teacher, trajectory):
     step = make(teacher, trajectory, **only_relative)
     expected = plain_slot(step, teacher, 0, step.z.clone())["lora_grad"]  # its targets are made under no_grad
     step()
-    assert torch.allclose(step.lora.flat.grad, expected, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(step.gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_gradient_in_pieces_is_the_same(teacher, trajectory, monkeypatch):
+    """As of high ranks, whose pieces lie wherever there is room."""
+    whole = make(teacher, trajectory, max_grad_norm=1e9)
+    monkeypatch.setattr("rapm.lora.PIECE", 1000)
+    step = make(teacher, trajectory, max_grad_norm=1e9)
+    assert len(whole.weights) == 1 and len(step.weights) > 3
+    for _ in range(3):
+        whole(), step()
+        assert torch.equal(step.gradient, whole.gradient) and torch.equal(step.lora.flat, whole.lora.flat)
+    before = step.lora.flat.detach().clone()
+    step.config = step.config.replace(max_grad_norm=1e-6)  # of all pieces together
+    step()
+    assert float(step.gradient.norm()) == pytest.approx(1e-6, rel=1e-4)
+    assert not torch.equal(step.lora.flat, before)
 
 
 @pytest.mark.parametrize("off", ["relative", "absolute"])
@@ -172,11 +188,11 @@ def test_not_finite_changes_nothing_and_is_counted(teacher, trajectory):
     step = make(teacher, trajectory)
     step()  # so that there are moments
     kept = [p.clone() for p in (step.lora.flat, step.discriminators.flat)]
-    moments = step.optimizer.state[step.lora.flat]["exp_avg"].clone()
+    moments = step.optimizer.state[step.weights[0]]["exp_avg"].clone()
     step.positions[2] = torch.nan
     step()
     assert all(torch.equal(a, b) for a, b in zip(kept, (step.lora.flat, step.discriminators.flat), strict=True))
-    assert torch.equal(moments, step.optimizer.state[step.lora.flat]["exp_avg"])
+    assert torch.equal(moments, step.optimizer.state[step.weights[0]]["exp_avg"])
     assert (float(step.skipped), float(step.streak), float(step.worst)) == (1, 1, 1)
     assert torch.isfinite(step.sums).all()
     step.load(trajectory, 1)
@@ -257,7 +273,7 @@ def test_half_precision_weights_and_fp32_masters(teacher, trajectory, tmp_path, 
     step(), reference()
     assert step.lora.flat.dtype == torch.float32 and step.z.dtype == torch.float32
     assert torch.allclose(step.sums, reference.sums, rtol=0.1, atol=0.02)
-    mine, wanted = step.lora.flat.grad, reference.lora.flat.grad
+    mine, wanted = step.gradient, reference.gradient
     assert torch.cosine_similarity(mine, wanted, dim=0) > (0.9998 if dtype == torch.float16 else 0.99)
 
 
@@ -269,7 +285,7 @@ def test_fp16_keeps_small_gradients(trajectory, tmp_path):
         step = make(half, trajectory, huber_c=1.0)  # small gradients
         step.scale = step.scale if scale is None else scale
         step()
-        lost.append(float((step.lora.flat.grad == 0).float().mean()))
+        lost.append(float((step.gradient == 0).float().mean()))
     assert lost[0] < 0.5 * lost[1], lost
 
 
@@ -297,10 +313,10 @@ def test_a_graph_has_no_gradients_beside_it(tiny_teacher, trajectory, monkeypatc
     """Those of the eager slot before would hold memory that no graph can use."""
     step, seen = make(tiny_teacher("sd1"), trajectory), []
     step()
-    assert step.lora.flat.grad is not None and step.discriminators.flat.grad is not None
+    assert step.gradient.any() and step.discriminators.flat.grad is not None
     monkeypatch.setattr("rapm.step.captured", lambda slot, pool: seen.append((slot, pool)) or slot)
     assert step.captured() is step and seen == [(step, None)]
-    assert step.lora.flat.grad is None and step.discriminators.flat.grad is None
+    assert all(x.grad is None for x in step.weights) and step.discriminators.flat.grad is None
 
 
 @pytest.mark.gpu

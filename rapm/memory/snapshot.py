@@ -29,5 +29,4 @@ class Snapshot:
         """Everything as it was."""
         for x, copy in self.copies:
             x.copy_(copy)
-        for x in (self.step.lora.flat, self.step.discriminators.flat):
-            x.grad = None
+        self.step.forget()
