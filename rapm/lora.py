@@ -16,7 +16,7 @@ from rapm.errors import UserError
 from rapm.stacks import StackedWeights
 from rapm.unet import UNet
 
-PIECE = 2**24  # numbers, of which a gradient's pieces have about as many: 64 MiB
+PIECE = 2**22  # numbers of a gradient's piece: 16 MiB, which the 20 MiB that PyTorch's allocator asks for have room for
 
 
 class LoRA(nn.Module):
@@ -41,11 +41,7 @@ class LoRA(nn.Module):
             shapes += [(*lead, rank, inputs, *kernel), (*lead, out, rank, *(1 for _ in kernel))]
         self._shapes = shapes
         self._sizes = [math.prod(shape) for shape in shapes]
-        self._pieces: list[list[int]] = [[]]  # the sizes of the parts in each
-        for size in self._sizes:
-            if self._pieces[-1] and sum(self._pieces[-1]) + size > PIECE:
-                self._pieces.append([])
-            self._pieces[-1].append(size)
+        self._cuts = _cuts(self._sizes)
         flat = torch.zeros(sum(self._sizes))
         generator = torch.Generator().manual_seed(seed)
         for down, _ in self._split(self.parts(flat)).values():
@@ -65,20 +61,23 @@ class LoRA(nn.Module):
         return self._split(found), found
 
     def pieces(self, flat: Tensor) -> list[Tensor]:
-        """The pieces of a tensor like `flat`, each of whole parts.
+        """The pieces of a tensor like `flat`.
 
-        What is as large as that and new in each slot comes in pieces: it then lies where the slot's activations did,
-        between what they have left. A small rank has one.
+        What is as large as that and new in each slot comes in pieces: they lie where the slot's activations did, which
+        have left holes of their own sizes.
         """
-        return list(flat.split([sum(sizes) for sizes in self._pieces]))
+        return list(flat.split(PIECE))
 
     def gradients(self, found: list[Tensor]) -> list[Tensor]:
-        """The pieces of the fp32 gradient, of what was found for `leaves`; that list is empty afterwards."""
+        """The pieces of the fp32 gradient, of what was found for `leaves`, which that list lets go of."""
         made = []
-        for sizes in self._pieces:
-            made.append(torch.empty(sum(sizes), device=self.flat.device))
-            torch._foreach_copy_(list(made[-1].split(sizes)), found[: len(sizes)])
-            del found[: len(sizes)]
+        for cuts in self._cuts:
+            targets = [stop - start for _, start, stop in cuts]
+            made.append(torch.empty(sum(targets), device=self.flat.device))
+            torch._foreach_copy_(list(made[-1].split(targets)), [found[i][start:stop] for i, start, stop in cuts])
+            for i, _, stop in cuts:
+                if stop == self._sizes[i]:
+                    found[i] = self.flat.new_empty(0)
         return made
 
     def parts(self, flat: Tensor) -> list[Tensor]:
@@ -119,6 +118,23 @@ class LoRA(nn.Module):
                     shapes = f"{tuple(theirs.shape)}, expected {tuple(mine.shape)}"
                     raise UserError(f"LoRA: {name} has shape {shapes}: use the same rank ({self.rank}) and UNet")
                 mine.copy_(theirs)
+
+
+def _cuts(sizes: list[int]) -> list[list[tuple[int, int, int]]]:
+    """For each piece of a flat tensor whose parts have `sizes`: what it has of which part, (part, start, stop)."""
+    pieces: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            if room == 0:
+                pieces.append([])
+                room = PIECE
+            stop = min(size, start + room)
+            pieces[-1].append((i, start, stop))
+            room -= stop - start
+            start = stop
+    return pieces
 
 
 def _shaped(part: Tensor, shape: tuple[int, ...]) -> Tensor:

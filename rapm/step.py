@@ -271,7 +271,7 @@ class Step:
         """Clip the LoRA's gradient, in place, step both optimizers and count; nothing but counts where a number
         is not finite. `losses` are LOSSES but the two norms, `seen` the rest of PROBES. Whether all were finite, ().
         """
-        config, norm = self.config, torch.stack([x.norm() for x in gradients]).norm()
+        config, norm = self.config, torch.nn.utils.get_total_norm(gradients)
         heads = self.discriminators.flat.grad.norm() if self.used else torch.zeros_like(norm)
         row = torch.cat([losses, norm[None], heads[None]])
         bad = ~torch.isfinite(torch.cat([row, seen]))

@@ -19,7 +19,6 @@ from rapm.config import Config, parse_vram
 from rapm.device import DTYPES
 from rapm.errors import UserError
 from rapm.loading.families import Model, model_of
-from rapm.lora import PIECE
 from rapm.memory import cards
 from rapm.memory.cards import GIB, MIB, Card
 from rapm.memory.choice import Choice, Chooser
@@ -131,7 +130,7 @@ class Planner:
         heads = 4 * sizes.heads  # their gradient, which is there before the LoRA's
         slot = cards.WORKSPACE + transient + plan.window + heads + cards.PIECES * lora + plan.beside * self._beside()
         # At the end the LoRA's gradient: piece by piece it takes the place of what was found in the UNet's dtype
-        return fixed, slot, cards.WORKSPACE + 4 * (sizes.lora + min(sizes.lora, PIECE)) + heads
+        return fixed, slot, cards.WORKSPACE + cards.PIECES * lora + 4 * sizes.lora + heads
 
     def _beside(self) -> int:
         """Bytes of the second stream's own: a pass without gradient."""
