@@ -48,18 +48,28 @@ from rapm.schedule import Schedule
 from rapm.step import SlotMemory
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {"sdxl": ("none", "24G", "16G", "12G", "8G", "6G"), "sd15": ("none", "24G", "16G", "12G", "8G", "6G", "4G")}
-RANKS = {"sdxl": (1, 64), "sd15": (64,)}
+BUDGETS = {
+    "sdxl": ("none", "24G", "16G", "12G", "8G", "6G"), "sd15": ("none", "24G", "16G", "12G", "8G", "6G", "4G"),
+    "sdxl-768": ("none", "12G", "8G"), "sd15-768": ("none", "6G", "4G"),  # of pictures of 768 x 768
+}  # fmt: skip
+RANKS = {"sdxl": (1, 64), "sd15": (64,), "sdxl-768": (16,), "sd15-768": (16,)}
 OFFLOADED, MOVERS = 8 * GIB, ("none", "rapm", "save_on_cpu", "torchtune")  # whose plan is moved, by whom
 ITERATIONS, PEER, WARM = 50, 10, 2  # of ours, of a peer, and before both
 TIMEOUT = 300  # seconds a case
 
 
+def family_of(name: str) -> str:
+    return name.partition("-")[0]
+
+
 def model_of(name: str, check: bool) -> tuple[Model, Planned]:
     """A UNet's config and side, small for a check, and what the planner is told of it: text encoders do not train."""
-    unet, side = MODELS[name]
+    family, _, pixels = name.partition("-")
+    unet, side = MODELS[family]
+    if pixels:
+        side = int(pixels) // 8
     if check:
-        unet, side = dict(unet) | SMALL[name], 16
+        unet, side = dict(unet) | SMALL[family], 16
     return Model(unet, side), Planned(name, complete({**unet, "sample_size": side}), 0, 0)
 
 
@@ -101,7 +111,7 @@ def held(device: torch.device) -> dict[str, float | None]:
 def ours(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
     """`count` captured iterations under the plan for `vram`, corrected by its own first one, as Training does it."""
     device, (model, planned) = device_of(check), model_of(name, check)
-    config = Config.preset(name).replace(lora_rank=rank, vram="auto" if vram == "none" else vram)
+    config = Config.preset(family_of(name)).replace(lora_rank=rank, vram="auto" if vram == "none" else vram)
     budget = None if vram == "none" else Budget(planned, config, device)
     mode = "full" if budget is None else budget.planner.config.frozen_weights
     unet = random_unet(model.unet, device.type, mode=mode)
@@ -188,7 +198,7 @@ def checkpointed(unet: torch.nn.Module) -> None:
 def stock(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
     """The peer, captured too, under the same cap."""
     device, (model, _) = device_of(check), model_of(name, check)
-    config = Config.preset(name).replace(lora_rank=rank)
+    config = Config.preset(family_of(name)).replace(lora_rank=rank)
     if vram != "none" and device.type == "cuda":
         from rapm.config import parse_vram
 
@@ -247,7 +257,7 @@ def move(name: str, mover: str, count: int, check: bool) -> dict:
     if mover == "torchtune" and find_spec("torchtune") is None:
         return {"failed": "torchtune is not installed"}
     device, (model, planned) = device_of(check), model_of(name, check)
-    config = Config.preset(name).replace(lora_rank=1)
+    config = Config.preset(family_of(name)).replace(lora_rank=1)
     plan = Planner(planned, config, cards.this_card(device) if device.type == "cuda" else cards.CARDS[0])
     budget = OFFLOADED if not check else plan.smallest() * 11 // 10
     plan = plan.plan(budget)

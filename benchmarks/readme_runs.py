@@ -152,7 +152,9 @@ def memory(report: Mapping) -> str:
         fastest = budgets.get("none", {}).get("rapm", {})
         falling = sorted(budgets, key=lambda budget: -math.inf if budget == "none" else -float(budget.rstrip("GB")))
         rows = [(budget, _budget_cells(budgets[budget], fastest)) for budget in falling]
-        parts += [f"**{NAMES[model]}, rank {rank}**", rows_table(rows)]
+        family, _, pixels = model.partition("-")
+        name = f"{short(family)}, {pixels}x{pixels}" if pixels else NAMES[family]
+        parts += [f"**{name}, rank {rank}**", rows_table(rows)]
     if moved:
         parts += [fill(MOVED.format(budget="8G")), rows_table(moved)]
     return "\n\n".join(parts)

@@ -94,6 +94,15 @@ def slots_measured() -> list[tuple[str, str, int, dict]]:
     return found
 
 
+def planner_of(model: str, rank: int, **given: object) -> Planner:
+    """`model` may end with the pixels of a side: sdxl-768."""
+    family, _, pixels = model.partition("-")
+    config = Config.preset(family).replace(lora_rank=rank)
+    if pixels:
+        config = config.replace(resolution=(int(pixels), int(pixels)))
+    return Planner(model_of(family), config, **given)
+
+
 def planned(planner: Planner, what: str, row: dict) -> Plan:
     """The plan that was measured."""
     policies = {"student": {}, "encoder": {}}
@@ -110,8 +119,7 @@ def planned(planner: Planner, what: str, row: dict) -> Plan:
 @pytest.mark.parametrize("what, model, rank, row", slots_measured())
 def test_prediction_covers_what_was_measured(what: str, model: str, rank: int, row: dict) -> None:
     """Never less than was reserved, and at most 5% more of the process's memory."""
-    config = Config.preset(model).replace(lora_rank=rank)
-    planner = Planner(model_of(model), config, mode=row.get("frozen_weights"))
+    planner = planner_of(model, rank, mode=row.get("frozen_weights"))
     sizes, plan = planner.sizes, planned(planner, what, row)
     kept = sizes.student.kept(plan.student) + sizes.encoder.kept(plan.encoder)
     extra = max(sizes.student.extra(plan.student), sizes.encoder.extra(plan.encoder))
@@ -125,7 +133,7 @@ def test_the_time_of_a_slot_was_predicted(what: str, model: str, rank: int, row:
     """On the rates measured of that card, within 5%."""
     limits = json.loads((RESULTS / "step.json").read_text())["limits"]
     card = CARDS[-1]._replace(tflops=limits["bf16_tflops"], bandwidth=limits["copy_gbs"])
-    planner = Planner(model_of(model), Config.preset(model).replace(lora_rank=rank), card)
+    planner = planner_of(model, rank, card=card)
     assert planner.plan(None).seconds == pytest.approx(row["seconds"], rel=0.05)
 
 

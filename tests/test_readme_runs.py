@@ -51,6 +51,7 @@ REPORTS = {
             "rapm sdxl 1 none": budget(0.4, predicted_mib=17_000.0, moved=0),
             "rapm sdxl 1 12G": budget(0.5, 11_900.0, predicted_mib=11_000.0, final_predicted_mib=11_800.0,
                                       moved_mib=50.0),
+            "rapm sd15-768 16 none": budget(0.2, predicted_mib=5_000.0, moved=0),
             "rapm sdxl 1 4G": {"failed": "vram 4.00G is too little for sdxl at rank 1: at least --vram 6.1G"},
             "stock sdxl 1 none": budget(1.2),
             "stock sdxl 1 12G": {"failed": "out of memory: CUDA out of memory."},
@@ -149,6 +150,7 @@ def test_memory(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     text = section(readme, "memory")
     assert "| none | 0.400 | 1.00 | 9,000 | 17,000 | 0 | 1.200 | 9,000 |" in text
     assert "| 12G | 0.500 | 1.25 | 11,900 | 11,800 | 50 | out of memory |  |" in text
+    assert "**SD1.5, 768x768, rank 16**" in text and "| none | 0.200 | 1.00 | 9,000 | 5,000 |" in text
     assert "| 4G | refused |  |  |  |  |  |  |" in text
     assert "| rapm | 0.600 | 8.8 |" in text and "| torchtune | torchtune is not installed |  |" in text
     rows = {key: REPORTS["memory"]["rows"][key] for key in reversed(REPORTS["memory"]["rows"])}  # as calls come to end
