@@ -279,7 +279,8 @@ def move(name: str, mover: str, count: int, check: bool) -> dict:
             step()
 
     times = timed(device, iteration, count)
-    return {"seconds": statistics.median(times), "layers": len(moved), **held(device)}
+    loss = float(step.sums[0]) / (config.steps * (WARM + count))  # as they all should have
+    return {"seconds": statistics.median(times), "layers": len(moved), "loss": loss, **held(device)}
 
 
 def run_one(kind: str, name: str, rank: str, what: str, check: bool) -> dict:
@@ -320,7 +321,8 @@ def main() -> int:
     check = arguments.check
     if arguments.one:
         torch.manual_seed(0)
-        if device_of(check).type == "cuda":
+        # What is captured has a stream of its own; torchtune's hooks know the default one only
+        if device_of(check).type == "cuda" and arguments.one[0] != "move":
             with torch.cuda.stream(torch.cuda.Stream()):
                 row = run_one(*arguments.one, check)
         else:
