@@ -23,6 +23,7 @@ from rapm.architecture import complete, each
 from rapm.kernels.attention import attention
 from rapm.kernels.frozen_conv import frozen_conv
 from rapm.kernels.geglu import geglu
+from rapm.kernels.geglu_linear import faster, geglu_linear
 from rapm.kernels.group_norm_silu import group_norm_silu_again, group_norm_silu_with_stats
 from rapm.kernels.layer_norm import layer_norm_again, layer_norm_with_stats
 from rapm.kernels.lora_conv import lora_conv
@@ -207,11 +208,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, lora: Lora, saved: Saved) -> Deferred:  # B N C
         up = self.net[0]["proj"]
+        if self.fuses(up, x, lora):
+            return self.net[2].deferred(geglu_linear(x, up.weight, up.bias), lora)
         h, *update = up.deferred(x, lora)
         saved.again("recompute", h, lambda x: up.deferred(x, lora)[0], x)
         y = geglu(h, *update)
         saved.again("lean", y, geglu, h, *update)
         return self.net[2].deferred(y, lora)
+
+    @staticmethod
+    def fuses(up: Linear, x: Tensor, lora: Lora) -> bool:
+        """Whether the product and GEGLU are one launch here: no LoRA, and a whole weight, which no subclass has."""
+        bare = type(up) is Linear and (lora is None or up.name not in lora)
+        return bare and faster(x, up.weight, up.bias)
 
 
 class TransformerBlock(nn.Module):

@@ -19,7 +19,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from rapm.kernels import runtime
+from rapm.kernels import geglu_linear, runtime
 from rapm.kernels.disc_head import disc_head, layout
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
@@ -27,7 +27,7 @@ from rapm.kernels.renoise import renoise
 from rapm.kernels.short_attention import fits, short_attention
 from rapm.memory.low_precision import low_precision
 from rapm.memory.saved import Memory, Policy
-from rapm.unet import Attention, Text, UNet
+from rapm.unet import Attention, FeedForward, Text, UNet
 
 Call = tuple[str, tuple]
 LOW = ("int8", "nf4")
@@ -118,6 +118,15 @@ def prompt(config: dict, dtype: torch.dtype) -> None:
                 y.backward(torch.empty_like(y))
 
 
+def feed_forward(config: dict, dtype: torch.dtype) -> None:
+    """The up-projections of a pass without gradient, as one launch with GEGLU."""
+    with torch.device("meta"):
+        ups = [m.net[0]["proj"] for m in UNet(config).to(dtype).requires_grad_(False).modules()
+               if isinstance(m, FeedForward)]  # fmt: skip
+        for up in ups:
+            geglu_linear.geglu_linear(torch.empty(16, 1024, up.in_features, dtype=dtype), up.weight, up.bias)
+
+
 def slot(channels: list[int], side: int, dtype: torch.dtype) -> None:
     """What a slot calls beside the UNet."""
     with torch.device("meta"):
@@ -155,8 +164,9 @@ def recorded(dtypes: bool = True, full: bool = True) -> Iterator[Call]:
             pass_through(*run)
         for config, side, dtype, rank in runs:
             pass_through(config, side, dtype, rank)
-            if dtype != torch.float32:  # which short_attention does not take
+            if dtype != torch.float32:  # which these do not take
                 prompt(config, dtype)
+                feed_forward(config, dtype)
             slot([*config["block_out_channels"], config["block_out_channels"][-1]], side, dtype)
     yield from record.calls.values()
 
@@ -166,6 +176,7 @@ def main(archs: list[int]) -> None:
     calls = {like_80: list(recorded(dtypes=not like_80)) for like_80 in {arch in LIKE_80 for arch in archs}}
     shared: dict[str, dict[int, int]] = defaultdict(dict)
     narrow: set[str] = set()
+    hopper: set[str] = set()
     run = triton.runtime.jit.JITFunction.run
 
     def compiled(self, *args, grid, warmup, **kwargs):
@@ -174,14 +185,18 @@ def main(archs: list[int]) -> None:
         shared[self.__name__][arch] = max(kernel.metadata.shared, shared[self.__name__].get(arch, 0))
         if "ld.global.b16" in kernel.asm["ptx"]:  # two bytes at a time
             narrow.add(self.__name__)
+        if all(word in kernel.asm["ptx"] for word in ("wgmma.mma_async", "cp.async.bulk.tensor")):
+            hopper.add(self.__name__)
         return kernel
 
     triton.runtime.jit.JITFunction.run = compiled
     for arch in archs:
         triton.runtime.driver.set_active(Offline(arch))
+        geglu_linear.architecture = lambda device, arch=arch: arch
         for name, args in calls[arch in LIKE_80]:
             OPDEFS[name]._init_fn(*args)
-    print(json.dumps({"calls": sum(map(len, calls.values())), "shared": shared, "narrow": sorted(narrow)}))
+    count = sum(map(len, calls.values()))
+    print(json.dumps({"calls": count, "shared": shared, "narrow": sorted(narrow), "hopper": sorted(hopper)}))
 
 
 if __name__ == "__main__":

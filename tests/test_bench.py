@@ -34,7 +34,7 @@ SMALL = {
     "lora_linear": (6, 32, 48, True, 3), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
     "attention": (2, 12, 7, 16), "short_attention": (2, 12, 7, 16), "disc_head": ((16, 4, 4), (32, 2, 2)),
     "position_loss": (6, 4), "renoise": (6, 4), "guided_step": (6, 4), "int8_linear": (6, 64, 48, True),
-    "quantise": (64, 48),
+    "quantise": (64, 48), "geglu_linear": (6, 16, 128),
 }  # fmt: skip
 OPS = operators({})
 

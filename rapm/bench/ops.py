@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from rapm.stacks import add_low_rank, product
 
 KERNELS = (
-    "group_norm_silu", "layer_norm", "geglu", "lora_linear", "lora_conv", "frozen_conv", "attention",
+    "group_norm_silu", "layer_norm", "geglu", "geglu_linear", "lora_linear", "lora_conv", "frozen_conv", "attention",
     "short_attention", "disc_head", "position_loss", "renoise", "guided_step", "int8_linear", "quantise",
 )  # fmt: skip
 RANKS = 1, 64
 WHOLE = "whole weight"  # a quantised layer's baseline: lora_linear with the weight that its codes stand for
+TWO_STEPS = "two steps"  # geglu_linear's: cuBLAS's product, and then geglu
 FROZEN = "frozen layer"  # a LoRA layer's baseline: the layer alone, forward and the gradient of x
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -164,8 +165,10 @@ def peft_layer(peft: ModuleType) -> Callable:
 
 
 def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[str, Op]:
-    """LoRA layers and frozen convolutions. FLOP are those of the frozen product: a low rank should add nothing."""
-    linear, conv, frozen = (kernels[name] for name in ("lora_linear", "lora_conv", "frozen_conv"))
+    """LoRA layers and frozen ones. FLOP are those of the frozen product: a low rank should add nothing."""
+    linear, conv, frozen, up = (
+        kernels[name] for name in ("lora_linear", "lora_conv", "frozen_conv", "geglu_linear")
+    )  # fmt: skip
     peers = {"peft": Provider(peft_layer(peft))} if peft else {}
 
     def targets(name: str) -> Callable[[Shapes], Counter]:
@@ -173,6 +176,9 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
 
     def all_convs(found: Shapes) -> Counter:
         return sum((Counter({shape[:-1]: n}) for shape, n in found["conv"].items()), Counter())
+
+    def ups(found: Shapes) -> Counter:
+        return Counter({(n, f // 4, 2 * f): count for (n, f), count in found["geglu"].items()})
 
     def make_linear(rank: int, rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> list:
         x, weight = random(1, rows, inputs, grad=True), random_weight(outputs, inputs)
@@ -224,6 +230,11 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
             targets("conv"), partial(make_lora_conv, rank), conv_cost, conv.lora_conv_ref, conv.lora_conv,
             {FROZEN: alone, **peers}, "flop",
         )  # fmt: skip
+    ops["geglu_linear"] = Op(  # of a pass without gradient
+        ups, lambda m, k, n: [random(1, m, k), random_weight(n, k), random(n)], lambda m, k, n: (2.0 * m * k * n, 0.0),
+        up.geglu_linear_ref, up.geglu_linear,
+        {TWO_STEPS: Provider(lambda *args: kernels["geglu"].geglu(F.linear(*args)))}, "flop", compiled=whole,
+    )  # fmt: skip
     ops["frozen_conv"] = Op(all_convs, make_conv, conv_cost, frozen.frozen_conv_ref, frozen.frozen_conv, {}, "flop")
     return ops
 

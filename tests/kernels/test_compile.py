@@ -59,6 +59,12 @@ def test_no_kernel_is_left_out(shared: dict[str, dict[str, int]]) -> None:
     assert set(re.findall(r"^def (_\w+_kernel)\(", sources, re.M)) == set(shared)
 
 
+def test_hoppers_own_instructions_are_used_where_they_are_meant_to_be(found: list[dict]) -> None:
+    """Descriptors' copies and warp groups' products."""
+    by_arch = dict(zip(LIMITS, found, strict=True))
+    assert [arch for arch, report in by_arch.items() if "_geglu_linear_kernel" in report["hopper"]] == [90]
+
+
 def test_heads_of_every_width_are_loaded_in_wide_words(found: list[dict]) -> None:
     """SD1.5's of 40 too, which are no multiple of the 16 that Triton asks for in an argument."""
     assert not [name for report in found for name in report["narrow"] if "short_attention" in name]
