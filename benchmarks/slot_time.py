@@ -52,9 +52,10 @@ FAMILIES = (
 # What the kernels of a file of kernels/ replace, by the first of these that its name begins with; the report lists them
 # one by one besides. lora_gemm's hold the frozen product too.
 REPLACES = {
-    "group_norm": "norm", "layer_norm": "norm", "geglu": "elementwise", "attention": "attention", "frozen": "conv",
-    "lora_gemm": "gemm", "lora": "lora", "low_rank": "lora", "disc_head": "heads", "position": "elementwise",
-    "renoise": "elementwise", "guided": "elementwise", "int8": "gemm", "quantise": "copy", "short": "attention",
+    "group_norm": "norm", "layer_norm": "norm", "geglu_linear": "gemm", "geglu": "elementwise",
+    "attention": "attention", "frozen": "conv", "lora_gemm": "gemm", "lora": "lora", "low_rank": "lora",
+    "disc_head": "heads", "position": "elementwise", "renoise": "elementwise", "guided": "elementwise",
+    "int8": "gemm", "quantise": "copy", "short": "attention",
 }  # fmt: skip
 PROFILED = 2  # slots; all are the same graph
 OTHER_LIMIT = 0.03  # a larger share of `other` means that the table above is out of date

@@ -29,8 +29,10 @@ if triton:
 HOPPER = dict(BM=128, BN=128, BK=64, STAGES=4, num_warps=8)
 OTHERS = dict(BM=128, BN=64, BK=64, STAGES=3, num_warps=8)
 GROUP = 8  # blocks of rows that share columns of W while they are in the cache
-# Architecture -> (K, F) -> rows from which on this is faster than cuBLAS and geglu. Empty: it has not been measured.
-FASTER: dict[int, dict[tuple[int, int], int]] = {}
+# Architecture -> (K, F) -> rows from which on this takes the place of cuBLAS and geglu. On an H100 it is 1.30 times as
+# fast at 65536 rows of 640, 1.12 at 16384 of 1280, as at 4096 and 1024. More are asked for than training has: its
+# features of real positions are to round as those of fake ones do, which have a gradient.
+FASTER: dict[int, dict[tuple[int, int], int]] = {90: {(640, 2560): 16384, (1280, 5120): 16384}}
 
 
 def geglu_linear_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # ... K -> ... F

@@ -24,6 +24,10 @@ from rapm.kernels.frozen_conv import require_frozen
 from rapm.kernels.low_rank import matrix, rows, small, sums
 from rapm.kernels.runtime import enabled
 
+# Columns of y at most where an update of a rank above 1 is left to who reads y: it has all of `up` in registers, and
+# at rank 16 and 1280 columns 2.6 KiB a thread of it did not fit there.
+NARROW = 256
+
 
 def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
     parts = zip(F.linear(x, down).split(up.shape[1], -1), up.chunk(groups(down, up)), strict=True)
@@ -134,8 +138,9 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 
 
 def deferrable(x: Tensor, up: Tensor) -> bool:
-    """Whether `lora_linear_deferred` takes these: kernels are on, and the rank is one that theirs are faster at."""
-    return enabled(x) and small(up.shape[1])
+    """Whether `lora_linear_deferred` takes these: kernels are on, and who reads y has few numbers of `up` to read."""
+    columns, rank = up.shape
+    return enabled(x) and (rank == 1 or (small(rank) and columns <= NARROW))
 
 
 def lora_linear_deferred(

@@ -6,7 +6,10 @@ again under a driver that compiles for the given architectures and launches noth
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -149,13 +152,13 @@ LIKE_80 = (86, 89)  # the same instructions are used there, so what only dtypes 
 
 
 def recorded(dtypes: bool = True, full: bool = True) -> Iterator[Call]:
-    """Operator calls: with `dtypes` of a small model in all three, if `full` of SD1.5 and SDXL at ranks 1 and 64."""
+    """Operator calls: with `dtypes` of a small model in all three, if `full` of SD1.5, and of SDXL at three ranks."""
     blocks = {"down_block_types": SD15["down_block_types"][1:], "up_block_types": SD15["up_block_types"][:-1]}
     small = {**SD15, **blocks, "block_out_channels": [48, 96, 128], "norm_num_groups": 16, "attention_head_dim": 4}
     ranks = dict(zip(runtime.DTYPES, (16, 1, 16), strict=True)) if dtypes else {}
     runs: list[tuple] = [(small, 8, dtype, rank) for dtype, rank in ranks.items()]
     if full:
-        runs += [(SD15, 64, torch.bfloat16, 1), (SDXL, 128, torch.bfloat16, 1), (SDXL, 128, torch.bfloat16, 64)]
+        runs += [(SD15, 64, torch.bfloat16, 1), *((SDXL, 128, torch.bfloat16, rank) for rank in (1, 16, 64))]
     low_ranks = {torch.float32: 1, torch.float16: 16} if dtypes else {}
     low = [(small, 8, dtype, rank, mode) for dtype, rank in low_ranks.items() for mode in LOW]
     low += [(SDXL, 128, torch.bfloat16, 1, mode) for mode in LOW if full]
@@ -177,10 +180,15 @@ def main(archs: list[int]) -> None:
     shared: dict[str, dict[int, int]] = defaultdict(dict)
     narrow: set[str] = set()
     hopper: set[str] = set()
+    spills: dict[str, int] = defaultdict(int)  # bytes a thread
+    triton.knobs.nvidia.dump_ptxas_log = True
     run = triton.runtime.jit.JITFunction.run
 
     def compiled(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        with contextlib.redirect_stdout(io.StringIO()) as log:  # of what is compiled now, and not found in the cache
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        for stored in re.findall(r"(\d+) bytes spill stores", log.getvalue()):
+            spills[self.__name__] = max(int(stored), spills[self.__name__])
         arch = kernel.metadata.target.arch
         shared[self.__name__][arch] = max(kernel.metadata.shared, shared[self.__name__].get(arch, 0))
         if "ld.global.b16" in kernel.asm["ptx"]:  # two bytes at a time
@@ -196,7 +204,8 @@ def main(archs: list[int]) -> None:
         for name, args in calls[arch in LIKE_80]:
             OPDEFS[name]._init_fn(*args)
     count = sum(map(len, calls.values()))
-    print(json.dumps({"calls": count, "shared": shared, "narrow": sorted(narrow), "hopper": sorted(hopper)}))
+    told = {"calls": count, "shared": shared, "spills": spills, "narrow": sorted(narrow), "hopper": sorted(hopper)}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def options(name: str, sizes: Sizes, card: Card, last: bool) -> list[Option]:
         out.append(Option(Policy(level), counted.kept[level], 0, seconds))
         moved = counted.movable[level]
         if kind == "student" and moved and not last:  # the last layer's is needed at once
-            copies = cards.COPIES * moved / (card.link * 1e9)
+            copies = cards.COPY * counted.copies[level]
             out.append(Option(Policy(level, True), counted.kept[level] - moved, moved, seconds + copies))
     return out
 

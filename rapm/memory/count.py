@@ -30,10 +30,11 @@ TOKENS = 77
 
 
 class Layer(NamedTuple):
-    """One layer in one pass, in bytes by level of LEVELS."""
+    """One layer in one pass, by level of LEVELS: bytes, if nothing else is said."""
 
     kept: dict[str, int]
     movable: dict[str, int]  # of that, what offload moves
+    copies: dict[str, int]  # in how many tensors
     extra: dict[str, int]  # computed again and alive beside it, while its backward runs
     again: dict[str, int]  # computed again in all
     flops: dict[str, float]  # operations that are done again
@@ -244,6 +245,7 @@ def _layer_of(name: str, notes: list[Note], checkpointed: list[Note], flops: flo
     return Layer(
         {level: sum(note.size for note in kept[level]) for level in LEVELS},
         {level: sum(note.size for note in kept[level] if note.movable) for level in LEVELS},
+        {level: sum(note.movable for note in kept[level]) for level in LEVELS},
         {level: max(by_unit[level].values(), default=0) for level in LEVELS},
         {level: sum(note.size for note in again[level]) for level in LEVELS},
         operations if name != REST else dict.fromkeys(LEVELS, 0.0),

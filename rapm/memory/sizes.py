@@ -13,7 +13,7 @@ from rapm.loading.families import Model
 from rapm.memory import cards
 from rapm.memory.cards import Card
 from rapm.memory.count import TOKENS, Pass, count_encoder, count_student, meta_unet
-from rapm.memory.low_precision import LowPrecision, Transient, low_precision
+from rapm.memory.low_precision import Int8Linear, LowPrecision, Transient, low_precision
 from rapm.store import positions_nbytes
 
 
@@ -24,6 +24,7 @@ class Sizes(NamedTuple):
     whole: int  # of the stock one, in the compute dtype
     block: int  # of its largest block
     made: int  # of the weights that are made for each product
+    int8: int  # how many layers are multiplied in int8
     largest: int  # of what is made for one product, beside the codes
     lora: int  # numbers in the LoRA
     targets: int  # layers that it extends
@@ -75,8 +76,9 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     text = TOKENS * (max(hidden) if isinstance(hidden, (list, tuple)) else hidden) * 4
     return Sizes(
         sum(p.nbytes for p in unet.parameters()), whole, block,
-        sum(size for m, size in made.items() if isinstance(m, Transient)), max(made.values(), default=0), lora,
-        len(targets), heads, features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
+        sum(size for m, size in made.items() if isinstance(m, Transient)),
+        sum(isinstance(m, Int8Linear) for m in made), max(made.values(), default=0), lora, len(targets), heads,
+        features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
         count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
         positions_nbytes(latents, config) + text,
     )  # fmt: skip
@@ -88,10 +90,11 @@ def bound_seconds(sizes: Sizes, card: Card) -> float:
 
 
 def slot_seconds(sizes: Sizes, card: Card) -> float:
-    """A slot with everything kept. Whatever int8 products gain is not counted on."""
+    """A slot with everything kept."""
     moved = cards.MADE * sizes.made * sizes.flops / sizes.student.flops + cards.UPDATE * sizes.lora
     return (
         sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS)
         + bound_seconds(sizes, card)
+        + cards.INT8 * sizes.int8
         + moved / (card.bandwidth * 1e9)
     )

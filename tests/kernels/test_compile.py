@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
+SPILL = 64  # bytes a thread
 LIMITS = {80: 99, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block; sm_80 has 163, but one table serves all
 
 
@@ -51,6 +52,13 @@ def test_every_kernel_compiles_within_the_cards_shared_memory(shared: dict[str, 
         if bytes_by_arch[str(arch)] > limit * 1024
     ]
     assert not too_much
+
+
+def test_no_kernel_spills(found: list[dict]) -> None:
+    """What a thread's registers do not hold goes through memory, of which the driver sets aside as much for all."""
+    spills = [report["spills"] for report in found]
+    assert all("_layer_norm_fwd_kernel" in report for report in spills)
+    assert [{name: size for name, size in report.items() if size > SPILL} for report in spills] == [{}] * len(LIMITS)
 
 
 def test_no_kernel_is_left_out(shared: dict[str, dict[str, int]]) -> None:

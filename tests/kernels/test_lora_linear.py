@@ -129,6 +129,8 @@ def test_deferred(case: tuple, dtype: torch.dtype) -> None:
 
     check(whole, lora_linear_ref, args, dtype, roundings=ROUNDINGS)
     assert lora_linear.deferrable(args[0], args[4]) and not lora_linear.deferrable(args[0], args[4].repeat(1, 17))
+    wide = args[4].repeat(257, 1)
+    assert lora_linear.deferrable(args[0], wide) == (wide.shape[1] == 1)
 
 
 def test_nothing_kept_without_gradients() -> None:
