@@ -65,7 +65,7 @@ JOBS = (
     Job("memory-sd15-64", 2, 1, 200, "memory.json", f"{OURS} sd15 --ranks 64"),
     Job("memory-sd15-64-stock", 2, 1, 180, "memory.json", f"{STOCK} sd15 --ranks 64"),
     Job("memory-768", 2, 1, 250, "memory.json", f"{OURS} sdxl-768 sd15-768"),
-    Job("memory-offload", 2, 1, 180, "memory.json", "benchmarks/memory.py --models sdxl --kinds move"),
+    Job("memory-offload", 2, 1, 240, "memory.json", "benchmarks/memory.py --models sdxl --kinds move"),
     Job("full-sdxl", 2, 1, 140, "full_teacher_sdxl.json", "tests/test_full_teacher.py sdxl"),
     Job("full-sd15", 2, 1, 80, "full_teacher_sd15.json", "tests/test_full_teacher.py sd15"),
     Job("job-trajectories", 2, 1, 110, "job.json", "benchmarks/job.py --stages trajectories"),

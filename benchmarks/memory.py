@@ -7,7 +7,8 @@ the same code without a budget. Beside it 10 of `stock` (peers.Stock: diffusers,
 checkpointing of the student under the same caps. Who runs out of memory keeps a row that says so.
 
 Then the offload on its own: SDXL's slot, eager, with what the 8G plan moves to the host, moved by ours, by
-torch.autograd.graph.save_on_cpu(pin_memory=True) and by torchtune where it is installed, and not moved at all.
+torch.autograd.graph.save_on_cpu(pin_memory=True) and by torchtune where it is installed, and not moved at all. Ours and
+none as a CUDA graph too, which the others cannot be; there no host takes part in the time.
 
 `--check` runs every case for 2 iterations on small models on whatever device there is, so that a GPU's time is not
 spent on a mistake here.
@@ -53,8 +54,9 @@ BUDGETS = {
     "sdxl-768": ("none", "12G", "8G"), "sd15-768": ("none", "6G", "4G"),  # of pictures of 768 x 768
 }  # fmt: skip
 RANKS = {"sdxl": (1, 64), "sd15": (64,), "sdxl-768": (16,), "sd15-768": (16,)}
-OFFLOADED, MOVERS = 8 * GIB, ("none", "rapm", "save_on_cpu", "torchtune")  # whose plan is moved, by whom
-ITERATIONS, PEER, WARM = 50, 10, 2  # of ours, of a peer, and before both
+OFFLOADED = 8 * GIB  # whose plan is moved
+MOVERS = ("none", "rapm", "save_on_cpu", "torchtune", "none-captured", "rapm-captured")
+ITERATIONS, PEER, MOVES, WARM = 50, 10, 4, 2  # of ours, of a peer, of a mover, and before all
 TIMEOUT = 300  # seconds a case
 
 
@@ -253,7 +255,8 @@ def torchtune_hooks():
 
 
 def move(name: str, mover: str, count: int, check: bool) -> dict:
-    """An eager slot that moves what the 8G plan moves, all of it kept otherwise."""
+    """A slot that moves what the 8G plan moves, all of it kept otherwise."""
+    mover, _, captures = mover.partition("-")
     if mover == "torchtune" and find_spec("torchtune") is None:
         return {"failed": "torchtune is not installed"}
     device, (model, planned) = device_of(check), model_of(name, check)
@@ -273,18 +276,22 @@ def move(name: str, mover: str, count: int, check: bool) -> dict:
         hooks = functools.partial(save_on_cpu, pin_memory=device.type == "cuda")
         step.memory = SlotMemory(Moved(moved, hooks if mover == "save_on_cpu" else torchtune_hooks))
 
-    def iteration() -> None:
+    def iteration(slot=step) -> None:
         step.load(trajectory, 0)
         for _ in range(config.steps):
-            step()
+            slot()
 
-    times = timed(device, iteration, count)
-    loss = float(step.sums[0]) / (config.steps * (WARM + count))  # as they all should have
+    if captures:
+        iteration()
+        step.sums.zero_()
+    slot = step.captured() if captures and device.type == "cuda" else step
+    times = timed(device, functools.partial(iteration, slot), count)
+    loss = float(step.sums[0]) / (config.steps * (WARM + count))  # about as all should have
     return {"seconds": statistics.median(times), "layers": len(moved), "loss": loss, **held(device)}
 
 
 def run_one(kind: str, name: str, rank: str, what: str, check: bool) -> dict:
-    count = 2 if check else ITERATIONS if kind == "rapm" else PEER
+    count = 2 if check else {"rapm": ITERATIONS, "stock": PEER, "move": MOVES}[kind]
     try:
         if kind == "move":
             return move(name, what, count, check)
@@ -322,7 +329,8 @@ def main() -> int:
     if arguments.one:
         torch.manual_seed(0)
         # What is captured has a stream of its own; torchtune's hooks know the default one only
-        if device_of(check).type == "cuda" and arguments.one[0] != "move":
+        kind, _, _, what = arguments.one
+        if device_of(check).type == "cuda" and (kind != "move" or "captured" in what):
             with torch.cuda.stream(torch.cuda.Stream()):
                 row = run_one(*arguments.one, check)
         else:

@@ -32,7 +32,8 @@ otherwise what the allocator reserved. `predicted` is the plan's figure; `stock`
 gradient checkpointing of the student, as one CUDA graph, under the same cap.
 """
 MOVED = """
-What the {budget} plan of SDXL moves to pinned host memory, eager: moved by ours, by others, and not at all.
+What the {budget} plan of SDXL moves to pinned host memory, eager: moved by ours, by others, and not at all; and as a
+CUDA graph, which the others cannot be.
 """
 JOB = """
 The paper's SDXL job, {trajectories[count]:,} trajectories and {training[count]:,} iterations at rank 1, takes
