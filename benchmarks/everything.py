@@ -44,27 +44,28 @@ OURS, STOCK = "benchmarks/memory.py --kinds rapm --models", "benchmarks/memory.p
 LARGE, SMALL = "--budgets none 24G 16G", "--budgets 12G 8G 6G"
 CHECKER = "compute-sanitizer --error-exitcode 1 --tool"
 JOBS = (
-    Job("distributed-equal", 0, 2, 150, "distributed.json", "benchmarks/distributed.py --parts equal"),
-    Job("distributed-speed", 1, 2, 250, "distributed.json", "benchmarks/distributed.py --parts speed"),
+    Job("distributed-equal", 0, 2, 100, "distributed.json", "benchmarks/distributed.py --parts equal"),
+    Job("distributed-speed", 1, 2, 210, "distributed.json", "benchmarks/distributed.py --parts speed"),
     Job("tests-two-gpus", 0, 2, 100, "", f"{TESTS} tests/test_distributed.py"),
     Job("tests-others", 0, 1, 400, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
-    Job("tests-policies", 0, 1, 250, "", f"{TESTS} tests/test_memory_policies.py"),
+    Job("tests-policies", 0, 1, 170, "", f"{TESTS} tests/test_memory_policies.py"),
     Job("tests-unet", 1, 1, 250, "", f"{TESTS} tests/test_unet.py"),
     Job("tests-kernels", 1, 1, 180, "", f"{TESTS} -n 4 --dist load tests/kernels"),
     Job("trajectories", 1, 1, 230, "trajectories.json", "benchmarks/trajectories.py"),
-    Job("step", 1, 1, 330, "step.json", f"{STEP} sdxl sd15 embedded {FOUR}"),  # one, for its check takes 90 s
+    Job("step-sdxl", 1, 1, 360, "step.json", f"{STEP} sdxl {FOUR}"),  # 90 s of each are its check
+    Job("step-others", 1, 1, 330, "step.json", f"{STEP} sd15 embedded {FOUR}"),
     Job("slot-time", 1, 1, 90, "slot_time.json", "benchmarks/slot_time.py"),
     Job("job-training", 2, 1, 450, "job.json", "benchmarks/job.py --stages training --share 0.04"),
     Job("bench", 2, 1, 250, "kernels.json", "rapm bench"),
     Job("memory-sdxl-1", 2, 1, 200, "memory.json", f"{OURS} sdxl --ranks 1 {LARGE}"),
     Job("memory-sdxl-1-small", 2, 1, 240, "memory.json", f"{OURS} sdxl --ranks 1 {SMALL}"),
-    Job("memory-sdxl-1-stock", 2, 1, 260, "memory.json", f"{STOCK} sdxl --ranks 1"),
+    Job("memory-sdxl-1-stock", 2, 1, 290, "memory.json", f"{STOCK} sdxl --ranks 1"),
     Job("memory-sdxl-64", 2, 1, 210, "memory.json", f"{OURS} sdxl --ranks 64 {LARGE}"),
     Job("memory-sdxl-64-small", 2, 1, 200, "memory.json", f"{OURS} sdxl --ranks 64 {SMALL}"),
-    Job("memory-sdxl-64-stock", 2, 1, 230, "memory.json", f"{STOCK} sdxl --ranks 64"),
-    Job("memory-sd15-64", 2, 1, 200, "memory.json", f"{OURS} sd15 --ranks 64"),
-    Job("memory-sd15-64-stock", 2, 1, 180, "memory.json", f"{STOCK} sd15 --ranks 64"),
-    Job("memory-768", 2, 1, 250, "memory.json", f"{OURS} sdxl-768 sd15-768"),
+    Job("memory-sdxl-64-stock", 2, 1, 290, "memory.json", f"{STOCK} sdxl --ranks 64"),
+    Job("memory-sd15-64", 2, 1, 240, "memory.json", f"{OURS} sd15 --ranks 64"),
+    Job("memory-sd15-64-stock", 2, 1, 240, "memory.json", f"{STOCK} sd15 --ranks 64"),
+    Job("memory-768", 2, 1, 300, "memory.json", f"{OURS} sdxl-768 sd15-768"),
     Job("memory-offload", 2, 1, 240, "memory.json", "benchmarks/memory.py --models sdxl --kinds move"),
     Job("full-sdxl", 2, 1, 140, "full_teacher_sdxl.json", "tests/test_full_teacher.py sdxl"),
     Job("full-sd15", 2, 1, 80, "full_teacher_sd15.json", "tests/test_full_teacher.py sd15"),
@@ -75,7 +76,7 @@ JOBS = (
     Job("low-precision-products", 2, 1, 40, "low_precision.json", "benchmarks/low_precision.py --parts products"),
     Job("step-sdxl-compile", 3, 1, 530, "step.json", f"{STEP} sdxl --providers compile"),
     Job("step-sd15-compile", 3, 1, 530, "step.json", f"{STEP} sd15 --providers compile"),
-    Job("soak", 3, 1, 520, "soak.json", "benchmarks/soak.py --limit_s {left}"),  # 660 s for all of it
+    Job("soak", 3, 1, 520, "soak.json", "benchmarks/soak.py --limit_s {left}"),  # 680 s for all of it
     Job("soak-fp16", 3, 1, 350, "soak.json", "benchmarks/soak.py --precision fp16 --limit_s {left}"),
     Job("ablation", 3, 1, 450, "ablation.json", "benchmarks/quality.py ablation --iterations 2000 --pairs 4096"),
     Job("low-precision-quality", 3, 1, 420, "low_precision.json", "benchmarks/low_precision.py --parts quality"),
