@@ -70,14 +70,14 @@ class LoRA(nn.Module):
 
     def gradients(self, found: list[Tensor]) -> list[Tensor]:
         """The pieces of the fp32 gradient, of what was found for `leaves`, which that list lets go of."""
-        made = []
+        made, nothing = [], self.flat.new_empty(0)
         for cuts in self._cuts:
             targets = [stop - start for _, start, stop in cuts]
             made.append(torch.empty(sum(targets), device=self.flat.device))
             torch._foreach_copy_(list(made[-1].split(targets)), [found[i][start:stop] for i, start, stop in cuts])
             for i, _, stop in cuts:
                 if stop == self._sizes[i]:
-                    found[i] = self.flat.new_empty(0)
+                    found[i] = nothing
         return made
 
     def parts(self, flat: Tensor) -> list[Tensor]:

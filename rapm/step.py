@@ -94,8 +94,8 @@ class Step:
 
         self.discriminators = Discriminators(unet.feature_channels, config.seed).to(device)
         self.used = [i for i, weight in enumerate(self._adversarial_weights) if weight > 0]
-        self.weights = [nn.Parameter(x) for x in lora.pieces(lora.flat.detach())]  # the LoRA's own memory
-        shared = [*self.weights, self.discriminators.flat] if self.used else self.weights
+        self.pieces = [nn.Parameter(x) for x in lora.pieces(lora.flat.detach())]  # the LoRA's own memory
+        shared = [*self.pieces, self.discriminators.flat] if self.used else self.pieces
         self.exchange = Gradients(len(SHARED), *shared) if world() > 1 else None  # norms are taken afterwards
         self.place = torch.zeros(config.steps, 1, dtype=torch.long, device=device)
         self.picks = torch.zeros(config.steps, config.replay_batch, dtype=torch.long, device=device)
@@ -112,7 +112,7 @@ class Step:
                 made.state[x] = {"step": step, "exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
             return made
 
-        self.optimizer = adam(self.weights, config.learning_rate, (0.9, 0.99))
+        self.optimizer = adam(self.pieces, config.learning_rate, (0.9, 0.99))
         # No momentum: the fake distribution moves with the student (the usual choice for discriminators).
         heads = [self.discriminators.flat]
         self.head_optimizer = adam(heads, config.head_learning_rate, (0.0, 0.99)) if self.used else None
@@ -214,11 +214,11 @@ class Step:
     @property
     def gradient(self) -> Tensor:
         """The LoRA's of the last slot, clipped, like `lora.flat`."""
-        return torch.cat([x.grad for x in self.weights])
+        return torch.cat([x.grad for x in self.pieces])
 
     def forget(self) -> None:
         """Let go of the last slot's gradients: at high ranks they are as large as what a slot keeps."""
-        for x in (*self.weights, self.discriminators.flat):
+        for x in (*self.pieces, self.discriminators.flat):
             x.grad = None
 
     def captured(self, pool: tuple[int, int] | None = None) -> Callable[[], None]:
@@ -277,8 +277,8 @@ class Step:
         bad = ~torch.isfinite(torch.cat([row, seen]))
         good = ~bad.any()
         torch._foreach_mul_(gradients, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = gradient
+        for piece, gradient in zip(self.pieces, gradients, strict=True):
+            piece.grad = gradient
         for optimizer in (self.optimizer, self.head_optimizer):
             if optimizer is not None:
                 optimizer.found_inf = (~good).float()  # the fused kernel then leaves weights and moments alone

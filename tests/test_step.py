@@ -154,7 +154,7 @@ def test_a_gradient_in_pieces_is_the_same(teacher, trajectory, monkeypatch):
     whole = make(teacher, trajectory, max_grad_norm=1e9)
     monkeypatch.setattr("rapm.lora.PIECE", 1000)
     step = make(teacher, trajectory, max_grad_norm=1e9)
-    assert len(whole.weights) == 1 and len(step.weights) > 3
+    assert len(whole.pieces) == 1 and len(step.pieces) > 3
     for _ in range(3):
         whole(), step()
         assert torch.equal(step.gradient, whole.gradient) and torch.equal(step.lora.flat, whole.lora.flat)
@@ -188,11 +188,11 @@ def test_not_finite_changes_nothing_and_is_counted(teacher, trajectory):
     step = make(teacher, trajectory)
     step()  # so that there are moments
     kept = [p.clone() for p in (step.lora.flat, step.discriminators.flat)]
-    moments = step.optimizer.state[step.weights[0]]["exp_avg"].clone()
+    moments = step.optimizer.state[step.pieces[0]]["exp_avg"].clone()
     step.positions[2] = torch.nan
     step()
     assert all(torch.equal(a, b) for a, b in zip(kept, (step.lora.flat, step.discriminators.flat), strict=True))
-    assert torch.equal(moments, step.optimizer.state[step.weights[0]]["exp_avg"])
+    assert torch.equal(moments, step.optimizer.state[step.pieces[0]]["exp_avg"])
     assert (float(step.skipped), float(step.streak), float(step.worst)) == (1, 1, 1)
     assert torch.isfinite(step.sums).all()
     step.load(trajectory, 1)
@@ -316,7 +316,7 @@ def test_a_graph_has_no_gradients_beside_it(tiny_teacher, trajectory, monkeypatc
     assert step.gradient.any() and step.discriminators.flat.grad is not None
     monkeypatch.setattr("rapm.step.captured", lambda slot, pool: seen.append((slot, pool)) or slot)
     assert step.captured() is step and seen == [(step, None)]
-    assert all(x.grad is None for x in step.weights) and step.discriminators.flat.grad is None
+    assert all(x.grad is None for x in step.pieces) and step.discriminators.flat.grad is None
 
 
 @pytest.mark.gpu
