@@ -39,8 +39,8 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
 
 # What counting on meta tensors cannot see. Calibrated on captured slots of SDXL 1024x1024 at ranks 1 and 64 under plans
 # for 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What is reserved beyond weights, state and what is
-# counted as kept depends on the model, hardly on the plan: eight more slots, of SD1.5 too, said so before the weights
-# lay in one piece, with some 600 MiB more of SDXL's for the holes between them.
+# counted as kept depends on the model, hardly on the plan: 18 rows of results/memory.json took 0.2 to 2.9% less than
+# was predicted.
 TRANSIENT = 8  # largest convolution inputs that it is
 BESIDE = 8  # more of them, where passes without gradient have a stream of their own
 PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
@@ -56,12 +56,13 @@ DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1
 TILE = 512  # pixels a side of what is decoded at a time when tiled
 ENCODE = 0.1  # activations of the text encoders, of their bytes
 # Speed. Calibrated on slots with everything kept and two streams, of SDXL at ranks 1 and 64 and of SD1.5: 98.4, 118.2
-# (before its gradient lost two copies) and 21.1 ms at 3,018 GB/s and 799 TFLOP/s.
+# (before its gradient lost two copies) and 21.1 ms at 3,018 GB/s and 799 TFLOP/s. COPY and INT8 are what rows of
+# results/memory.json for 16G and less took beyond the rest: 0 to 42 us a tensor, and some 13 ms of SDXL's slot.
 PRODUCTS = 0.715  # of `tflops`, in products and convolutions
 LAUNCH = 4.5e-6 * 3018  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
 UPDATE = 262  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam
 COPY = 20e-6  # seconds that a tensor on its way to the host and back shows, even where its copies are hidden
-INT8 = 18e-6  # seconds of a slot, for each linear layer that is multiplied in int8: it reads its input once more
+INT8 = 18e-6 * 3018  # seconds times GB/s: of a slot, for each linear layer that is multiplied in int8
 HIDDEN = 0.15  # of what is bound by memory, that the second stream hides: of SDXL's 12%, of SD1.5's 23%
 LAUNCHES = 12  # a slot's, for each layer that a LoRA may extend
 MADE = 2.1  # bytes read and written for each of a weight that is made for a product: 5 ms of an SD1.5 slot

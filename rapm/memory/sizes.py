@@ -95,6 +95,6 @@ def slot_seconds(sizes: Sizes, card: Card) -> float:
     return (
         sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS)
         + bound_seconds(sizes, card)
-        + cards.INT8 * sizes.int8
+        + cards.INT8 * sizes.int8 / card.bandwidth
         + moved / (card.bandwidth * 1e9)
     )
