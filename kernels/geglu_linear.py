@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapm.kernels.geglu import _tail, geglu_ref
+from rapm.kernels.geglu import geglu_ref
 from rapm.kernels.low_rank import matrix
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
@@ -37,6 +37,23 @@ FASTER: dict[int, dict[tuple[int, int], int]] = {90: {(640, 2560): 16384, (1280,
 
 def geglu_linear_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # ... K -> ... F
     return geglu_ref(F.linear(x, weight, bias))
+
+
+@jit
+def _gelu(g):
+    """g Phi(g), of which Phi(-a) = exp2(-Q(a)), a >= 0: Q fitted to a relative error of 4e-6 of Phi for a < 6.
+
+    A tile's end waits for no product: it has half the instructions of geglu's, whose error is for fp32 to keep.
+    """
+    a = tl.abs(g)
+    q = a * -1.83473453e-6 + 6.15966739e-5
+    q = q * a - 9.30511346e-4
+    q = q * a + 0.00850783394
+    q = q * a - 0.0539599420
+    q = q * a - 0.458464537
+    q = q * a - 1.15125097
+    q = q * a - 0.999995304
+    return tl.maximum(g, 0.0) - a * tl.exp2(q)
 
 
 @jit
@@ -75,8 +92,7 @@ def _geglu_linear_kernel(
         value, gate = total.reshape(BM, 2, BN).permute(0, 2, 1).split()
         value += tl.load(bias + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias + F + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
-        tail, _ = _tail(gate)
-        out = value * (tl.maximum(gate, 0.0) - tl.abs(gate) * tail)
+        out = value * _gelu(gate)
         if TMA:
             y.store([m, f], out.to(y.dtype))
         else:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapm.kernels.frozen_conv import conv, conv_input_grad, conv_like, require_frozen
+from rapm.kernels.frozen_conv import as_matrix, conv, conv_input_grad, conv_like, require_frozen
 from rapm.kernels.lora_linear import lora_linear
-from rapm.kernels.low_rank import matrix, rows, sums, tile_of, update, width_of
+from rapm.kernels.low_rank import rows, sums, tile_of, update, width_of
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 TRITON_COLUMNS = 64  # Q up to here: kernels, above: cuBLAS
@@ -98,11 +98,6 @@ def _spread_kernel(
         update(t, d, C, 1, None, dx, m < M, begin, end, R * SIDE * SIDE, R, 0, True, BN, BR)
 
 
-def _positions(x: Tensor) -> Tensor:
-    """x (B C H W) as a matrix M C: a view where x is channels-last."""
-    return matrix(x.permute(0, 2, 3, 1))
-
-
 def _flat(down: Tensor) -> Tensor:
     """down (R C k k) as D (Q C), a view where its channels are last."""
     return down.permute(0, 2, 3, 1).reshape(-1, down.shape[1])
@@ -158,7 +153,7 @@ def _lora_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:  # y, h
     y = conv(x, weight, None, stride, padding)  # cuDNN adds a bias in a launch of its own
-    d, positions = _flat(down), _positions(x)
+    d, positions = _flat(down), as_matrix(x)
     p = rows(positions, d.t()) if len(d) <= TRITON_COLUMNS else positions @ d.t()
     return y, _gather(p, up.flatten(1), bias, y, x.shape[2:], (down.shape[2], stride, padding))
 
@@ -173,12 +168,12 @@ def _lora_conv_backward(
     d, u = _flat(down), up.flatten(1)
     kernels, grads, s = len(d) <= TRITON_COLUMNS, [], None
     dy = dy.contiguous(memory_format=torch.channels_last)
-    x, dys = None if x is None else _positions(x), _positions(dy)
+    x, dys = None if x is None else as_matrix(x), as_matrix(dy)
     if wants_x or x is not None:
         g, dx = rows(dys, u) if kernels else dys @ u, None
         if wants_x:
             grads = [conv_input_grad(dy, weight, shape, stride, padding)]
-            dx = _positions(grads[0])
+            dx = as_matrix(grads[0])
         size, geometry = (shape[0], *shape[2:]), (side, stride, padding)
         s = _spread(g, d, dx if kernels else None, size, dy.shape[2:], geometry, x is not None or not kernels)
         if wants_x and not kernels:

@@ -321,8 +321,18 @@ class UpBlock(Block):
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), made, lora, memory)
         for up in self.upsamplers:  # to the next skip's size: halving an odd size rounded up
-            x = up["conv"](F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"), lora)
+            x = up["conv"](enlarged(x, skips[-1].shape[2:]), lora)
         return x
+
+
+def enlarged(x: Tensor, size: torch.Size) -> Tensor:
+    """The nearest positions of x (B C H W) at H' W', channels-last."""
+    b, c, h, w = x.shape
+    if size != (2 * h, 2 * w):
+        return F.interpolate(x, size=size, mode="nearest")
+    # A copy of whole rows of channels: PyTorch's kernel takes eight times as long for large batches
+    pairs = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
+    return pairs.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
 class UNet(nn.Module):

@@ -41,8 +41,8 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
 # for 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What is reserved beyond weights, state and what is
 # counted as kept depends on the model, hardly on the plan: 18 rows of results/memory.json took 0.2 to 2.9% less than
 # was predicted.
-TRANSIENT = 8  # largest convolution inputs that it is
-BESIDE = 8  # more of them, where passes without gradient have a stream of their own
+TRANSIENT = 3.5  # times the largest convolution input and the largest up-projection that it is
+BESIDE = 3.5  # more of them, where passes without gradient have a stream of their own
 PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
 # CUDA context, cuBLAS and cuDNN, compiled kernels, and a captured slot: what nvidia-smi says of the process beyond what
@@ -51,7 +51,7 @@ CONTEXT = 824 * MIB
 GRAPH = 8 * 2**10  # a launch
 # Estimates until measured.
 DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` would fill
-FORWARD = 8  # largest convolution inputs alive in a forward without gradients
+FORWARD = 3.5  # times the same, alive in a forward without gradients
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled
 ENCODE = 0.1  # activations of the text encoders, of their bytes

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rapm.lora import LoRA
+from rapm.memory.cards import MIB
 from rapm.memory.offload import worth_moving
 from rapm.memory.saved import LEVELS, Memory, Policy, Saved
 from rapm.unet import Attention, FeedForward, Text, UNet
@@ -45,7 +46,7 @@ class Pass(NamedTuple):
 
     layers: dict[str, Layer]  # in the order of the forward; REST is the last
     flops: float  # of the forward: a multiply-add is two
-    widest: int  # bytes of the largest input of a convolution
+    widest: int  # bytes of the largest input of a convolution and of the largest up-projection, together
 
     def kept(self, policies: dict[str, Policy]) -> int:
         """Bytes on the device at the end of the forward, under `policies`; without one a layer keeps everything."""
@@ -167,14 +168,14 @@ def count_encoder(unet: UNet, latents: tuple[int, int, int]) -> Pass:
 def _count(unet: UNet, forward, rank: int) -> Pass:
     flops: dict[str, float] = defaultdict(float)
     up: dict[str, float] = defaultdict(float)
-    widest = 0
+    conv_input = up_projection = 0
 
     def product(rows: int, *layers: nn.Module) -> int:
         shapes = [(layer.weight.shape[0], math.prod(layer.weight.shape[1:])) for layer in layers]
         return sum(2 * rows * (n * k + rank * (n + k)) for n, k in shapes)
 
     def see(module: nn.Module, args: tuple, out: Tensor) -> None:
-        nonlocal widest
+        nonlocal conv_input, up_projection
         x, name = args[0], names[module]
         rows = x.numel() // x.shape[-1]  # of a sequence
         if isinstance(module, Attention):
@@ -185,10 +186,11 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
             first = product(rows, module.net[0]["proj"])
             up[_layer(name)] += first
             flops[_layer(name)] += first + product(rows, module.net[2])
+            up_projection = max(up_projection, 8 * x.nbytes)
         elif ".transformer_blocks." not in name:  # those in there are seen above
             flops[_layer(name)] += product(out.numel() // module.weight.shape[0], module)
         if isinstance(module, nn.Conv2d):
-            widest = max(widest, x.nbytes)
+            conv_input = max(conv_input, x.nbytes)
 
     def see_text(module: Attention, args: tuple) -> None:
         """Keys and values are made before the layers, and there as long as the pass."""
@@ -210,12 +212,36 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
             handle.remove()
     for handle in early:
         handle.remove()
-    used = [name for name in unet.layers() if any(note.layer == name for note in ledgers["recompute"].notes)]
+    notes = ledgers["recompute"].notes
+    used = [name for name in unet.layers() if any(note.layer == name for note in notes)]
+    taken = packed([note.size for note in notes]) / max(1, sum(note.size for note in notes))
     layers = {
-        name: _layer_of(name, ledgers["recompute"].notes, ledgers["checkpoint"].notes, flops[name], up[name])
+        name: _layer_of(name, notes, ledgers["checkpoint"].notes, flops[name], up[name], taken)
         for name in [*used, REST]
     }
-    return Pass(layers, sum(flops.values()), widest)
+    return Pass(layers, sum(flops.values()), conv_input + up_projection)
+
+
+def packed(sizes: list[int]) -> int:
+    """Bytes that PyTorch's allocator takes for tensors of these sizes, in their order.
+
+    Of more than 1 MiB, those under 10 MiB lie in segments of 20 and the others have one each, of a multiple of 2; what
+    is left of a segment is free for the next one that fits, if it is more than 1 MiB.
+    """
+    total, free = 0, []
+    for size in sizes:
+        if size <= MIB:
+            total += size
+            continue
+        room = min((x for x in free if x >= size), default=0)
+        if room:
+            free.remove(room)
+        else:
+            room = 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+            total += room
+        if room - size > MIB:
+            free.append(room - size)
+    return total
 
 
 def _layer(name: str) -> str:
@@ -224,7 +250,9 @@ def _layer(name: str) -> str:
     return f"{block}.{rest.split('.')[0]}" if rest else REST
 
 
-def _layer_of(name: str, notes: list[Note], checkpointed: list[Note], flops: float, up: float) -> Layer:
+def _layer_of(
+    name: str, notes: list[Note], checkpointed: list[Note], flops: float, up: float, taken: float
+) -> Layer:  # fmt: skip
     mine = [note for note in notes if note.layer == name]
     inputs = [note for note in checkpointed if note.layer == name and note.level is None]
 
@@ -243,7 +271,7 @@ def _layer_of(name: str, notes: list[Note], checkpointed: list[Note], flops: flo
     by_unit["lean"] = {i: note.size for i, note in enumerate(again["lean"])}
     operations = {"keep": 0.0, "lean": 0.0, "recompute": up, "checkpoint": flops}
     return Layer(
-        {level: sum(note.size for note in kept[level]) for level in LEVELS},
+        {level: int(taken * sum(note.size for note in kept[level])) for level in LEVELS},
         {level: sum(note.size for note in kept[level] if note.movable) for level in LEVELS},
         {level: sum(note.movable for note in kept[level]) for level in LEVELS},
         {level: max(by_unit[level].values(), default=0) for level in LEVELS},

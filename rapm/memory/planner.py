@@ -123,7 +123,7 @@ class Planner:
             extra = max(max(layer.extra.values()) for layer in sizes.student.layers.values())
         transient = cards.TRANSIENT * sizes.student.widest + extra + 2 * sizes.largest
         if not plan.together:
-            transient -= sizes.student.widest + sizes.features
+            transient -= cards.TRANSIENT / 8 * sizes.student.widest + sizes.features
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         sent = 4 * (sizes.lora + sizes.heads) if distributed.world() > 1 else 0  # what ranks add up
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay + sent
