@@ -189,8 +189,9 @@ def conclude(report: dict, slot_time: Mapping, model: Planned) -> dict:
 
 def best_batch(report: Mapping, device: str, otherwise: int) -> int:
     """The fastest batch of benchmarks/trajectories.py's report, if it is of such a card."""
-    rows = report.get("models", {}).get("sdxl", {}).get("rapm", {})
-    if not rows or report["card"]["device"] != device:
+    found = report.get("models", {}).get("sdxl", {})
+    rows = found.get("rapm", {})
+    if not rows or found["card"]["device"] != device:
         return otherwise
     return int(min(rows, key=lambda batch: rows[batch]["seconds"]))
 

@@ -281,28 +281,28 @@ def main() -> int:
         except UserError as error:
             print(f"low_precision: {error}", file=sys.stderr)
             return 2
-    report, start = {"card": {} if check else card()}, time.perf_counter()
+    report, start, device = {}, time.perf_counter(), {"card": {} if check else card()}
 
-    def note(part: str, found: object) -> None:
-        report[part] = found
+    def note(part: str, **found: object) -> None:
+        report[part] = {**device, **found}
         if not check:
-            keep(arguments.output, report)
+            keep(arguments.output, report, same=())
 
     with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
         if "slots" in parts:
             found = {}
             for name in MODELS:
                 found[name] = slots(name, check)
-                note("slots", found)
+                note("slots", models=found)
                 print(told(name, found[name]), flush=True)
         if "products" in parts:
-            note("products", products(check))
-            for row in report["products"]:
+            note("products", rows=products(check))
+            for row in report["products"]["rows"]:
                 print(json.dumps(row), flush=True)
         if "quality" in parts:
             few = dict(iterations=2, trajectories=2, seeds=1, pairs=16)
             asked = {key: getattr(arguments, key) for key in few}
-            note("quality", quality(**(dict(few, fine_steps=2) if check else asked)))
+            note("quality", **quality(**(dict(few, fine_steps=2) if check else asked)))
     print(f"{time.perf_counter() - start:.0f} s")
     return 0
 

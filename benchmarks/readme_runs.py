@@ -13,17 +13,15 @@ NAMES = {
 BAR = 20  # characters of the longest bar
 STEP = """
 Seconds of one iteration (4 slots, with the load of the next trajectory), batch 1, LoRA rank 1, random weights, bf16;
-the embedded teacher as it is trained, in fp32. One {card[device]}, torch {card[torch]}. All compute the same losses, or
-nothing would be timed: `naive` is eager diffusers and peft under autocast, with the features computed for each
-discriminator and each update; `stock` the same libraries with shared features, one forward for both updates and the
-slot as one CUDA graph; `compile` that under diffusers' regional torch.compile. `of the limit`: the FLOP of 3 UNet and 4
-encoder passes a slot at this card's measured {limits[bf16_tflops]:.0f} TFLOP/s. `ready` is the time until the first
-iteration is done.
+the embedded teacher as it is trained, in fp32. All compute the same losses, or nothing would be timed: `naive` is eager
+diffusers and peft under autocast, with the features computed for each discriminator and each update; `stock` the same
+libraries with shared features, one forward for both updates and the slot as one CUDA graph; `compile` that under
+diffusers' regional torch.compile. `of the limit`: the FLOP of 3 UNet and 4 encoder passes a slot at the card's measured
+bf16 rate. `ready` is the time until the first iteration is done.
 """
 TRAJECTORIES = """
-Seconds of a trajectory of 40 guided steps, embeddings to latents, in bf16 on one {card[device]}, torch {card[torch]}:
-diffusers' own pipeline as people call it, and our solver, whose step is a CUDA graph. `of the limit`: the network's
-FLOP at {limits[bf16_tflops]:.0f} TFLOP/s.
+Seconds of a trajectory of 40 guided steps, embeddings to latents, in bf16: diffusers' own pipeline as people call it,
+and our solver, whose step is a CUDA graph. `of the limit`: the network's FLOP at the card's measured rate. {cards}.
 """
 MEMORY = """
 What a budget costs: an iteration under the plan for `--vram`, the allocator capped at it, in a process of its own, on
@@ -78,12 +76,12 @@ global batches the largest differences are: {equal}.
 
 
 PRECISION = """
-Frozen weights in int8 and nf4 on one {card[device]}, LoRA rank 1, bf16, random weights: an iteration of 4 captured
+Frozen weights in int8 and nf4 on {card}, LoRA rank 1, bf16, random weights: an iteration of 4 captured
 slots, memory, and how far the first slot's output, position and gradient of the LoRA are from fp32's (relative norms).
 """
 JUDGED = """
-The embedded teacher distilled under each, {iterations:,} iterations, mean ± deviation of {seeds} seeds, judged on the
-fp32 teacher with {pairs:,} pairs, where the LoRA is used:
+The embedded teacher distilled under each on {card}, {iterations:,} iterations, mean ± deviation of {seeds} seeds,
+judged on the fp32 teacher with {pairs:,} pairs, where the LoRA is used:
 """
 
 
@@ -95,6 +93,12 @@ def gib(mib: float) -> str:
     return f"{mib / 1024:.1f}"
 
 
+def on_card(found: Mapping) -> str:
+    """Where a table was measured."""
+    card = "one {device}, torch {torch}".format(**found["card"])
+    return card + (", {bf16_tflops:.0f} TFLOP/s".format(**found["limits"]) if "limits" in found else "")
+
+
 def not_measured(failed: Mapping[str, str]) -> list[str]:
     """A paragraph that names what has no figure, and why."""
     words = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
@@ -102,16 +106,16 @@ def not_measured(failed: Mapping[str, str]) -> list[str]:
 
 
 def step(report: Mapping) -> str:
-    parts, failed = ["## What it costs", "### An iteration", fill(STEP.format(**report))], {}
+    parts, failed = ["## What it costs", "### An iteration", fill(STEP)], {}
     for model, found in sorted(report["models"].items(), key=lambda item: [*NAMES].index(item[0])):
-        providers = {name: row for name, row in found.items() if name != "tflop"}
+        providers = {name: row for name, row in found.items() if name not in ("card", "limits", "tflop")}
         failed |= {f"{short(model)} {name}": row["failed"] for name, row in providers.items() if "failed" in row}
         done = {name: row for name, row in providers.items() if "failed" not in row}
         if not done:
             continue
         slowest, rows = max(row["seconds"] for row in done.values()), []
         for name, row in sorted(done.items(), key=lambda item: item[1]["seconds"]):
-            share = found["tflop"] / report["limits"]["bf16_tflops"] / row["seconds"]
+            share = found["tflop"] / found["limits"]["bf16_tflops"] / row["seconds"]
             cells = {
                 "s": f"{row['seconds']:.3f}",
                 "": "█" * max(1, round(BAR * row["seconds"] / slowest)),
@@ -122,7 +126,7 @@ def step(report: Mapping) -> str:
                 "ready s": f"{row['ready_seconds']:.0f}",
             }
             rows.append((name, cells))
-        parts += [f"**{NAMES[model]}**", rows_table(rows)]
+        parts += [f"**{NAMES[model]}**, {on_card(found)}", rows_table(rows)]
     return "\n\n".join(parts + not_measured(failed))
 
 
@@ -138,7 +142,8 @@ def trajectories(report: Mapping) -> str:
                 "peak GiB": gib(row["mib"]),
             }
             rows.append((f"{short(model)} {name}", cells))
-    return "\n\n".join(["### The trajectories", fill(TRAJECTORIES.format(**report)), rows_table(rows)])
+    cards = "; ".join(f"{short(model)}: {on_card(found)}" for model, found in report["models"].items())
+    return "\n\n".join(["### The trajectories", fill(TRAJECTORIES.format(cards=cards)), rows_table(rows)])
 
 
 def memory(report: Mapping) -> str:
@@ -277,19 +282,19 @@ def distributed(report: Mapping) -> str:
 
 
 def low_precision(report: Mapping) -> str:
-    parts, rows = ["### Low-precision frozen weights", fill(PRECISION.format(**report))], []
-    for model, modes in report.get("slots", {}).items():
+    parts, rows, slots = ["### Low-precision frozen weights"], [], report.get("slots", {"models": {}})
+    for model, modes in slots["models"].items():
         for mode, row in modes.items():
             cells = {"s": f"{row['seconds']:.3f}", "weights GiB": gib(row["weights_mib"])}
             cells["reserved GiB"] = gib(row["reserved_mib"])
             cells |= {name: f"{row['to_fp32'][name]:.1e}" for name in ("output", "position", "gradient")}
             rows.append((f"{short(model)} {mode}", cells))
-    parts += [rows_table(rows)] if rows else []
+    parts += [fill(PRECISION.format(card=on_card(slots))), rows_table(rows)] if rows else []
     if (found := report.get("quality")) is not None:
         judged = []
         for mode, spread in found["summary"].items():
             forms = {"d": "{:.2f}", "prompt": "{:.1%}", "rmse": "{:.4f}"}
             cells = {key: " ± ".join(form.format(x) for x in spread[key]) for key, form in forms.items()}
             judged.append((mode, cells))
-        parts += [fill(JUDGED.format(**found)), rows_table(judged)]
+        parts += [fill(JUDGED.format(**{**found, "card": on_card(found)})), rows_table(judged)]
     return "\n\n".join(parts)

@@ -270,12 +270,12 @@ def main() -> None:
     check("cuda", {"sdxl" if model == "sdxl" else "sd15" for model in arguments.models})
     with measuring():
         limit = limits()
-    report: dict = {"card": card(), "limits": limit, "models": {}}
+    report: dict = {"models": {}}
     for model in arguments.models:
-        rows = report["models"][model] = {"tflop": tflop(model)}
+        rows = report["models"][model] = {"card": card(), "limits": limit, "tflop": tflop(model)}
         for provider in arguments.providers:
             rows[provider] = found = alone([__file__, "--one", model, provider], COMPILE_LIMIT)
-            keep(arguments.output, report, depth=2)
+            keep(arguments.output, report, depth=2, same=())
             if "failed" in found:
                 print(f"{model} {provider}: {found['failed']}")
                 continue

@@ -105,20 +105,24 @@ def seconds(call, batch: int) -> float:
     return statistics.median(times)
 
 
-def measure(model: str, rate: float, batches: tuple[int, ...]) -> Iterator[dict]:
+def measure(model: str, limit: dict[str, float], batches: tuple[int, ...]) -> Iterator[dict]:
     """`stock`, `rapm` by batch: seconds a trajectory, share of the card's rate, peak MiB. What is there, after each."""
     config, side = Config.preset(model), MODELS[model].side
     grid = dict(steps=config.steps, fine_steps=config.fine_steps, guidance=config.guidance)
     unet = random_unet(MODELS[model].unet, "cuda")
     tflop = 2 * config.steps * config.fine_steps * pass_tflop(model)[0]
-    rows: dict = {"tflop": tflop, "rapm": {}}
+    rows: dict = {"card": card(), "limits": limit, "tflop": tflop, "rapm": {}}
 
     def row(call, batch: int) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         found = seconds(call, batch)
-        return {"seconds": found, "share": tflop / found / rate, "mib": torch.cuda.max_memory_reserved() / 2**20}
+        return {
+            "seconds": found,
+            "share": tflop / found / limit["bf16_tflops"],
+            "mib": torch.cuda.max_memory_reserved() / 2**20,
+        }
 
     stock, args = Stock(unet, grid), inputs(unet, side, 1)
     rows["stock"] = row(lambda: stock(*args), 1)
@@ -145,12 +149,12 @@ def main() -> None:
     check("cuda")
     with measuring():
         limit = limits()
-        report = {"card": card(), "limits": limit, "models": {}}
+        report: dict = {"models": {}}
         for model in arguments.models:
             batches = tuple(arguments.batches or BATCHES[model])
-            for rows in measure(model, limit["bf16_tflops"], batches):
+            for rows in measure(model, limit, batches):
                 report["models"][model] = rows
-                keep(arguments.output, report, depth=3)
+                keep(arguments.output, report, depth=3, same=())
 
 
 if __name__ == "__main__":

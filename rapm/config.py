@@ -199,7 +199,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "sd15": dict(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", mixed_precision="bf16"),
     "sdxl": dict(
-        teacher="stabilityai/stable-diffusion-xl-base-1.0", mixed_precision="bf16", guidance=5.0, solve_batch=4
+        teacher="stabilityai/stable-diffusion-xl-base-1.0", mixed_precision="bf16", guidance=5.0
     ),
 }  # fmt: skip
 

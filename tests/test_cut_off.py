@@ -13,7 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-CARD = {"device": "A Card"}
+CARD, LIMITS = {"device": "A Card"}, {"bf16_tflops": 700.0}
+MADE = {"card": CARD, "limits": LIMITS}
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable]:
         module: ModuleType = __import__(name)
         for key, value in changes.items():
             monkeypatch.setattr(module, key, value)
-        for key, value in dict(need_gpu=lambda: None, card=lambda: CARD, limits=lambda: {"bf16_tflops": 700.0},
+        for key, value in dict(need_gpu=lambda: None, card=lambda: CARD, limits=lambda: LIMITS,
                                measuring=nullcontext, check=lambda *_: {"losses": 0.0}).items():  # fmt: skip
             monkeypatch.setattr(module, key, changes.get(key, value), raising=False)
         for key in ("stream", "Stream", "empty_cache", "reset_peak_memory_stats", "max_memory_reserved"):
@@ -58,11 +59,15 @@ def times(count: int, found: Callable) -> Callable:
 ROW = dict(seconds=1.0, allocated_mib=1.0, reserved_mib=1.0)
 
 
-def test_step(run: Callable) -> None:
-    earlier = {"models": {"sd15": {"rapm": {"seconds": 2.0}, "compile": {"seconds": 3.0}}, "sdxl": {"tflop": 1.0}}}
+@pytest.mark.parametrize("device", [CARD["device"], "Another"])
+def test_step(run: Callable, device: str) -> None:
+    """What another card measured of the same model goes."""
+    sd15 = {"card": {"device": device}, "rapm": {"seconds": 2.0}, "compile": {"seconds": 3.0}}
+    earlier = {"models": {"sd15": sd15, "sdxl": {"tflop": 1.0}}}
     rows = times(2, lambda command, limit: ROW if command[-1] == "stock" else {"failed": "no"})
     found = run("step", "--models sd15 --providers rapm stock lean", earlier, alone=rows, tflop=lambda model: 5.0)
-    sd15 = {"rapm": {"failed": "no"}, "compile": {"seconds": 3.0}, "stock": ROW, "tflop": 5.0}
+    sd15 = {**MADE, "rapm": {"failed": "no"}, "stock": ROW, "tflop": 5.0}
+    sd15 |= {"compile": {"seconds": 3.0}} if device == CARD["device"] else {}
     assert found["models"] == {"sd15": sd15, "sdxl": {"tflop": 1.0}}
 
 
@@ -92,7 +97,8 @@ def test_slot_time(run: Callable) -> None:
 def test_trajectories(run: Callable) -> None:
     parts = {name: lambda *_, **__: lambda *_: None for name in ("random_unet", "Stock", "Solver")}
     found = run(
-        "trajectories", "--models sd15", {"models": {"sd15": {"rapm": {"32": {"seconds": 9.0}}}, "sdxl": {"a": 1}}},
+        "trajectories", "--models sd15",
+        {"models": {"sd15": {**MADE, "rapm": {"32": {"seconds": 9.0}}}, "sdxl": {"a": 1}}},
         **parts, inputs=lambda *_: (), pass_tflop=lambda model: (1.0, 1.0), seconds=times(3, lambda *_: 1.0),
     )  # fmt: skip
     assert [*found["models"]["sd15"]["rapm"]] == ["32", "1", "2"] and found["models"]["sdxl"] == {"a": 1}
@@ -102,7 +108,8 @@ def test_trajectories(run: Callable) -> None:
 def test_low_precision(run: Callable) -> None:
     row = {"full": {"to_fp32": {}, "to_bf16": {}, "weights_mib": 1.0}}
     found = run("low_precision", "", {"quality": {"x": 1}}, slots=lambda *_: row, products=times(0, lambda *_: []))
-    assert found == {"card": CARD, "quality": {"x": 1}, "slots": {"sd15": row, "sdxl": row}}
+    slots = {"card": CARD, "models": {"sd15": row, "sdxl": row}}
+    assert found == {"card": CARD, "quality": {"x": 1}, "slots": slots}
 
 
 def test_distributed(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,5 +247,8 @@ def test_rows_of_several_calls(tmp_path: Path) -> None:
     assert told["models"]["a"]["3"] == {"failed": "no"} and len(told["models"]["a"]) == 10
     assert keep(path, {**CARD, "models": {"a": {}}})["models"] == {"a": {}, "b": found["models"]["b"]}
     assert keep(path, {**CARD, "models": {}}, depth=0)["models"] == {}
+    mine, yours = ({"models": {"a": {"card": name, name: {}}}} for name in ("mine", "yours"))
+    keep(path.with_name("each.json"), mine, depth=2, same=())
+    assert keep(path.with_name("each.json"), yours, depth=2, same=())["models"] == yours["models"]
     other = {"card": {"device": "Another"}, "models": {"c": {}}}
     assert keep(path, other, depth=2) == other and not list(path.parent.glob("*.tmp"))

@@ -25,7 +25,7 @@ USE = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 print(torch.ops.rapm.copy_async.default._schema)
-print([hasattr(torch.ops.rapm, name) for name in ("event_new", "event_free", "event_record", "stream_wait")])
+print([hasattr(torch.ops.rapm, name) for name in ("event_new", "event_free", "stream_wait")])
 if not torch.cuda.is_available():
     try:
         torch.ops.rapm.event_new()
@@ -55,7 +55,7 @@ def test_it_loads_and_its_operators_are_there(built: Path) -> None:
     done = subprocess.run([sys.executable, "-c", USE, str(built)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "rapm::copy_async(Tensor(a!) target, Tensor source, int bytes" in done.stdout
-    assert "[True, True, True, True]" in done.stdout
+    assert "[True, True, True]" in done.stdout
     assert "refused: offload: event" in done.stdout or "refused" not in done.stdout
 
 

@@ -82,9 +82,13 @@ def test_counts_of_the_real_models(planners: dict[str, Planner]) -> None:
         assert known < kept[level] < known + 0.17, kept
 
 
+def measured_steps() -> dict[str, dict]:
+    return json.loads((RESULTS / "step.json").read_text())["models"]
+
+
 def slots_measured() -> list[tuple[str, str, int, dict]]:
     """(what, model, rank, what was measured) of captured slots with two streams, or under a plan for a budget."""
-    step = json.loads((RESULTS / "step.json").read_text())["models"]
+    step = measured_steps()
     found = [(f"step {name}", model, 1, row) for model in ("sd15", "sdxl") for name, row in step[model].items()
              if name in ("rapm", "lean") and row.get("beside")]  # fmt: skip
     for key, row in json.loads((RESULTS / "memory.json").read_text())["rows"].items():
@@ -131,10 +135,22 @@ def test_prediction_covers_what_was_measured(what: str, model: str, rank: int, r
 @pytest.mark.parametrize("what, model, rank, row", [x for x in slots_measured() if x[0].endswith((" none", " rapm"))])
 def test_the_time_of_a_slot_was_predicted(what: str, model: str, rank: int, row: dict) -> None:
     """On the rates measured of that card, within 5%."""
-    limits = json.loads((RESULTS / "step.json").read_text())["limits"]
+    steps, name = measured_steps(), json.loads((RESULTS / "memory.json").read_text())["card"]["device"]
+    like = [found for found in steps.values() if found["card"]["device"] == name]
+    limits = (steps[model] if what.startswith("step") else like[0])["limits"]
     card = CARDS[-1]._replace(tflops=limits["bf16_tflops"], bandwidth=limits["copy_gbs"])
     planner = planner_of(model, rank, card=card)
     assert planner.plan(None).seconds == pytest.approx(row["seconds"], rel=0.05)
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_prediction_covers_the_trajectories(planners: dict[str, Planner], model: str) -> None:
+    """By batch: never less than was reserved, and at most 5% more of the process's memory."""
+    planner, rows = planners[model], json.loads((RESULTS / "trajectories.json").read_text())["models"][model]["rapm"]
+    plan, context = planner.plan(None), planner.context / MIB
+    for batch, row in rows.items():
+        predicted = planner._phase("solve", plan, int(batch), False, False, False) / MIB
+        assert row["mib"] <= predicted - context and predicted <= 1.05 * (row["mib"] + context), (batch, predicted)
 
 
 def test_the_choice_is_the_best_of_all(planners: dict[str, Planner]) -> None:

@@ -33,16 +33,15 @@ SOAK = dict(
 )  # fmt: skip
 REPORTS = {
     "step": {
-        "card": CARD, "limits": LIMITS,
         "models": {
-            "sdxl": {"tflop": 120.0, "naive": provider(4.0), "stock": provider(1.0),
+            "sdxl": {"card": CARD, "limits": LIMITS, "tflop": 120.0, "naive": provider(4.0), "stock": provider(1.0),
                      "compile": {"failed": "not ready within 480 s"}, "rapm": provider(0.5)},
-            "embedded": {"tflop": 0.1, "rapm": provider(0.02)},
+            "embedded": {"card": {**CARD, "device": "Another"}, "limits": LIMITS, "tflop": 0.1, "rapm": provider(0.02)},
         },
     },
     "trajectories": {
-        "card": CARD, "limits": LIMITS,
-        "models": {"sdxl": {"tflop": 540.0, "stock": dict(seconds=4.0, share=0.17, mib=8192.0),
+        "models": {"sdxl": {"card": CARD, "limits": LIMITS, "tflop": 540.0,
+                            "stock": dict(seconds=4.0, share=0.17, mib=8192.0),
                             "rapm": {"1": dict(seconds=2.0, share=0.34, mib=6144.0)}}},
     },
     "memory": {
@@ -90,10 +89,11 @@ REPORTS = {
         "speedup": dict(trajectories=1.93, slots=1.9),
     },
     "low_precision": {
-        "card": CARD,
-        "slots": {"sdxl": {"int8": dict(weights_mib=3072.0, seconds=0.41, reserved_mib=10_240.0, allocated_mib=9000.0,
-                                        to_fp32=dict(output=0.02, position=0.001, gradient=0.05), to_bf16={})}},
-        "quality": dict(iterations=2000, seeds=3, pairs=4096,
+        "slots": {"card": CARD, "models": {"sdxl": {"int8": dict(
+            weights_mib=3072.0, seconds=0.41, reserved_mib=10_240.0, allocated_mib=9000.0,
+            to_fp32=dict(output=0.02, position=0.001, gradient=0.05), to_bf16={},
+        )}}},
+        "quality": dict(card=CARD, iterations=2000, seeds=3, pairs=4096,
                         summary={"nf4": dict(d=[0.5, 0.04], prompt=[0.99, 0.001], rmse=[0.08, 0.0002])}),
     },
     "full_teacher_sdxl": {
@@ -135,6 +135,7 @@ def test_a_section_without_its_result_stays_empty(readme: ModuleType) -> None:
 def test_an_iteration(readme: ModuleType) -> None:
     text = section(readme, "step")
     assert "| naive | 4.000 | ████████████████████ | 8.00 | 4% | 2.0 | 3.0 | 12 |" in text
+    assert "**SDXL, 1024x1024**, one A Card, torch 2.11, 800 TFLOP/s" in text and "one Another, torch" in text
     assert "| rapm | 0.500 | ██ | 1.00 | 30% |" in text and "| rapm | 0.020 | " in text
     assert "Not measured: SDXL compile (not ready within 480 s)." in text
     places = [text.index(words) for words in ("**SDXL", "| rapm | 0.500", "| stock | 1.000", "| naive | 4.000")]

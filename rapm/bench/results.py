@@ -36,10 +36,14 @@ def keep(
 
 
 def united(earlier: Mapping, report: Mapping, depth: int) -> dict:
-    """The entries of both; `report`'s where both have one, put together as long as they are tables, `depth` deep."""
+    """The entries of both; `report`'s where both have one, put together as long as they are tables, `depth` deep.
+
+    Of two tables that name a card each, both are kept only if it is the same.
+    """
     both = dict(report)
     for name, new in report.items():
         old = earlier.get(name)
-        if depth and isinstance(old, dict) and isinstance(new, dict):
+        tables = isinstance(old, dict) and isinstance(new, dict)
+        if depth and tables and old.get("card") == new.get("card"):
             both[name] = united(old, new, depth - 1)
     return {**earlier, **both}

@@ -37,30 +37,33 @@ CARDS = (  # by memory; data sheets, links: PCIe 4 x16 at 24 GB/s, the H200 meas
     Card("H200", 141, 785, 4300, 55),
 )
 
-# What counting on meta tensors cannot see. Calibrated on captured slots of SDXL 1024x1024 at ranks 1 and 64 under plans
-# for 12 GiB, on one H100 with torch 2.11 (benchmarks/memory.py). What is reserved beyond weights, state and what is
-# counted as kept depends on the model, hardly on the plan: 18 rows of results/memory.json took 0.2 to 2.9% less than
-# was predicted.
+# What counting on meta tensors cannot see. Calibrated on captured slots of SDXL and SD1.5 at their own size and at
+# 768x768, ranks 1 to 64, on H100s and H200s with torch 2.11 (benchmarks/memory.py). What is reserved beyond weights,
+# state and what is counted as kept depends on the model, hardly on the plan.
 TRANSIENT = 3.5  # times the largest convolution input and the largest up-projection that it is
 BESIDE = 3.5  # more of them, where passes without gradient have a stream of their own
 PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
+# Alive in a forward without gradients: times the largest convolution input and the largest up-projection. With keys and
+# WORKSPACE it covers what batches of 1 to 32 trajectories reserved on an H200 (benchmarks/trajectories.py).
+FORWARD = 6, 1.3
 # CUDA context, cuBLAS and cuDNN, compiled kernels, and a captured slot: what nvidia-smi says of the process beyond what
-# is reserved. On that card 858 to 892 MiB with SDXL's slots of 8,343 launches, 946 and 950 with stock's of 19,133.
+# is reserved. On an H100 858 to 892 MiB with SDXL's slots of 8,343 launches, 946 and 950 with stock's of 19,133.
 CONTEXT = 824 * MIB
 GRAPH = 8 * 2**10  # a launch
 # Estimates until measured.
 DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` would fill
-FORWARD = 3.5  # times the same, alive in a forward without gradients
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled
 ENCODE = 0.1  # activations of the text encoders, of their bytes
-# Speed. Calibrated on slots with everything kept and two streams, of SDXL at ranks 1 and 64 and of SD1.5: 98.4, 118.2
-# (before its gradient lost two copies) and 21.1 ms at 3,018 GB/s and 799 TFLOP/s. COPY and INT8 are what rows of
+# Speed. Calibrated on slots with everything kept and two streams: of SDXL and SD1.5 at their own size and at 768x768,
+# ranks 1 to 64, on an H100 (3,017 GB/s, 796 TFLOP/s) and an H200 (4,237, 758). COPY and INT8 are what rows of
 # results/memory.json for 16G and less took beyond the rest: 0 to 42 us a tensor, and some 13 ms of SDXL's slot.
-PRODUCTS = 0.715  # of `tflops`, in products and convolutions
-LAUNCH = 4.5e-6 * 3018  # seconds times GB/s: the rest of a slot is bound by memory, this much a launch
-UPDATE = 262  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam
+PRODUCTS = 0.825  # of `tflops`, in products and convolutions
+ATTENTION = 3.5  # times as long an operation of it takes
+LATENCY, LAUNCH = 1.8e-6, 1.8e-6 * 3018  # seconds, and seconds times GB/s, a launch: half of them are bound by memory
+RANKED = 10e-6  # seconds for each layer that a LoRA of a rank above 1 extends
+UPDATE = 139  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam
 COPY = 20e-6  # seconds that a tensor on its way to the host and back shows, even where its copies are hidden
 INT8 = 18e-6 * 3018  # seconds times GB/s: of a slot, for each linear layer that is multiplied in int8
 HIDDEN = 0.15  # of what is bound by memory, that the second stream hides: of SDXL's 12%, of SD1.5's 23%

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rapm.lora import LoRA
+from rapm.memory import cards
 from rapm.memory.cards import MIB
 from rapm.memory.offload import worth_moving
 from rapm.memory.saved import LEVELS, Memory, Policy, Saved
@@ -28,6 +29,7 @@ from rapm.unet import Attention, FeedForward, Text, UNet
 
 REST = "rest"  # what is kept outside the layers: first and last convolution, resamplers
 TOKENS = 77
+HEAD = 64  # numbers of a head that attention's tiles are multiples of
 
 
 class Layer(NamedTuple):
@@ -46,7 +48,14 @@ class Pass(NamedTuple):
 
     layers: dict[str, Layer]  # in the order of the forward; REST is the last
     flops: float  # of the forward: a multiply-add is two
-    widest: int  # bytes of the largest input of a convolution and of the largest up-projection, together
+    work: float  # the same, attention by the time it takes: cards.ATTENTION, of heads padded to HEAD
+    widest: int  # bytes of the largest input of a convolution
+    up: int  # bytes of the largest up-projection of a feed-forward
+
+    @property
+    def transient(self) -> int:
+        """Bytes that what a slot holds for a moment grows with."""
+        return self.widest + self.up
 
     def kept(self, policies: dict[str, Policy]) -> int:
         """Bytes on the device at the end of the forward, under `policies`; without one a layer keeps everything."""
@@ -168,29 +177,33 @@ def count_encoder(unet: UNet, latents: tuple[int, int, int]) -> Pass:
 def _count(unet: UNet, forward, rank: int) -> Pass:
     flops: dict[str, float] = defaultdict(float)
     up: dict[str, float] = defaultdict(float)
-    conv_input = up_projection = 0
+    widest = tallest = 0
+    more = 0.0
 
     def product(rows: int, *layers: nn.Module) -> int:
         shapes = [(layer.weight.shape[0], math.prod(layer.weight.shape[1:])) for layer in layers]
         return sum(2 * rows * (n * k + rank * (n + k)) for n, k in shapes)
 
     def see(module: nn.Module, args: tuple, out: Tensor) -> None:
-        nonlocal conv_input, up_projection
+        nonlocal widest, tallest, more
         x, name = args[0], names[module]
         rows = x.numel() // x.shape[-1]  # of a sequence
         if isinstance(module, Attention):
             layers = [module.to_q, *module.to_out] if module.cross else [*module.qkv.layers, *module.to_out]
             context = TOKENS if module.cross else x.shape[1]
-            flops[_layer(name)] += product(rows, *layers) + 4 * rows * context * x.shape[-1]
+            attention = 4 * rows * context * x.shape[-1]
+            flops[_layer(name)] += product(rows, *layers) + attention
+            width = x.shape[-1] // module.heads
+            more += attention * (cards.ATTENTION * -(-width // HEAD) * HEAD / width - 1)
         elif isinstance(module, FeedForward):
             first = product(rows, module.net[0]["proj"])
             up[_layer(name)] += first
             flops[_layer(name)] += first + product(rows, module.net[2])
-            up_projection = max(up_projection, 8 * x.nbytes)
+            tallest = max(tallest, 8 * x.nbytes)
         elif ".transformer_blocks." not in name:  # those in there are seen above
             flops[_layer(name)] += product(out.numel() // module.weight.shape[0], module)
         if isinstance(module, nn.Conv2d):
-            conv_input = max(conv_input, x.nbytes)
+            widest = max(widest, x.nbytes)
 
     def see_text(module: Attention, args: tuple) -> None:
         """Keys and values are made before the layers, and there as long as the pass."""
@@ -219,7 +232,7 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
         name: _layer_of(name, notes, ledgers["checkpoint"].notes, flops[name], up[name], taken)
         for name in [*used, REST]
     }
-    return Pass(layers, sum(flops.values()), conv_input + up_projection)
+    return Pass(layers, sum(flops.values()), sum(flops.values()) + more, widest, tallest)
 
 
 def packed(sizes: list[int]) -> int:

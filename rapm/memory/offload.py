@@ -1,11 +1,9 @@
 """What autograd keeps, in pinned host memory until backward needs it: one slab, two copy streams, events, prefetch.
 
-Tensors travel in groups of an eighth of `window`: in a captured slot each wait between streams is felt, and so a group
-has one before its copies and one after them, each way. Forward: a group follows the compute stream out on the first
-copy stream. The device's copies are let go once `window` bytes of younger ones are there: the compute stream waits for
-the group to have left, so that whoever gets the memory next comes after it. Backward: the groups behind the one in use
-are on their way in on the second stream, as far as the window reaches. Nothing asks the host, so all of it may be
-captured in a CUDA graph. Without CUDA the copies are plain ones.
+Forward: a tensor's bytes follow the compute stream out on the first copy stream. The device's copy is let go once
+`window` bytes of younger ones are under way: the compute stream waits for the copy to end first, so that whoever gets
+the memory next comes after it. Backward: the window behind the tensor in use is on its way in on the second stream.
+Nothing asks the host, so all of it may be captured in a CUDA graph. Without CUDA the copies are plain ones.
 
 The slab is cut like a stack, by sizes as they come: no allocation a tensor, no powers of two. A storage that several
 operators keep, or keep parts of, moves once; small parts of one, parameters and small tensors stay where they are.
@@ -25,7 +23,6 @@ from rapm.errors import UserError
 
 SMALLEST = 2**20  # bytes: below, the copies cost more than they free
 WINDOWS = (256 * 2**20, 64 * 2**20)  # bytes under way each way, of which a plan takes one
-GROUPS = 8  # in a window
 PARTS = 4  # of a storage: a smaller part is no reason to move it whole
 ALIGN = 512  # bytes, as the device's allocator does
 
@@ -48,44 +45,38 @@ def worth_moving(x: Tensor) -> bool:
 
 
 class Mark:
-    """A point in a stream."""
+    """The end of a copy."""
 
     def __init__(self) -> None:
         self.event = torch.ops.rapm.event_new() if EXTENSION else torch.cuda.Event()
 
-    def record(self, stream: torch.cuda.Stream) -> None:
-        """After what `stream` has been given so far."""
+    def wait(self) -> None:
+        """The current stream goes on after it."""
+        current = torch.cuda.current_stream()
         if EXTENSION:
-            torch.ops.rapm.event_record(self.event, stream.cuda_stream)
+            torch.ops.rapm.stream_wait(current.cuda_stream, self.event)
         else:
-            self.event.record(stream)
-
-    def wait(self, stream: torch.cuda.Stream) -> None:
-        """`stream` goes on after it."""
-        if EXTENSION:
-            torch.ops.rapm.stream_wait(stream.cuda_stream, self.event)
-        else:
-            stream.wait_event(self.event)
+            current.wait_event(self.event)
 
     def __del__(self) -> None:
         if EXTENSION:
             torch.ops.rapm.event_free(self.event)
 
 
-def copy_async(pairs: Iterable[tuple[Tensor, Tensor]], stream: torch.cuda.Stream, before: Mark | None = None) -> Mark:
-    """Each target = source on `stream`, after what the current stream was given so far and `before`: the end of it."""
-    done = Mark()
-    done.record(torch.cuda.current_stream())
-    done.wait(stream)
+def copy_async(target: Tensor, source: Tensor, stream: torch.cuda.Stream, before: Mark | None = None) -> Mark:
+    """target = source on `stream`, after what the current stream has been given so far, and after `before`."""
+    done, current = Mark(), torch.cuda.current_stream()
+    if EXTENSION:
+        earlier = 0 if before is None else before.event
+        streams = current.cuda_stream, stream.cuda_stream
+        torch.ops.rapm.copy_async(target, source, source.nbytes, *streams, earlier, done.event)
+        return done
+    stream.wait_stream(current)
     if before is not None:
-        before.wait(stream)
-    for target, source in pairs:
-        if EXTENSION:
-            torch.ops.rapm.copy_async(target, source, source.nbytes, stream.cuda_stream)
-        else:
-            with torch.cuda.stream(stream):
-                target.copy_(source, non_blocking=True)
-    done.record(stream)
+        stream.wait_event(before.event)
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+        done.event.record(stream)
     return done
 
 
@@ -121,47 +112,27 @@ class Slab:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
 
 
-class Group:
-    """Storages that travel together: on the device, under way, or in the slab only."""
-
-    def __init__(self, index: int) -> None:
-        self.index, self.entries, self.size = index, list[Entry](), 0
-        self.stored: Mark | None = None  # the end of its copies out, once they are ordered
-        self.loaded: Mark | None = None  # of those in
-        self.waited: Mark | None = None  # which of the two the compute stream has waited for
-
-    def wait(self, mark: Mark | None) -> None:
-        """The current stream goes on after `mark`, one of the group's."""
-        if mark is not None and self.waited is not mark:
-            mark.wait(torch.cuda.current_stream())
-            self.waited = mark
-
-    def let_go(self) -> None:
-        """The device's copies, once they have left."""
-        self.wait(self.stored)
-        for entry in self.entries:
-            entry.device = None
-
-
 class Entry:
-    """One storage of a group."""
+    """One storage on its way: on the device, under way, or in the slab only."""
 
-    def __init__(self, owner: Offload, group: Group, device: Tensor, host: Tensor) -> None:
-        self.owner, self.group = owner, group
+    def __init__(self, owner: Offload, index: int, device: Tensor, host: Tensor) -> None:
+        self.owner, self.index = owner, index
         self.device: Tensor | None = device  # its bytes
         self.host = host
         self.uses = self.left = 0
         self.spent = False  # in this pass nobody needs it any more
+        self.stored: Mark | None = None
+        self.loaded: Mark | None = None
 
     def unpack(self, view: tuple, _: object) -> Tensor:
         """The tensor, back on the device."""
         x = self.owner.fetch(self)
         self.left -= 1
         if self.left == 0:
-            if self.group.loaded is None:  # it never left: a copy out may still read it
-                self.group.wait(self.group.stored)
+            if self.stored is not None and self.loaded is None:  # it never left: the copy out may still read it
+                self.stored.wait()
             # A second backward, which is rare, fetches it again.
-            self.device, self.left, self.spent = None, self.uses, True
+            self.device, self.loaded, self.left, self.spent = None, None, self.uses, True
         dtype, *geometry = view
         return x.view(dtype).as_strided(*geometry)
 
@@ -183,9 +154,9 @@ class Offload:
         self.slab.used = 0
         self.kept = {p.untyped_storage()._cdata for p in self.parameters}  # they may have moved since the last pass
         self._used: set[torch.cuda.Stream] = set()
-        self.groups: list[Group] = []
+        self.entries: list[Entry] = []
         self._found: dict[int, tuple[StorageWeakRef, Entry]] = {}
-        self._flight: deque[Group] = deque()
+        self._flight: deque[Entry] = deque()
         self._flying = 0
 
     def finish(self) -> None:
@@ -212,60 +183,47 @@ class Offload:
         return entry, (x.dtype, x.size(), x.stride(), x.storage_offset())
 
     def fetch(self, entry: Entry) -> Tensor:
-        """The entry's bytes, on the device; the groups before its own follow, as far as the window reaches."""
-        group = entry.group
-        if entry.device is None:
-            self._load(group)
-        group.wait(group.loaded)
-        ahead, index = 0, group.index - 1
-        while index >= 0 and ahead < self.window - self.window // GROUPS:
-            before = self.groups[index]
-            if not all(entry.spent for entry in before.entries):
+        """The entry's bytes, on the device; those before it follow, as far as the window reaches."""
+        self._load(entry)
+        if entry.loaded is not None:
+            entry.loaded.wait()
+        ahead, index = 0, entry.index - 1
+        while index >= 0 and ahead < self.window:
+            if not (before := self.entries[index]).spent:
                 self._load(before)
-                ahead += before.size
+                ahead += len(before.host)
             index -= 1
         return entry.device
 
     def _store(self, x: Tensor, storage: torch.UntypedStorage, host: Tensor) -> Entry:
         raw = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
-        if not self.groups or self.groups[-1].size >= self.window // GROUPS:
-            self.groups.append(Group(len(self.groups)))
-        group = self.groups[-1]
-        entry = Entry(self, group, raw, host)
-        group.entries.append(entry)
-        group.size += len(raw)
+        entry = Entry(self, len(self.entries), raw, host)
+        self.entries.append(entry)
         self.moved_out += len(raw)
         if self.out is None:
             entry.host.copy_(raw)
             entry.device = None
-        elif group.size >= self.window // GROUPS:  # what is left at the end of the forward does not leave
-            self._send(group)
+            return entry
+        self._used.add(self.out)
+        entry.stored = copy_async(entry.host, raw, self.out)
+        self._flight.append(entry)
+        self._flying += len(raw)
+        while self._flying > self.window:
+            oldest = self._flight.popleft()
+            oldest.stored.wait()
+            oldest.device = None
+            self._flying -= len(oldest.host)
         return entry
 
-    def _send(self, group: Group) -> None:
-        """Start a group's copies out, and let go of the oldest that the window has no room for."""
-        self._used.add(self.out)
-        group.stored = copy_async([(e.host, e.device) for e in group.entries], self.out)
-        self._flight.append(group)
-        self._flying += group.size
-        while self._flying > self.window - self.window // GROUPS:
-            oldest = self._flight.popleft()
-            oldest.let_go()
-            self._flying -= oldest.size
-
-    def _load(self, group: Group) -> None:
-        """Start the copies in of what is neither there nor on its way."""
-        missing = [entry for entry in group.entries if entry.device is None]
-        if not missing:
+    def _load(self, entry: Entry) -> None:
+        """Start the copy in, unless the bytes are there or on their way."""
+        if entry.device is not None:
             return
         device = self.back.device if self.back is not None else "cpu"
-        for entry in missing:
-            entry.device = torch.empty(len(entry.host), dtype=torch.uint8, device=device)
-            self.moved_in += len(entry.host)
-        pairs = [(entry.device, entry.host) for entry in missing]
+        entry.device = torch.empty(len(entry.host), dtype=torch.uint8, device=device)
+        self.moved_in += len(entry.host)
         if self.back is None:
-            for target, source in pairs:
-                target.copy_(source)
+            entry.device.copy_(entry.host)
             return
         self._used.add(self.back)
-        group.loaded = copy_async(pairs, self.back, group.stored)  # after the memory's last user
+        entry.loaded = copy_async(entry.device, entry.host, self.back, entry.stored)  # after the memory's last user

@@ -121,9 +121,9 @@ class Planner:
         lora = DTYPES[self.config.mixed_precision].itemsize * sizes.lora  # in the UNet's dtype
         if extra is None:
             extra = max(max(layer.extra.values()) for layer in sizes.student.layers.values())
-        transient = cards.TRANSIENT * sizes.student.widest + extra + 2 * sizes.largest
+        transient = cards.TRANSIENT * sizes.student.transient + extra + 2 * sizes.largest
         if not plan.together:
-            transient -= cards.TRANSIENT / 8 * sizes.student.widest + sizes.features
+            transient -= sizes.student.widest + sizes.features
         replay = self.config.replay_size * self.config.steps * 3 * sizes.features
         sent = 4 * (sizes.lora + sizes.heads) if distributed.world() > 1 else 0  # what ranks add up
         fixed = self.context + self.correction + sizes.weights + sizes.state + replay + sent
@@ -134,7 +134,7 @@ class Planner:
 
     def _beside(self) -> int:
         """Bytes of the second stream's own: a pass without gradient."""
-        return cards.BESIDE * self.sizes.student.widest
+        return int(cards.BESIDE * self.sizes.student.transient)
 
     def eager(self, plan: Plan) -> int:
         """Bytes of the process at the peak of a slot that is not captured: one stream does it all."""
@@ -154,16 +154,18 @@ class Planner:
     def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
         """Bytes of the process in a phase other than training."""
         sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
-        forward = cards.FORWARD * sizes.student.widest + sizes.keys  # a row; the keys are there twice where they change
+        inputs, ups = cards.FORWARD
+        forward = inputs * sizes.student.widest + ups * sizes.student.up  # a row
+        forward += sizes.keys  # there twice where they change
         guided = (2 * batch * forward if self.config.guidance > 1 else batch * forward) + sizes.largest
         state = sizes.state
         if phase == "encode":
             live = sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights)
         elif phase == "solve":
-            live = sizes.weights + guided
+            live = sizes.weights + guided + cards.WORKSPACE
         elif phase == "validate":
             pixels = min(sizes.pixels, cards.TILE**2) if tiled else sizes.pixels
-            walk = sizes.weights + state + max(guided, 3 * batch * forward + sizes.largest)
+            walk = sizes.weights + state + cards.WORKSPACE + max(guided, 3 * batch * forward + sizes.largest)
             decode = sizes.vae + cards.DECODE * pixels + state + (0 if aside else sizes.weights)
             live = max(walk, decode)
         else:
@@ -192,7 +194,9 @@ class Planner:
                 )
         phases = {phase: self._phase(phase, plan, batch, aside, tiled, apart) for phase in PHASES if phase != "train"}
         slot = slot_seconds(sizes, plan.card)
-        solve = 2 * config.steps * config.fine_steps * sizes.student.flops * slot / sizes.flops
+        # Without a gradient, and several at a time: products are all that takes long
+        work = 2 * config.steps * config.fine_steps * sizes.student.work
+        solve = work / (plan.card.tflops * 1e12 * cards.PRODUCTS)
         policies: dict[str, dict[str, Policy]] = {"student": {}, "encoder": {}}
         for name, policy in choice.policies.items():
             kind, _, layer = name.partition("/")

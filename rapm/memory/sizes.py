@@ -26,7 +26,8 @@ class Sizes(NamedTuple):
     made: int  # of the weights that are made for each product
     int8: int  # how many layers are multiplied in int8
     largest: int  # of what is made for one product, beside the codes
-    lora: int  # numbers in the LoRA
+    rank: int  # of the LoRA
+    lora: int  # numbers in it
     targets: int  # layers that it extends
     heads: int  # numbers in the heads
     features: int  # bytes of one set of features
@@ -47,6 +48,11 @@ class Sizes(NamedTuple):
     def flops(self) -> float:
         """Of a slot: two passes of the student and a backward, three of the encoder and a backward."""
         return 3 * self.student.flops + 4 * self.encoder.flops
+
+    @property
+    def work(self) -> float:
+        """The same, as they count for time."""
+        return 3 * self.student.work + 4 * self.encoder.work
 
 
 def sizes_of(model: Model, config: Config) -> Sizes:
@@ -77,23 +83,24 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     return Sizes(
         sum(p.nbytes for p in unet.parameters()), whole, block,
         sum(size for m, size in made.items() if isinstance(m, Transient)),
-        sum(isinstance(m, Int8Linear) for m in made), max(made.values(), default=0), lora, len(targets), heads,
-        features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
+        sum(isinstance(m, Int8Linear) for m in made), max(made.values(), default=0), config.lora_rank, lora,
+        len(targets), heads, features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
         count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
         positions_nbytes(latents, config) + text,
     )  # fmt: skip
 
 
 def bound_seconds(sizes: Sizes, card: Card) -> float:
-    """What a slot takes beside its products: launches bound by memory."""
-    return cards.LAUNCHES * sizes.targets * cards.LAUNCH / card.bandwidth
+    """What a slot takes beside its products: launches, by their latency and by memory."""
+    launches = cards.LAUNCHES * sizes.targets * (cards.LATENCY + cards.LAUNCH / card.bandwidth)
+    return launches + (sizes.rank > 1) * sizes.targets * cards.RANKED
 
 
 def slot_seconds(sizes: Sizes, card: Card) -> float:
     """A slot with everything kept."""
     moved = cards.MADE * sizes.made * sizes.flops / sizes.student.flops + cards.UPDATE * sizes.lora
     return (
-        sizes.flops / (card.tflops * 1e12 * cards.PRODUCTS)
+        sizes.work / (card.tflops * 1e12 * cards.PRODUCTS)
         + bound_seconds(sizes, card)
         + cards.INT8 * sizes.int8 / card.bandwidth
         + moved / (card.bandwidth * 1e9)
