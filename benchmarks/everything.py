@@ -6,8 +6,9 @@
 
 Each free GPU takes the next job: by priority, the longest first; one for two GPUs waits until two are free. What does
 not fit into the time left is left out. When the time is up, what still runs gets SIGTERM and, some seconds later,
-SIGKILL: scripts write each row when they have it. Results go to DIR, with what benchmarks/results has of such a card
-beside them, so that they can be copied back; what a job says to DIR/logs/NAME.log. Exit code 1 if a job fails.
+SIGKILL: scripts write each row when they have it. Results go to DIR, with what benchmarks/results has beside them, of
+such a card where a table has one, so that they can be copied back; what a job says to DIR/logs/NAME.log. Exit code 1 if
+a job fails.
 
 Not here: what a CPU measures (demo.py, tests/faults/kills.py), and the embedded teacher's own training
 (rapm/zoo/make_teacher.py).
@@ -48,12 +49,14 @@ JOBS = (
     Job("distributed-speed", 1, 2, 210, "distributed.json", "benchmarks/distributed.py --parts speed"),
     Job("tests-two-gpus", 0, 2, 100, "", f"{TESTS} tests/test_distributed.py"),
     Job("tests-others", 0, 1, 400, "", " ".join([f"{TESTS} tests", *(f"--ignore tests/{x}" for x in NOT_OTHERS)])),
-    Job("tests-policies", 0, 1, 170, "", f"{TESTS} tests/test_memory_policies.py"),
+    Job("tests-policies", 0, 1, 100, "", f"{TESTS} tests/test_memory_policies.py"),
     Job("tests-unet", 1, 1, 250, "", f"{TESTS} tests/test_unet.py"),
     Job("tests-kernels", 1, 1, 180, "", f"{TESTS} -n 4 --dist load tests/kernels"),
     Job("trajectories", 1, 1, 230, "trajectories.json", "benchmarks/trajectories.py"),
     Job("step-sdxl", 1, 1, 360, "step.json", f"{STEP} sdxl {FOUR}"),  # 90 s of each are its check
     Job("step-others", 1, 1, 330, "step.json", f"{STEP} sd15 embedded {FOUR}"),
+    Job("step-sdxl-compile", 1, 1, 170, "step.json", f"{STEP} sdxl --providers compile"),
+    Job("step-sd15-compile", 1, 1, 200, "step.json", f"{STEP} sd15 --providers compile"),
     Job("slot-time", 1, 1, 90, "slot_time.json", "benchmarks/slot_time.py"),
     Job("job-training", 2, 1, 450, "job.json", "benchmarks/job.py --stages training --share 0.04"),
     Job("bench", 2, 1, 250, "kernels.json", "rapm bench"),
@@ -69,17 +72,15 @@ JOBS = (
     Job("memory-offload", 2, 1, 240, "memory.json", "benchmarks/memory.py --models sdxl --kinds move"),
     Job("full-sdxl", 2, 1, 140, "full_teacher_sdxl.json", "tests/test_full_teacher.py sdxl"),
     Job("full-sd15", 2, 1, 80, "full_teacher_sd15.json", "tests/test_full_teacher.py sd15"),
-    Job("job-trajectories", 2, 1, 110, "job.json", "benchmarks/job.py --stages trajectories"),
+    Job("job-trajectories", 2, 1, 90, "job.json", "benchmarks/job.py --stages trajectories"),
     Job("crowd", 2, 1, 250, "crowd.json", "tests/faults/crowd.py"),
     Job("soak-same-bits", 2, 1, 220, "soak.json", "benchmarks/soak.py --same_bits"),
     Job("low-precision-slots", 2, 1, 60, "low_precision.json", "benchmarks/low_precision.py --parts slots"),
     Job("low-precision-products", 2, 1, 40, "low_precision.json", "benchmarks/low_precision.py --parts products"),
-    Job("step-sdxl-compile", 3, 1, 530, "step.json", f"{STEP} sdxl --providers compile"),
-    Job("step-sd15-compile", 3, 1, 530, "step.json", f"{STEP} sd15 --providers compile"),
     Job("soak", 3, 1, 520, "soak.json", "benchmarks/soak.py --limit_s {left}"),  # 680 s for all of it
     Job("soak-fp16", 3, 1, 350, "soak.json", "benchmarks/soak.py --precision fp16 --limit_s {left}"),
     Job("ablation", 3, 1, 450, "ablation.json", "benchmarks/quality.py ablation --iterations 2000 --pairs 4096"),
-    Job("low-precision-quality", 3, 1, 420, "low_precision.json", "benchmarks/low_precision.py --parts quality"),
+    Job("low-precision-quality", 3, 1, 230, "low_precision.json", "benchmarks/low_precision.py --parts quality"),
     Job("search", 3, 1, 250, "search.json", "benchmarks/quality.py search --iterations 1050 --pairs 4096"),
     Job("memcheck", 3, 1, 200, "",
         f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {CHECKER} memcheck {{python}} tests/sanitize.py"),

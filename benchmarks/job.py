@@ -191,7 +191,7 @@ def best_batch(report: Mapping, device: str, otherwise: int) -> int:
     """The fastest batch of benchmarks/trajectories.py's report, if it is of such a card."""
     found = report.get("models", {}).get("sdxl", {})
     rows = found.get("rapm", {})
-    if not rows or found["card"]["device"] != device:
+    if not rows or found.get("card", {}).get("device") != device:
         return otherwise
     return int(min(rows, key=lambda batch: rows[batch]["seconds"]))
 

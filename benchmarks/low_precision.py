@@ -286,7 +286,7 @@ def main() -> int:
     def note(part: str, **found: object) -> None:
         report[part] = {**device, **found}
         if not check:
-            keep(arguments.output, report, same=())
+            keep(arguments.output, report, depth=2, same=())
 
     with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
         if "slots" in parts:

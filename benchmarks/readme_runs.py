@@ -151,7 +151,9 @@ def memory(report: Mapping) -> str:
     for key, row in report["rows"].items():
         kind, model, rank, budget = key.split()
         if kind == "move":
-            moved.append((budget, _moved_cells(row, report["rows"][f"{key.removesuffix(budget)}{_still(budget)}"])))
+            moved.append(
+                (budget, _moved_cells(row, report["rows"].get(f"{key.removesuffix(budget)}{_still(budget)}", {})))
+            )
             mib = row.get("moved_mib", mib)
         else:
             tables.setdefault((model, rank), {}).setdefault(budget, {})[kind] = row
@@ -175,8 +177,8 @@ def _still(mover: str) -> str:
 def _moved_cells(row: Mapping, still: Mapping) -> dict[str, str]:
     if "seconds" not in row:
         return {"s": row["failed"], "more": "", "allocated GiB": ""}
-    more = row["seconds"] - still["seconds"]
-    return {"s": f"{row['seconds']:.3f}", "more": f"{more:+.3f}", "allocated GiB": gib(row["allocated_mib"])}
+    more = f"{row['seconds'] - still['seconds']:+.3f}" if "seconds" in still else ""
+    return {"s": f"{row['seconds']:.3f}", "more": more, "allocated GiB": gib(row["allocated_mib"])}
 
 
 def _budget_cells(found: Mapping[str, Mapping], fastest: Mapping) -> dict[str, str]:

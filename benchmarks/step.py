@@ -11,7 +11,8 @@ Providers, each in a process of its own, so that nobody's memory counts for anot
     lean      the same, but that outputs of norms and GEGLUs are computed again (rapm/memory/saved.py)
 
 First all of them must compute the same losses, in fp32 on small UNets of each family that is timed, over slots that
-update: whoever does not is named, and nothing is timed. Another call's models and providers stay in the file.
+update: whoever does not is named, and nothing is timed. Another call's models stay in the file, and its providers if
+card, driver and libraries are the same.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Convolution of a frozen weight: y = conv2d(x, W) + b, differentiated by x alone.
 
 Stock autograd keeps x for the gradient of W, whether or not W wants one; this keeps nothing but W, which is there
-anyway. Both products are cuDNN's. Backward is the transposed convolution, which asks for no input: PyTorch's
-convolution_backward takes its layout from the input, and for a stand-in without one it turns dy to channels first and
-back. A 1x1 convolution is a product of matrices, to which cuBLAS adds the bias. The others' bias is one launch of ours
-over y: PyTorch's takes more than twice as long, since a bias broadcast over positions is read a number at a time.
+anyway. A 1x1 convolution is a product of matrices, to which cuBLAS adds the bias, and so is its backward. The others
+are cuDNN's: backward is the transposed convolution, which asks for no input (PyTorch's convolution_backward takes its
+layout from the input, and for a stand-in without one it turns dy to channels first and back), and their bias is one
+launch of ours over y: PyTorch's takes more than twice as long, a number at a time.
 
 Shapes: x: B C H W, W: N C k k, b: N, y: B N H' W', H' = (H + 2 padding - k) // stride + 1. All are channels-last.
 """
@@ -62,7 +62,7 @@ def pointwise(weight: Tensor, stride: int, padding: int) -> bool:
 
 def _images(y: Tensor, like: tuple[int, int, int]) -> Tensor:
     """A matrix (B H W) N as B N H W, channels-last, of `like`'s B H W: a view."""
-    return y.view(*like, -1).permute(0, 3, 1, 2)
+    return y.view(*like, y.shape[1]).permute(0, 3, 1, 2)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -76,7 +76,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: i
     if bias is not None:
         m, n = y.numel() // y.shape[1], y.shape[1]
         grid = triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS)
-        _add_bias_kernel[grid](y, bias, m, n, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+        _add_bias_kernel[grid](y, bias.contiguous(), m, n, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
     return y
 
 

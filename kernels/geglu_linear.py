@@ -3,7 +3,7 @@
 For passes without a gradient, of which trajectories are made: the product alone would be written and read again, M 2F
 numbers beside the M F that are wanted. A program multiplies its rows of x by BN rows of W's value half and the same of
 its gate half, laid below one another as one operand, so that a thread ends with both of a pair and no sum is exchanged.
-Sums, bias and GEGLU (the exact gelu, as in geglu) are fp32, rounded once: the two steps round the product as well.
+Sums, bias and GEGLU (the exact gelu, by a fit of its own) are fp32, rounded once: the two steps round the product too.
 
 On Hopper the tiles are TMA's and the products wgmma's, m64n256. There a program takes one tile after another, with the
 next one's operands on their way while it ends one. Elsewhere a program has one tile and loads by pointers.
@@ -43,7 +43,8 @@ def geglu_linear_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # ... 
 def _gelu(g):
     """g Phi(g), of which Phi(-a) = exp2(-Q(a)), a >= 0: Q fitted to a relative error of 4e-6 of Phi for a < 6.
 
-    A tile's end waits for no product: it has half the instructions of geglu's, whose error is for fp32 to keep.
+    In fp32 that is 7e-6; beyond, Phi is below 1e-9, and Q goes on growing. No product goes on while a tile ends, so it
+    has half the instructions of geglu's, which has fp32's precision to keep.
     """
     a = tl.abs(g)
     q = a * -1.83473453e-6 + 6.15966739e-5

@@ -152,7 +152,7 @@ def _spread(
 def _lora_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:  # y, h
-    y = conv(x, weight, None, stride, padding)  # cuDNN adds a bias in a launch of its own
+    y = conv(x, weight, None, stride, padding)  # a bias would be one more launch
     d, positions = _flat(down), as_matrix(x)
     p = rows(positions, d.t()) if len(d) <= TRITON_COLUMNS else positions @ d.t()
     return y, _gather(p, up.flatten(1), bias, y, x.shape[2:], (down.shape[2], stride, padding))

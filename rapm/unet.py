@@ -332,7 +332,7 @@ def enlarged(x: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(x, size=size, mode="nearest")
     # A copy of whole rows of channels: PyTorch's kernel takes eight times as long for large batches
     pairs = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
-    return pairs.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+    return pairs.reshape(b, 2 * h, 2 * w, c).contiguous().permute(0, 3, 1, 2)
 
 
 class UNet(nn.Module):

@@ -107,6 +107,9 @@ def test_trajectories(run: Callable) -> None:
 
 def test_low_precision(run: Callable) -> None:
     row = {"full": {"to_fp32": {}, "to_bf16": {}, "weights_mib": 1.0}}
+    earlier = {"quality": {"x": 1}, "slots": {"card": CARD, "models": {"sd15": {"int8": 1}, "sdxl": {"full": 2}}}}
+    found = run("low_precision", "--parts slots", earlier, slots=times(1, lambda *_: row))
+    assert found["slots"]["models"] == {"sd15": row, "sdxl": {"full": 2}}
     found = run("low_precision", "", {"quality": {"x": 1}}, slots=lambda *_: row, products=times(0, lambda *_: []))
     slots = {"card": CARD, "models": {"sd15": row, "sdxl": row}}
     assert found == {"card": CARD, "quality": {"x": 1}, "slots": slots}

@@ -56,6 +56,14 @@ def test_a_slot_of_another_card_gives_no_estimate(job: ModuleType) -> None:
     assert "estimates" not in job.conclude(report, SLOT_TIME, model_of("sdxl"))
 
 
+def test_the_best_batch(job: ModuleType) -> None:
+    """Of such a card's trajectories only."""
+    rows = {"1": {"seconds": 3.0}, "8": {"seconds": 1.0}, "16": {"seconds": 2.0}}
+    report = {"models": {"sdxl": {"card": {"device": "A Card"}, "rapm": rows}}}
+    assert job.best_batch(report, "A Card", 4) == 8
+    assert job.best_batch(report, "Another", 4) == job.best_batch({}, "A Card", 4) == 4
+
+
 def test_the_job_in_small(job: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Both stages through the store, the solver and the training; nothing is written."""
     monkeypatch.setattr(job, "STORED", 3)

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapm.errors import UserError
-from rapm.unet import Text, UNet
+from rapm.unet import Text, UNet, enlarged
 
 PIXEL = dict(
     sample_size=16, in_channels=4, out_channels=4, block_out_channels=[64, 128, 192], layers_per_block=1,
@@ -373,3 +373,16 @@ def test_full_size_on_gpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
             print(f"{family} {size} {kind}: fp32 {error(actual, wanted):.1e}, bf16 {error(actual16, wanted):.1e}")
             assert error(actual, wanted) < 1e-4
             assert (actual16.float() - wanted).norm() < 1.2 * (peer16.float() - wanted).norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("shape", "size"), [((2, 8, 3, 5), (6, 10)), ((2, 8, 1, 1), (2, 2)), ((1, 4, 3, 5), (5, 9))])
+def test_enlarged(shape: tuple[int, ...], size: tuple[int, int], layout: torch.memory_format) -> None:
+    """The nearest positions, in channels-last where the size is twice the input's; and the sum of their gradients."""
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    y, expected = enlarged(x, torch.Size(size)), torch.nn.functional.interpolate(x, size=size, mode="nearest")
+    assert torch.equal(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last) or size != tuple(2 * n for n in shape[2:])
+    dy = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, x, dy)[0] for out in (y, expected)]
+    torch.testing.assert_close(*gradients)

@@ -61,12 +61,13 @@ ENCODE = 0.1  # activations of the text encoders, of their bytes
 # results/memory.json for 16G and less took beyond the rest: 0 to 42 us a tensor, and some 13 ms of SDXL's slot.
 PRODUCTS = 0.825  # of `tflops`, in products and convolutions
 ATTENTION = 3.5  # times as long an operation of it takes
-LATENCY, LAUNCH = 1.8e-6, 1.8e-6 * 3018  # seconds, and seconds times GB/s, a launch: half of them are bound by memory
+LATENCY, LAUNCH = 1.8e-6, 1.8e-6 * 3018  # seconds, and seconds times GB/s, a launch: by itself, and by memory
+FORWARDS = 8  # without a gradient, that have a slot's launches
 RANKED = 10e-6  # seconds for each layer that a LoRA of a rank above 1 extends
 UPDATE = 139  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam
 COPY = 20e-6  # seconds that a tensor on its way to the host and back shows, even where its copies are hidden
 INT8 = 18e-6 * 3018  # seconds times GB/s: of a slot, for each linear layer that is multiplied in int8
-HIDDEN = 0.15  # of what is bound by memory, that the second stream hides: of SDXL's 12%, of SD1.5's 23%
+HIDDEN = 0.15  # of what launches take, that the second stream hides: of SDXL's 12%, of SD1.5's 23%
 LAUNCHES = 12  # a slot's, for each layer that a LoRA may extend
 MADE = 2.1  # bytes read and written for each of a weight that is made for a product: 5 ms of an SD1.5 slot
 ELEMENTWISE = 0.6  # of `bandwidth`, where norms are computed again

@@ -36,7 +36,7 @@ def options(name: str, sizes: Sizes, card: Card, last: bool) -> list[Option]:
     """What a layer of a pass may do. `name` begins with the pass: "student/down_blocks.0.0"."""
     kind, _, layer = name.partition("/")
     counted = (sizes.student if kind == "student" else sizes.encoder).layers[layer]
-    rate = sizes.flops / slot_seconds(sizes, card)
+    rate = sizes.work / slot_seconds(sizes, card)
     out = []
     for level in LEVELS:
         if level != "keep" and counted.kept[level] >= counted.kept["keep"]:
@@ -72,7 +72,7 @@ class Chooser:
         last = f"student/{[name for name in sizes.student.layers if name != 'rest'][-1]}"
         self.options = {name: options(name, sizes, card, name == last) for name in names}
         self.link = card.link * 1e9
-        per_flop = slot_seconds(sizes, card) / sizes.flops
+        per_flop = slot_seconds(sizes, card) / sizes.work
         # Seconds of each layer's forward, which hides copies; its backward takes twice as long
         self.forward = {f"student/{name}": x.flops["checkpoint"] * per_flop for name, x in sizes.student.layers.items()}
         most = sum(max(o.kept for o in found) for found in self.options.values())

@@ -35,12 +35,12 @@ HEAD = 64  # numbers of a head that attention's tiles are multiples of
 class Layer(NamedTuple):
     """One layer in one pass, by level of LEVELS: bytes, if nothing else is said."""
 
-    kept: dict[str, int]
-    movable: dict[str, int]  # of that, what offload moves
+    kept: dict[str, int]  # in the allocator's segments
+    movable: dict[str, int]  # what offload moves of it
     copies: dict[str, int]  # in how many tensors
     extra: dict[str, int]  # computed again and alive beside it, while its backward runs
     again: dict[str, int]  # computed again in all
-    flops: dict[str, float]  # operations that are done again
+    flops: dict[str, float]  # operations that are done again, as in Pass.work
 
 
 class Pass(NamedTuple):
@@ -176,32 +176,36 @@ def count_encoder(unet: UNet, latents: tuple[int, int, int]) -> Pass:
 
 def _count(unet: UNet, forward, rank: int) -> Pass:
     flops: dict[str, float] = defaultdict(float)
+    work: dict[str, float] = defaultdict(float)
     up: dict[str, float] = defaultdict(float)
     widest = tallest = 0
-    more = 0.0
 
     def product(rows: int, *layers: nn.Module) -> int:
         shapes = [(layer.weight.shape[0], math.prod(layer.weight.shape[1:])) for layer in layers]
         return sum(2 * rows * (n * k + rank * (n + k)) for n, k in shapes)
 
+    def add(name: str, operations: float, more: float = 0.0) -> None:
+        flops[_layer(name)] += operations
+        work[_layer(name)] += operations + more
+
     def see(module: nn.Module, args: tuple, out: Tensor) -> None:
-        nonlocal widest, tallest, more
+        nonlocal widest, tallest
         x, name = args[0], names[module]
         rows = x.numel() // x.shape[-1]  # of a sequence
         if isinstance(module, Attention):
             layers = [module.to_q, *module.to_out] if module.cross else [*module.qkv.layers, *module.to_out]
             context = TOKENS if module.cross else x.shape[1]
             attention = 4 * rows * context * x.shape[-1]
-            flops[_layer(name)] += product(rows, *layers) + attention
             width = x.shape[-1] // module.heads
-            more += attention * (cards.ATTENTION * -(-width // HEAD) * HEAD / width - 1)
+            slow = cards.ATTENTION * -(-width // HEAD) * HEAD / width
+            add(name, product(rows, *layers) + attention, (slow - 1) * attention)
         elif isinstance(module, FeedForward):
             first = product(rows, module.net[0]["proj"])
             up[_layer(name)] += first
-            flops[_layer(name)] += first + product(rows, module.net[2])
+            add(name, first + product(rows, module.net[2]))
             tallest = max(tallest, 8 * x.nbytes)
         elif ".transformer_blocks." not in name:  # those in there are seen above
-            flops[_layer(name)] += product(out.numel() // module.weight.shape[0], module)
+            add(name, product(out.numel() // module.weight.shape[0], module))
         if isinstance(module, nn.Conv2d):
             widest = max(widest, x.nbytes)
 
@@ -227,12 +231,13 @@ def _count(unet: UNet, forward, rank: int) -> Pass:
         handle.remove()
     notes = ledgers["recompute"].notes
     used = [name for name in unet.layers() if any(note.layer == name for note in notes)]
-    taken = packed([note.size for note in notes]) / max(1, sum(note.size for note in notes))
-    layers = {
-        name: _layer_of(name, notes, ledgers["checkpoint"].notes, flops[name], up[name], taken)
-        for name in [*used, REST]
-    }
-    return Pass(layers, sum(flops.values()), sum(flops.values()) + more, widest, tallest)
+    checkpointed = ledgers["checkpoint"].notes
+    taken = {}
+    for level in LEVELS:
+        sizes = [note.size for note in _kept(notes, checkpointed, level)]
+        taken[level] = packed(sizes) / max(1, sum(sizes))
+    layers = {name: _layer_of(name, notes, checkpointed, work[name], up[name], taken) for name in [*used, REST]}
+    return Pass(layers, sum(flops.values()), sum(work.values()), widest, tallest)
 
 
 def packed(sizes: list[int]) -> int:
@@ -263,18 +268,24 @@ def _layer(name: str) -> str:
     return f"{block}.{rest.split('.')[0]}" if rest else REST
 
 
+def _dropped(note: Note, level: str) -> bool:
+    return note.level is not None and LEVELS.index(level) >= LEVELS.index(note.level)
+
+
+def _kept(notes: list[Note], checkpointed: list[Note], level: str) -> list[Note]:
+    """What a forward keeps at `level`, of both its ledgers."""
+    if level == "checkpoint":
+        return [note for note in checkpointed if note.level is None]
+    return [note for note in notes if not _dropped(note, level)]
+
+
 def _layer_of(
-    name: str, notes: list[Note], checkpointed: list[Note], flops: float, up: float, taken: float
-) -> Layer:  # fmt: skip
+    name: str, notes: list[Note], checkpointed: list[Note], work: float, up: float, taken: dict[str, float]
+) -> Layer:
     mine = [note for note in notes if note.layer == name]
-    inputs = [note for note in checkpointed if note.layer == name and note.level is None]
-
-    def dropped(note: Note, level: str) -> bool:
-        return note.level is not None and LEVELS.index(level) >= LEVELS.index(note.level)
-
-    kept = {level: [note for note in mine if not dropped(note, level)] for level in LEVELS[:-1]}
-    kept["checkpoint"] = inputs
-    again = {level: [note for note in mine if dropped(note, level)] for level in LEVELS[:-1]}
+    inputs = [note for note in checkpointed if note.layer == name]
+    kept = {level: _kept(mine, inputs, level) for level in LEVELS}
+    again = {level: [note for note in mine if _dropped(note, level)] for level in LEVELS[:-1]}
     again["checkpoint"] = [note for note in mine if note.unit]
     by_unit: dict[str, dict[int, int]] = {level: defaultdict(int) for level in LEVELS}
     for level, notes_again in again.items():
@@ -282,9 +293,9 @@ def _layer_of(
             if level != "lean":  # there one at a time is alive
                 by_unit[level][note.unit] += note.size
     by_unit["lean"] = {i: note.size for i, note in enumerate(again["lean"])}
-    operations = {"keep": 0.0, "lean": 0.0, "recompute": up, "checkpoint": flops}
+    operations = {"keep": 0.0, "lean": 0.0, "recompute": up, "checkpoint": work}
     return Layer(
-        {level: int(taken * sum(note.size for note in kept[level])) for level in LEVELS},
+        {level: int(taken[level] * sum(note.size for note in kept[level])) for level in LEVELS},
         {level: sum(note.size for note in kept[level] if note.movable) for level in LEVELS},
         {level: sum(note.movable for note in kept[level]) for level in LEVELS},
         {level: max(by_unit[level].values(), default=0) for level in LEVELS},

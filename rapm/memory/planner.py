@@ -25,7 +25,7 @@ from rapm.memory.choice import Choice, Chooser
 from rapm.memory.low_precision import MODES
 from rapm.memory.offload import WINDOWS
 from rapm.memory.saved import Policy
-from rapm.memory.sizes import Sizes, bound_seconds, sizes_of, slot_seconds
+from rapm.memory.sizes import Sizes, forward_seconds, launch_seconds, sizes_of, slot_seconds
 
 PHASES = ("encode", "solve", "train", "validate", "export")
 
@@ -92,7 +92,7 @@ class Planner:
             choice = chooser.best(room, window)
             if choice is not None and (window == 0 or choice.moved):
                 # With one real position at a time, about one more pass of the encoder's launches
-                more = bound_seconds(sizes, card) * ((not together) / 12 + (not beside) * cards.HIDDEN)
+                more = launch_seconds(sizes, card) * ((not together) / 12 + (not beside) * cards.HIDDEN)
                 choice = choice._replace(seconds=choice.seconds + more)
                 fitting.append((choice.seconds, len(fitting), plan, choice))
         if not fitting:
@@ -170,8 +170,9 @@ class Planner:
             live = max(walk, decode)
         else:
             stock = (sizes.block if apart else sizes.whole) + (sizes.text + sizes.vae) * size // 4
-            live = stock + 2 * forward + (0 if apart else sizes.weights) + state
-            live = max(live, sizes.weights + 2 * forward + sizes.largest + state)  # our own sampler, before
+            live = stock + 2 * forward + (0 if apart else sizes.weights)
+            live = max(live, sizes.weights + 2 * forward + sizes.largest) + state  # our own sampler, before
+            live += cards.WORKSPACE
         return int(self.context + live * 1.02)
 
     def _finish(self, plan: Plan, choice: Choice) -> Plan:
@@ -194,9 +195,7 @@ class Planner:
                 )
         phases = {phase: self._phase(phase, plan, batch, aside, tiled, apart) for phase in PHASES if phase != "train"}
         slot = slot_seconds(sizes, plan.card)
-        # Without a gradient, and several at a time: products are all that takes long
-        work = 2 * config.steps * config.fine_steps * sizes.student.work
-        solve = work / (plan.card.tflops * 1e12 * cards.PRODUCTS)
+        solve = 2 * config.steps * config.fine_steps * forward_seconds(sizes, plan.card, 2 * batch)
         policies: dict[str, dict[str, Policy]] = {"student": {}, "encoder": {}}
         for name, policy in choice.policies.items():
             kind, _, layer = name.partition("/")

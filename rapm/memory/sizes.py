@@ -90,10 +90,17 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     )  # fmt: skip
 
 
-def bound_seconds(sizes: Sizes, card: Card) -> float:
-    """What a slot takes beside its products: launches, by their latency and by memory."""
-    launches = cards.LAUNCHES * sizes.targets * (cards.LATENCY + cards.LAUNCH / card.bandwidth)
-    return launches + (sizes.rank > 1) * sizes.targets * cards.RANKED
+def launch_seconds(sizes: Sizes, card: Card) -> float:
+    """What a slot takes beside its products at rank 1: launches, by their latency and by memory."""
+    return cards.LAUNCHES * sizes.targets * (cards.LATENCY + cards.LAUNCH / card.bandwidth)
+
+
+def forward_seconds(sizes: Sizes, card: Card, rows: int) -> float:
+    """A row of a forward without gradient, of `rows` together."""
+    student = sizes.student
+    work = (student.flops + student.work) / 2  # attention's backward is the slower half
+    shared = launch_seconds(sizes, card) / cards.FORWARDS + cards.MADE * sizes.made / (card.bandwidth * 1e9)
+    return work / (card.tflops * 1e12 * cards.PRODUCTS) + shared / rows
 
 
 def slot_seconds(sizes: Sizes, card: Card) -> float:
@@ -101,7 +108,8 @@ def slot_seconds(sizes: Sizes, card: Card) -> float:
     moved = cards.MADE * sizes.made * sizes.flops / sizes.student.flops + cards.UPDATE * sizes.lora
     return (
         sizes.work / (card.tflops * 1e12 * cards.PRODUCTS)
-        + bound_seconds(sizes, card)
+        + launch_seconds(sizes, card)
+        + (sizes.rank > 1) * sizes.targets * cards.RANKED
         + cards.INT8 * sizes.int8 / card.bandwidth
         + moved / (card.bandwidth * 1e9)
     )

@@ -74,6 +74,15 @@ def test_any_layout_in_channels_last_out(case: tuple[int, ...]) -> None:
         assert torch.equal(grad, dx)
 
 
+@pytest.mark.parametrize("case", SMALL[:3])
+def test_no_rows_and_a_turned_bias(case: tuple[int, ...]) -> None:
+    x, weight, bias, *geometry = inputs(case, torch.float32, grad=False)
+    y = frozen_conv(x, weight, bias, *geometry)
+    spread = torch.stack([bias, bias], 1)[:, 0]
+    assert spread.stride(0) == 2 and torch.equal(frozen_conv(x, weight, spread, *geometry), y)
+    assert frozen_conv(x[:0], weight, bias, *geometry).shape == (0, *y.shape[1:])
+
+
 def test_keeps_only_the_weight() -> None:
     x, weight, bias, *geometry = inputs(SMALL[0], torch.float32)
     kept: list[Tensor] = []
@@ -139,7 +148,9 @@ def test_the_gradient_changes_no_layout(stride: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [(1, 320, 320, 64, 64, 3, 1, 1), (1, 2560, 1280, 8, 8, 3, 1, 1)])
+@pytest.mark.parametrize("case", [
+    (1, 320, 320, 64, 64, 3, 1, 1), (1, 2560, 1280, 8, 8, 3, 1, 1), (1, 960, 640, 64, 64, 1, 1, 0),
+])  # fmt: skip
 def test_same_bits_and_captured(case: tuple[int, ...]) -> None:
     x, *rest = inputs(case, torch.bfloat16)
 

@@ -48,6 +48,17 @@ def test_against_float64(shape: tuple[int, ...], f: int, dtype: torch.dtype, way
     check(geglu_linear, geglu_linear_ref, inputs(shape, f, dtype), dtype, roundings=ROUNDINGS)
 
 
+def test_gelu_is_the_exact_one_far_out_too() -> None:
+    """Of every gate that half precision knows by its size: the bias is the gate, and 1 the value."""
+    dtype = torch.float16
+    gate = torch.cat([torch.linspace(-40, 40, 494), torch.tensor([-65504.0, -1e4, -100.0, 100.0, 1e4, 65504.0])])
+    gate = torch.cat([gate, torch.zeros(12)]).to(DEVICE, dtype)
+    bias = torch.cat([torch.ones_like(gate), gate])
+    y = geglu_linear(torch.zeros(1, 8, device=DEVICE, dtype=dtype), bias.new_zeros(len(bias), 8), bias)[0].double()
+    exact = F.gelu(gate.double())
+    assert ((y - exact).abs() <= (1.02 * 2**-11) * exact.abs() + 2**-25).all(), (y - exact).abs().max()
+
+
 @pytest.mark.parametrize(("shape", "f"), SMALL)
 def test_several_tiles_a_program(shape: tuple[int, ...], f: int, way: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And groups of rows, the last one not full, in shapes for the interpreter."""
