@@ -168,6 +168,12 @@ def test_the_time_of_a_trajectory_was_predicted(planners: dict[str, Planner], mo
     assert forward_seconds(low, card, 2) > forward_seconds(sizes, card, 2)
 
 
+def test_trajectories_at_a_time_are_halves_of_what_is_asked(planners: dict[str, Planner]) -> None:
+    """The largest that fits: a shard divides by it."""
+    batches = [planners["sdxl"].plan(gib * GIB).solve_batch for gib in (24, 12, 8)]
+    assert batches == [8, 4, 2]
+
+
 def test_what_the_allocator_takes() -> None:
     """Of 1 MiB and less what they are; of a segment of 20 MiB as many as fit; from 10 MiB on a segment each."""
     for sizes, taken in (([1, 1], 2), ([9, 9], 20), ([9, 9, 9], 40), ([8, 8, 4], 20), ([11], 12), ([25, 0.5], 26.5)):

@@ -60,7 +60,7 @@ SET_BYTES, SETS = 180e6, (2, 12)  # bytes of arguments that take turns, over thr
 CALLS, REPLAYS = 10, 5  # in a graph, at least; of it
 SPIN = 400_000, 500  # cycles that the host needs to queue a graph, and more for each of its launches
 WORKERS, WORKER_BYTES = 8, 2**32  # processes that compile, at most; GPU memory that one may need
-UNCOMPILED = "attention", "frozen_conv"  # operators that are libraries' alone
+UNCOMPILED = "attention", "frozen_conv"  # operators whose products are libraries' alone
 LARGEST = 5  # shapes of an operator whose share of the card's limit is told
 REFERENCE, COMPILE, RAPM = "reference", "compile", "rapm"
 

@@ -182,7 +182,9 @@ class Planner:
         def fits(phase: str, batch: int = 1, aside=False, tiled=False, apart=False) -> bool:
             return self._phase(phase, plan, batch, aside, tiled, apart) <= budget
 
-        batch = next((n for n in range(config.solve_batch, 1, -1) if fits("solve", n) and fits("validate", n, True)), 1)
+        # Halves of what is asked for: a shard's last batch of another size would have a graph of its own
+        halves = [config.solve_batch >> i for i in range(config.solve_batch.bit_length())]
+        batch = next((n for n in halves if fits("solve", n) and fits("validate", n, True)), 1)
         aside = not (fits("encode") and fits("validate", batch))
         tiled = not fits("validate", batch, aside)
         apart = not fits("export")
