@@ -284,7 +284,6 @@ def moves(name: str, count: int, check: bool) -> dict[str, dict]:
 
     def forget() -> None:
         if device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def keep_row(mover: str) -> None:
