@@ -6,9 +6,10 @@ the plan's prediction, what the driver says the process holds, what the allocato
 the same code without a budget. Beside it 10 of `stock` (peers.Stock: diffusers, peft, autocast) with gradient
 checkpointing of the student under the same caps. Who runs out of memory keeps a row that says so.
 
-Then the offload on its own: SDXL's slot, eager, with what the 8G plan moves to the host, moved by ours, by
-torch.autograd.graph.save_on_cpu(pin_memory=True) and by torchtune where it is installed, and not moved at all; in one
-process, in turns. Ours and none as a CUDA graph too, which the others cannot be; there no host takes part in the time.
+Then the offload on its own: SDXL's slot under the 8G plan, of which what goes to the host is moved by ours, by
+torch.autograd.graph.save_on_cpu(pin_memory=True) and by torchtune where it is installed, or stays; in one process, in
+turns, eager and as a CUDA graph, where no host takes part in the time. save_on_cpu waits for the host and so has no
+graph: there its copies stand for it (movers.Copies).
 
 `--check` runs every case for 2 iterations on small models on whatever device there is, so that a GPU's time is not
 spent on a mistake here.
@@ -22,15 +23,13 @@ import json
 import statistics
 import sys
 import time
-from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from movers import Mover, movers
 from peers import Stock, stock_unet
 from slot_time import SCHEDULE, make_step, random_trajectory, random_unet
 from step import SMALL, alone
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from rapm.architecture import complete
@@ -43,9 +42,9 @@ from rapm.loading.families import Model as Planned
 from rapm.memory import cards
 from rapm.memory.budget import Budget, out_of_memory, summary
 from rapm.memory.cards import GIB, MIB
-from rapm.memory.offload import SMALLEST, Offload
+from rapm.memory.offload import Offload
 from rapm.memory.planner import Planner
-from rapm.memory.saved import Memory, Policy, Saved
+from rapm.memory.saved import Memory, Policy
 from rapm.schedule import Schedule
 from rapm.step import SlotMemory
 
@@ -55,9 +54,11 @@ BUDGETS = {
     "sdxl-768": ("none", "12G", "8G"), "sd15-768": ("none", "6G", "4G"),  # of pictures of 768 x 768
 }  # fmt: skip
 RANKS = {"sdxl": (1, 64), "sd15": (64,), "sdxl-768": (16,), "sd15-768": (16,)}
-OFFLOADED, SLAB = 8 * GIB, 6 * GIB  # the budget whose plan is moved, and room for it
-MOVERS = ("none", "rapm", "save_on_cpu", "torchtune", "none-captured", "rapm-captured")
-ITERATIONS, PEER, MOVES, WARM = 50, 10, 5, 2  # of ours, of a peer, of a mover, and before all
+OFFLOADED = 8 * GIB  # the budget whose plan is moved
+MOVERS = "none", "rapm", "save_on_cpu", "torchtune"
+MOVERS = (*MOVERS, *(f"{mover}-captured" for mover in MOVERS))
+ITERATIONS, PEER, WARM = 50, 10, 2  # of ours, of a peer, and before both
+MOVES, REPLAYS = 4, 6  # of a mover, eager, and as many times more as a graph
 TIMEOUT = 300  # seconds a case
 
 
@@ -223,58 +224,27 @@ def stock(name: str, rank: int, vram: str, count: int, check: bool) -> dict:
     return {"seconds": statistics.median(times), "slowest": max(times), **held(device)}
 
 
-class Moved(Memory):
-    """The layers that a plan moves, moved by another's hooks, one context a pass; all others keep what they keep."""
-
-    def __init__(self, policies: dict, hooks) -> None:
-        super().__init__(policies)
-        self.hooks, self.first = hooks, next(iter(policies), None)
-
-    def layer(self, name: str) -> Saved:
-        if name == self.first:
-            self.current = self.hooks()
-        policy = self.policies.get(name)
-        return super().layer(name) if policy is None else Foreign(self.current)
-
-
-class Foreign(Saved):
-    """A layer under another's hooks, which know nothing of what may be computed again."""
-
-    def __init__(self, hooks) -> None:
-        super().__init__(Policy())
-        self.hooks = hooks
-
-    def __enter__(self) -> Foreign:
-        self._stack.enter_context(self.hooks)
-        return self
-
-
-def torchtune_hooks():
-    from torchtune.training import OffloadActivations
-
-    return OffloadActivations(use_pin_memory=True, use_streams=True, min_offload_size=SMALLEST)
-
-
 def moves(name: str, count: int, check: bool) -> dict[str, dict]:
-    """Each mover's slots, which move what the 8G plan moves and keep all else; with no -captured, eager, in turns.
+    """A slot under the policies of the 8G plan, whose offload is each mover's, or none: eager, and captured.
 
     In turns, since an eager slot is as fast as its host, which other work slows down for minutes.
     """
     device, (model, planned) = device_of(check), model_of(name, check)
-    config = Config.preset(family_of(name)).replace(lora_rank=1)
-    plan = Planner(planned, config, cards.this_card(device) if device.type == "cuda" else cards.CARDS[0])
+    config, cuda = Config.preset(family_of(name)).replace(lora_rank=1), device.type == "cuda"
+    plan = Planner(planned, config, cards.this_card(device) if cuda else cards.CARDS[0])
     plan = plan.plan(OFFLOADED if not check else plan.smallest() * 11 // 10)
-    moved = {layer: policy._replace(level="keep") for layer, policy in plan.student.items() if policy.offload}
     unet = random_unet(model.unet, device.type)
     trajectory = random_trajectory(unet, config, model.side)
     step = make_step(unet, config, trajectory)
-    offload = Offload(SLAB if not check else GIB, device, unet.parameters())
-    hooks = {"save_on_cpu": functools.partial(save_on_cpu, pin_memory=device.type == "cuda")}
-    if find_spec("torchtune") is not None:
-        hooks["torchtune"] = torchtune_hooks
-    memories = {"none": SlotMemory(), "rapm": SlotMemory(Memory(moved, offload))}
-    memories |= {mover: SlotMemory(Moved(moved, make)) for mover, make in hooks.items()}
-    seconds: dict[str, list[float]] = {mover: [] for mover in MOVERS}
+    own = Offload(plan.moved * 5 // 4 + MIB, device, unet.parameters(), plan.window)
+    offloads = {"rapm": own, "rapm-captured": own} | movers(cuda)
+    still = {layer: policy._replace(offload=False) for layer, policy in plan.student.items()}
+    students = {"none": Memory(still), "none-captured": Memory(still)}
+    students |= {mover: Memory(plan.student, offload) for mover, offload in offloads.items()}
+    memories = {
+        mover: SlotMemory(student, Memory(plan.encoder), plan.together, plan.beside)
+        for mover, student in students.items()
+    }
     rows: dict[str, dict] = {mover: {"failed": "torchtune is not installed"} for mover in MOVERS}
 
     def iteration(slot=step) -> None:
@@ -282,34 +252,38 @@ def moves(name: str, count: int, check: bool) -> dict[str, dict]:
         for _ in range(config.steps):
             slot()
 
-    def forget() -> None:
-        if device.type == "cuda":
+    slots = dict.fromkeys((mover for mover in MOVERS if mover in memories), step)
+    for mover in slots:
+        rows[mover] = {"layers": sum(policy.offload for policy in plan.student.values())}
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-
-    def keep_row(mover: str) -> None:
-        rows[mover] = {"layers": len(moved), "allocated_mib": held(device).get("allocated_mib", 0.0)}
-
-    for _ in range(WARM + count):
-        for mover, step.memory in memories.items():
-            forget()
-            out = offload.moved_out
-            seconds[mover] += timed(device, iteration, 1, warm=0)
-            keep_row(mover)
-            if mover == "rapm":
-                rows[mover]["moved_mib"] = (offload.moved_out - out) / MIB / config.steps
-    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext():
-        for mover in ("none", "rapm"):
-            step.memory = memories[mover]
-            forget()
+        step.memory, out = memories[mover], own.moved_out
+        try:
             iteration()
-            slot = step.captured() if device.type == "cuda" else step
-            keep_row(f"{mover}-captured")  # what is kept is the graph's from here on
-            seconds[f"{mover}-captured"] = timed(device, functools.partial(iteration, slot), WARM + count, warm=0)
+            if mover == "rapm":
+                rows[mover]["moved_mib"] = (own.moved_out - out) / MIB / config.steps
+            if mover.endswith("-captured") and cuda:
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    iteration()
+                    slots[mover] = step.captured()
+        except Exception as error:  # of another's library
+            if not isinstance(memories[mover].student.offload, Mover):
+                raise
+            rows[mover] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        rows[mover] |= {"allocated_mib": held(device).get("allocated_mib", 0.0)}
+    able = [mover for mover in slots if "failed" not in rows[mover]]
+    for graphs in (False, True):
+        names = [mover for mover in able if mover.endswith("-captured") == graphs]
+        for _ in range(count * (REPLAYS if graphs else 1)):
+            for mover in names:
+                step.memory = memories[mover]
+                rows[mover].setdefault("all_seconds", []).extend(
+                    timed(device, functools.partial(iteration, slots[mover]), 1, warm=0)
+                )
     if not torch.isfinite(step.sums).all():
         raise SystemExit("memory: move: not finite: what was timed is not a training")
-    for mover, row in rows.items():
-        if found := seconds[mover][WARM:]:
-            row |= {"seconds": statistics.median(found), "all_seconds": found}
+    for mover in able:
+        rows[mover]["seconds"] = statistics.median(rows[mover]["all_seconds"])
     return rows
 
 

@@ -30,9 +30,10 @@ otherwise what the allocator reserved. `predicted` is the plan's figure; `stock`
 gradient checkpointing of the student, as one CUDA graph, under the same cap.
 """
 MOVED = """
-What the {budget} plan of SDXL moves to pinned host memory on that card, {mib:,.0f} MiB of a slot when all else is kept:
-moved by ours, by others, and not at all, eager and in turns; and as a CUDA graph, which the others cannot be. `more` is
-over an iteration of the same kind that moves nothing.
+SDXL under the {budget} plan of that card, of which {mib:,.0f} MiB of a slot go to pinned host memory: moved by ours, by
+others, or not at all, in turns in one process, eager (where the host's Python takes most of the time) and as CUDA
+graphs. save_on_cpu waits for the host and can be no graph: its copies stand there for it, of activations only, where it
+moves the frozen weights too. `more` is over an iteration of the same kind that moves nothing.
 """
 JOB = """
 The paper's SDXL job, {trajectories[count]:,} trajectories and {training[count]:,} iterations at rank 1, takes

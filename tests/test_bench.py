@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -33,7 +34,7 @@ SMALL = {
     "group_norm_silu": (64, 5, 3, True, True, True), "layer_norm": (6, 48, True), "geglu": (6, 32),
     "lora_linear": (6, 32, 48, True, 3), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
     "attention": (2, 12, 7, 16), "short_attention": (2, 12, 7, 16), "disc_head": ((16, 4, 4), (32, 2, 2)),
-    "position_loss": (6, 4), "renoise": (6, 4), "guided_step": (6, 4), "int8_linear": (6, 64, 48, True),
+    "position_loss": (6, 4), "renoise": (6, 4), "guided_step": (6, 4), "int8_linear": (6, 64, 48, True, 3),
     "quantise": (64, 48), "geglu_linear": (6, 16, 128),
 }  # fmt: skip
 OPS = operators({})
@@ -92,6 +93,17 @@ def test_shapes_of_a_pass(model: str, blocks: int, resnets: int, transformers: i
     linear = found["linear"] + found["stack"]
     flop += sum(n * 2 * rows * inputs * outputs for (rows, inputs, outputs, *_), n in linear.items())
     assert flop == pytest.approx(tflop * 1e12, rel=0.01)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_operators_shapes_are_those_that_it_takes(name: str) -> None:
+    op, used = OPS[name], 0
+    for model in MODELS:
+        for shape, count in op.shapes(unet_shapes(model)).items():
+            inspect.signature(op.make).bind(*shape)
+            assert count > 0 and len(op.cost(*shape)) == 2
+            used += 1
+    assert used > 0
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from rapm.memory.offload import Offload
 from rapm.memory.saved import KEEP_ALL, LEVELS, Memory, Policy, Saved
 from rapm.unet import GroupNorm, LayerNorm, Text, UNet
 
+ROOT = Path(__file__).parents[1]
 POLICIES = [Policy(level, offload) for level in LEVELS for offload in (False, True)][1:]
 
 
@@ -112,6 +115,27 @@ def kept_bytes(run: Callable[[Memory], object], unet: UNet, policy: Policy, offl
 
     run(Noting(dict.fromkeys(unet.layers(), policy), offload))
     return sum(x.nbytes() for x in storages.values())
+
+
+@pytest.mark.parametrize("mover", ["save_on_cpu", "save_on_cpu-captured"])
+def test_others_hooks_move_what_the_policies_leave(unets, monkeypatch, mover):
+    """benchmarks/movers.py: the same bits again, what is computed again included, twice from the same memory."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("rapm.memory.offload.SMALLEST", 2**10)
+    import movers
+
+    monkeypatch.setattr(movers, "SMALLEST", 2**10)
+    unet, packed = next(iter(unets.values())), []
+    offload = movers.movers(cuda=False)[mover]
+    monkeypatch.setattr(movers.Packed, "unpack", lambda x, *_: packed.append(x) or x.hooks.unpack_hook(x.packed))
+    expected = student(unet, KEEP_ALL)
+    for _ in range(2):
+        before = len(packed)
+        offload.begin()
+        actual = student(unet, uniform(unet, Policy("recompute", True), offload))
+        offload.finish()
+        assert len(packed) > before and all(map(torch.equal, actual, expected))
+    sys.modules.pop("movers")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

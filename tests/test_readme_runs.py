@@ -157,7 +157,7 @@ def test_memory(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| rapm | 0.600 | +0.100 | 7.8 |" in text and "| torchtune | torchtune is not installed |  |" in text
     rows = {key: REPORTS["memory"]["rows"][key] for key in reversed(REPORTS["memory"]["rows"])}  # as calls come to end
     monkeypatch.setitem(REPORTS, "memory", {**REPORTS["memory"], "rows": rows})
-    assert section(readme, "memory").split("What the 8G")[0] == text.split("What the 8G")[0]
+    assert section(readme, "memory").split("SDXL under the 8G")[0] == text.split("SDXL under the 8G")[0]
 
 
 def test_the_job(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

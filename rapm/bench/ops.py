@@ -247,11 +247,11 @@ def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
         return Counter({shape[:-1]: n for shape, n in found["linear"].items() if shape[-1]})
 
     def weights(found: Shapes) -> Counter:
-        return sum((Counter({(k, n): count}) for (_, k, n, _), count in shapes(found).items()), Counter())
+        return sum((Counter({(k, n): count}) for (_, k, n, *_), count in shapes(found).items()), Counter())
 
-    def make(rank: int, rows: int, k: int, n: int, bias: bool) -> list:
+    def make(rank: int, rows: int, k: int, n: int, bias: bool, layers: int) -> list:
         codes, scale, _ = quantise.int8(random_weight(n, k))
-        pair = random_weight(rank, k, grad=True), random_weight(n, rank, grad=True)
+        pair = random_weight(layers * rank, k, grad=True), random_weight(n, rank, grad=True)
         return [random(1, rows, k, grad=True), codes, scale, random(n) if bias else None, *pair]
 
     def whole(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *pair: Tensor) -> tuple:
@@ -268,7 +268,7 @@ def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
 
     ops = {
         f"int8_linear rank {rank}": Op(
-            shapes, partial(make, rank), lambda m, k, n, bias: (2.0 * m * k * n,) * 2, reference, low.int8_linear,
+            shapes, partial(make, rank), lambda m, k, n, *_: (2.0 * m * k * n,) * 2, reference, low.int8_linear,
             {FROZEN: Provider(F.linear, alone, checked=False), WHOLE: Provider(linear.lora_linear, whole)}, "flop",
             slack=0.03,  # x and dy in 127 steps of a row's largest, which is off by some 1%
         )
