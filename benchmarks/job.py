@@ -236,7 +236,7 @@ def main() -> int:
         batch = arguments.batch or best_batch(solved, report["card"]["device"], config.solve_batch)
         config = config.replace(solve_batch=batch)
     budget = None
-    if arguments.vram != "auto":
+    if Budget.wanted(config, device):
         budget = Budget(Planned("sdxl", complete({**model.unet, "sample_size": model.side}), 0, 0), config, device)
         config = config.replace(solve_batch=min(config.solve_batch, budget.plan.solve_batch))
         if device.type == "cuda":
