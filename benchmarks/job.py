@@ -38,7 +38,7 @@ from rapm.errors import UserError
 from rapm.loading.families import Model as Planned
 from rapm.loading.families import model_of
 from rapm.memory.budget import Budget
-from rapm.memory.cards import DISPLAY, GIB, MIB, Card, cap
+from rapm.memory.cards import DISPLAY, GIB, MIB, Card
 from rapm.memory.planner import Planner
 from rapm.schedule import Schedule
 from rapm.store import Store
@@ -64,14 +64,14 @@ ARITHMETIC = ("gemm", "conv", "attention")  # families of slot_time.py; the othe
 # What is measured
 
 
-def teacher_of(unet: UNet, side: int) -> SimpleNamespace:
+def teacher_of(unet: UNet, side: int, mode: str) -> SimpleNamespace:
     """What stage 1 and the training ask of a teacher, without text encoders and VAE: random embeddings, as many."""
 
     def encode(prompts: list[str], resolution: tuple[int, int] | None = None) -> Text:
         return Text.cat([example_text(unet.config, side, "cpu") for _ in prompts])
 
     return SimpleNamespace(
-        unet=unet, schedule=Schedule.from_config(SCHEDULE), aside=False, apart=False, frozen="full",
+        unet=unet, schedule=Schedule.from_config(SCHEDULE), aside=False, apart=False, frozen=mode,
         fingerprint="random", default_resolution=(8 * side, 8 * side),
         latent_shape=lambda resolution=None: (4, side, side), encode=encode,
         encode_negative=lambda words="": encode([words]),
@@ -238,15 +238,15 @@ def main() -> int:
     budget = None
     if Budget.wanted(config, device):
         budget = Budget(Planned("sdxl", complete({**model.unet, "sample_size": model.side}), 0, 0), config, device)
-        config = config.replace(solve_batch=min(config.solve_batch, budget.plan.solve_batch))
-        if device.type == "cuda":
-            cap(device, budget.bytes)
+        mode = budget.planner.config.frozen_weights
+        config = config.replace(solve_batch=min(config.solve_batch, budget.plan.solve_batch), frozen_weights=mode)
     report |= {"share": arguments.share, "vram": arguments.vram, "stages": {}}
 
     def concluded(report: dict) -> dict:
         return conclude(report, read(arguments.output.parent, "slot_time"), model_of("sdxl"))
 
-    teacher = teacher_of(random_unet(model.unet, device.type, torch.float32 if check else torch.bfloat16), model.side)
+    mode, dtype = config.frozen_weights.replace("auto", "full"), torch.float32 if check else torch.bfloat16
+    teacher = teacher_of(random_unet(model.unet, device.type, dtype, mode), model.side, mode)
     with tempfile.TemporaryDirectory() as name:
         for stage in arguments.stages:
             of = config.trajectories if stage == "trajectories" else config.max_train_steps

@@ -23,6 +23,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ OFFLOADED = 8 * GIB  # the budget whose plan is moved
 MOVERS = "none", "rapm", "save_on_cpu", "torchtune"
 MOVERS = (*MOVERS, *(f"{mover}-captured" for mover in MOVERS))
 ITERATIONS, PEER, WARM = 50, 10, 2  # of ours, of a peer, and before both
-MOVES, REPLAYS = 4, 6  # of a mover, eager, and as many times more as a graph
+MOVES, REPLAYS = 2, 12  # of a mover, eager, and as many times more as a graph
 TIMEOUT = 300  # seconds a case
 
 
@@ -252,38 +253,46 @@ def moves(name: str, count: int, check: bool) -> dict[str, dict]:
         for _ in range(config.steps):
             slot()
 
-    slots = dict.fromkeys((mover for mover in MOVERS if mover in memories), step)
-    for mover in slots:
-        rows[mover] = {"layers": sum(policy.offload for policy in plan.student.values())}
+    def prepare(mover: str) -> Callable[[], None]:
+        """The slot after a first iteration, with its row."""
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        step.memory, out = memories[mover], own.moved_out
-        try:
-            iteration()
-            if mover == "rapm":
-                rows[mover]["moved_mib"] = (own.moved_out - out) / MIB / config.steps
-            if mover.endswith("-captured") and cuda:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    iteration()
-                    slots[mover] = step.captured()
-        except Exception as error:  # of another's library
-            if not isinstance(memories[mover].student.offload, Mover):
-                raise
-            rows[mover] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        rows[mover] |= {"allocated_mib": held(device).get("allocated_mib", 0.0)}
-    able = [mover for mover in slots if "failed" not in rows[mover]]
-    for graphs in (False, True):
-        names = [mover for mover in able if mover.endswith("-captured") == graphs]
-        for _ in range(count * (REPLAYS if graphs else 1)):
-            for mover in names:
+        step.memory, out, slot = memories[mover], own.moved_out, step
+        iteration()
+        rows[mover] = {"layers": sum(policy.offload for policy in plan.student.values())}
+        if mover == "rapm":
+            rows[mover]["moved_mib"] = (own.moved_out - out) / MIB / config.steps
+        if mover.endswith("-captured") and cuda:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(graphs):
+                iteration()
+                slot = step.captured()
+            torch.cuda.synchronize()
+        rows[mover]["allocated_mib"] = held(device).get("allocated_mib", 0.0)
+        return slot
+
+    graphs = torch.cuda.Stream() if cuda else None
+    for group, times in ((MOVERS[: len(MOVERS) // 2], count), (MOVERS[len(MOVERS) // 2 :], REPLAYS * count)):
+        slots = {}
+        for mover in filter(memories.__contains__, group):
+            try:
+                slots[mover] = prepare(mover)
+            except Exception as error:  # of another's library
+                if not isinstance(memories[mover].student.offload, Mover):
+                    raise
+                reason = error.__context__ or error  # a capture that it ends has an error of its own
+                rows[mover] = {"failed": f"{type(reason).__name__}: {reason}".splitlines()[0][:200]}
+        for _ in range(times):
+            for mover, slot in slots.items():
                 step.memory = memories[mover]
                 rows[mover].setdefault("all_seconds", []).extend(
-                    timed(device, functools.partial(iteration, slots[mover]), 1, warm=0)
+                    timed(device, functools.partial(iteration, slot), 1, warm=0)
                 )
     if not torch.isfinite(step.sums).all():
         raise SystemExit("memory: move: not finite: what was timed is not a training")
-    for mover in able:
-        rows[mover]["seconds"] = statistics.median(rows[mover]["all_seconds"])
+    for row in rows.values():
+        if "all_seconds" in row:
+            row["seconds"] = statistics.median(row["all_seconds"])
     return rows
 
 

@@ -38,6 +38,9 @@ class Mover:
         self.hooks = self.make()
 
     def pack(self, x: Tensor) -> tuple[Packed, None]:
+        # Rows with gaps between them cross the link by way of unpinned memory, for which the host waits
+        whole = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        x = x if whole else x.contiguous()
         return Packed(self.hooks, self.hooks.pack_hook(x)), None
 
     def finish(self) -> None:
@@ -46,12 +49,13 @@ class Mover:
             torch.cuda.current_stream().wait_stream(stream)
 
 
-def torchtune_hooks() -> saved_tensors_hooks:
-    """OffloadActivations, told which stream computes, as under a capture it is not the default one."""
+def torchtune_hooks(copies: torch.cuda.Stream) -> saved_tensors_hooks:
+    """OffloadActivations, told which stream computes, as under a capture it is not the default one; its own is
+    `copies`, as a new one for each pass would in time be one of the others."""
     from torchtune.training import OffloadActivations
 
     hooks = OffloadActivations(use_pin_memory=True, use_streams=True, min_offload_size=SMALLEST)
-    hooks.s0 = torch.cuda.current_stream()
+    hooks.s0, hooks.s1 = torch.cuda.current_stream(), copies
     return hooks
 
 
@@ -87,6 +91,7 @@ def movers(cuda: bool) -> dict[str, Mover]:
         "save_on_cpu": Mover(functools.partial(save_on_cpu, pin_memory=cuda)),
         "save_on_cpu-captured": Mover(functools.partial(Copies, [])),
     }
-    if find_spec("torchtune") is not None:
-        found |= {name: Mover(torchtune_hooks) for name in ("torchtune", "torchtune-captured")}
+    if cuda and find_spec("torchtune") is not None:
+        hooks = functools.partial(torchtune_hooks, torch.cuda.Stream())
+        found |= {name: Mover(hooks) for name in ("torchtune", "torchtune-captured")}
     return found

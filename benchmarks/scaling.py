@@ -108,9 +108,9 @@ def figures() -> str:
     rows = [["", "KiB a trajectory", "in a shard", "shards of a default run"]]
     for model, name in MODELS.items():
         config = Config.preset(model)
-        count, size = config.trajectories + config.validation_prompts, shard_size(sizes[model].trajectory)
+        count, size = config.trajectories + config.validation_prompts, shard_size(max(sizes[model].trajectories))
         shards = math.ceil(count / size)
-        rows.append([name, f"{sizes[model].trajectory / 1024:,.0f}", str(size), str(shards)])
+        rows.append([name, f"{max(sizes[model].trajectories) / 1024:,.0f}", str(size), str(shards)])
     parts.append("Stage 1, the trajectories:")
     parts.append(table(rows))
     return "\n\n".join(parts)

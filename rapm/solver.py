@@ -95,8 +95,8 @@ def walk(
 class Solver:
     """The teacher's guided trajectories, batch by batch: N slots of M steps, cond and uncond in one pass.
 
-    On a GPU each shape of batch has one step captured as a CUDA graph, after one that ran eagerly, and replayed for all
-    others; the graphs' memory is freed with the solver.
+    On a GPU a step is captured as a CUDA graph, after one that ran eagerly, and replayed for all others, until a batch
+    of another shape comes; the graph's memory is freed then, or with the solver.
     """
 
     def __init__(self, unet: UNet, schedule: Schedule, *, steps: int, fine_steps: int, guidance: float) -> None:
@@ -104,7 +104,7 @@ class Solver:
         check_grid(len(schedule), steps, fine_steps)
         self.unet, self.schedule, self.steps, self.fine_steps = unet, schedule, steps, fine_steps
         self.guidance = guidance
-        self._walks: dict[torch.Size, tuple[Walk, Callable[[], None]]] = {}
+        self._walk: tuple[Walk, Callable[[], None]] | None = None
 
     def __call__(self, text: Text, noise: Tensor, uncond: Text | None = None) -> tuple[Tensor, Tensor]:
         """(positions B N+1 C h w, fine B N C h w), fp32 on the UNet's device, from `noise` (B C h w).
@@ -112,10 +112,11 @@ class Solver:
         positions[:, 0] is the noise (docs/METHOD.md's index N), the last one the image's latents.
         """
         total = self.steps * self.fine_steps
-        if noise.shape in self._walks:
-            walk, step = self._walks[noise.shape]
+        if self._walk is not None and self._walk[0].z.shape == noise.shape:
+            walk, step = self._walk
             walk.restart(text, noise, uncond)
         else:
+            self._walk = None  # the memory of one graph is all that a plan has
             options = dict(guidance=self.guidance, uncond=uncond)
             walk = step = Walk(self.unet, self.schedule, text, noise, total, **options)
         positions, fine = [walk.z.clone()], []
@@ -125,9 +126,9 @@ class Solver:
                 fine.append(walk.z.clone())
             if (i + 1) % self.fine_steps == 0:
                 positions.append(walk.z.clone())
-            if noise.shape not in self._walks:  # every kernel and workspace has been used once
+            if self._walk is None:  # every kernel and workspace has been used once
                 step = captured(walk) if walk.z.is_cuda else walk
-                self._walks[noise.shape] = walk, step
+                self._walk = walk, step
         return torch.stack(positions, dim=1), torch.stack(fine, dim=1)
 
 

@@ -28,6 +28,7 @@ from rapm.loading.single_file import config_folder
 from rapm.loading.source import Source, find, first_line, variant
 from rapm.loading.style import Style, read_style, updates_of
 from rapm.loading.weights import Digests, Update, fill, fused
+from rapm.memory.cards import TILE
 from rapm.schedule import Schedule, recipe_scheduler
 from rapm.unet import Text, UNet
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 ENCODE_BATCH = 32  # prompts encoded together
 PROBE = 32  # latents a side, to ask a network what it predicts
-DECODE_PIXELS = 2**20  # pixels decoded together: one image of 1024x1024, whose fp32 activations take some 4 GB
+DECODE_PIXELS = TILE**2  # pixels decoded together: one image of 512x512, whose fp32 activations take some 1 GB
 
 
 @dataclass(eq=False, repr=False)

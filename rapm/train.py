@@ -121,7 +121,7 @@ def export_run(
 
     `merge` writes a whole pipeline too; `push_to_hub` uploads, to owner/name, or with "" to a model of the run's name.
     """
-    if not checkpoints(folder):
+    if not checkpoints(folder) and not find_best(folder):
         raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
     with _claimed(folder), advice("the same command does it again"):
         checkpoint = find_checkpoint(folder, which)
@@ -167,7 +167,7 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | No
     )  # fmt: skip
     if budget is not None:
         if budget.planner.sizes.pixels != max(map(math.prod, config.resolutions)):  # its own may be known only now
-            budget = Budget(budget.planner.model, config, device)
+            budget = Budget(budget.planner.model, config, device, budget.bytes)
         config = budget.apply(teacher, config)
         print(words(budget))
     check_grid(len(teacher.schedule), config.steps, config.fine_steps)
@@ -241,10 +241,12 @@ def run(training: Training, folder: Path) -> None:
                 training.release()
             state = training.state()
             if log:
-                if measure:
-                    validate(training, folder, log, watch, values, state)
-                if save:
-                    save_checkpoint(folder, state, done, config)
+                try:
+                    if measure:
+                        validate(training, folder, log, watch, values, state)
+                finally:  # what it may fail for, as memory, must not cost the iterations, nor stop those who resume
+                    if save:
+                        save_checkpoint(folder, state, done, config)
                 if stop:
                     write_report(folder)
             distributed.wait()

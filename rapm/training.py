@@ -83,8 +83,11 @@ class Training:
 
     def _walk(self, trajectory: Trajectory, size: tuple[int, int], before: int) -> None:
         step = self.steps[size]
-        if self._eager[size] == 0 and step.z.is_cuda and self._slots[size] is step:
-            self._slots[size] = step.captured(self._pool)
+        if self._slots[size] is step:
+            if self._eager[size] and any(self._slots[other] is not self.steps[other] for other in self.steps):
+                self.release()  # a plan has no room for the others' graphs beside an eager slot
+            if self._eager[size] == 0 and step.z.is_cuda:
+                self._slots[size] = step.captured(self._pool)
         self._eager[size] = max(0, self._eager[size] - 1)
         number = self.done * distributed.world() + distributed.rank()
         step.load(trajectory, number, self._uncond(trajectory) if self.config.relative_start == "student" else None)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rapm.teacher import Teacher
 
 SHARD_BYTES, SHARD_MAX = 64 * 2**20, 64  # what a kill may cost, and what a write may hold in memory
+ENCODED = 8  # shards whose prompts are encoded before any is solved: some 100 MB of embeddings at the most
 
 
 def trajectory_seed(seed: int, index: int | str) -> int:
@@ -82,15 +83,17 @@ def prepare(
     bar = tqdm(total=config.trajectories, initial=config.trajectories - todo, desc="trajectories", disable=not progress)
     with bar:
         for resolution, shards in zip(resolutions, mine, strict=True):
-            solver = _solver(teacher, config)  # one a size: it holds the memory of its graphs
-            for name, indices in shards.items():
-                shard = _encode(teacher, negatives, rows, indices, resolution, config.seed)
-                if teacher.aside:  # the UNet has moved: what was captured reads where it was
-                    solver = _solver(teacher, config)
-                positions, fine = _solve(solver, shard, negatives, config, bar)
-                unwanted = [words or config.negative_prompt for words in shard.negatives]
-                data = pack_shard(positions, fine, shard.text, shard.prompts, shard.seeds, unwanted, metadata)
-                write_atomic(folder / name, data)
+            todo = list(shards.items())
+            for some in (todo[k : k + ENCODED] for k in range(0, len(todo), ENCODED)):
+                # A shard's prompts together, and no others: the last bits of an embedding depend on who is in a batch
+                encoded = {name: _encode(teacher, negatives, rows, own, resolution, config.seed) for name, own in some}
+                solver = _solver(teacher, config)
+                for name, shard in encoded.items():
+                    positions, fine = _solve(solver, shard, negatives, config, bar)
+                    unwanted = [words or config.negative_prompt for words in shard.negatives]
+                    data = pack_shard(positions, fine, shard.text, shard.prompts, shard.seeds, unwanted, metadata)
+                    write_atomic(folder / name, data)
+                del solver  # its graph has the memory that the text encoders need, and reads the UNet where it is
     distributed.wait()
     return Store.open(folder)
 

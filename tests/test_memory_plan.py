@@ -244,15 +244,18 @@ def test_ranks_have_a_place_for_what_they_send(planners: dict[str, Planner], mon
     assert planner.smallest() - alone == 4 * (sizes.lora + sizes.heads)
 
 
-def test_a_plan_keeps_no_more_than_it_is_told(planners: dict[str, Planner]) -> None:
-    """The ladder after an out-of-memory: always less, until nothing is left to give."""
-    planner, kept = planners["sd15"], []
-    plan = planner.plan(12 * GIB)
+@pytest.mark.parametrize("rank, budget", [(1, 12.0), (1, 3.9), (64, 4.9)])
+def test_a_plan_keeps_no_more_than_it_is_told(rank: int, budget: float) -> None:
+    """The ladder after an out-of-memory: always less, and less in all, until nothing is left to give."""
+    planner = Planner(model_of("sd15"), Config.preset("sd15").replace(lora_rank=rank), CARDS[0])
+    plan, held, peaks = planner.plan(int(budget * GIB)), [], []
     with pytest.raises(UserError):
         while True:
-            kept.append(plan.kept)
-            plan = planner.plan(12 * GIB, most=int(0.85 * plan.kept))
-    assert kept == sorted(set(kept), reverse=True) and len(kept) > 8 and kept[-1] < 0.25 * kept[0]
+            held.append(plan.kept + plan.window)
+            peaks.append(plan.phases["train"])
+            plan = planner.plan(int(budget * GIB), most=int(0.85 * held[-1]))
+    assert held == sorted(set(held), reverse=True) and held[-1] < 0.5 * held[0] and len(held) > 4
+    assert peaks[1:] == sorted(peaks[1:], reverse=True)  # the first rung gives the second stream up besides
 
 
 def test_plan_command(capsys: pytest.CaptureFixture) -> None:

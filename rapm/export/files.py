@@ -28,7 +28,7 @@ from rapm.export.clients import client_name
 from rapm.export.lora_file import WEIGHTS, Weights, read_lora, read_tensors
 from rapm.export.lora_names import kohya_names
 from rapm.sample import sample
-from rapm.unet import UNet
+from rapm.unet import Text, UNet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -110,11 +110,13 @@ def verify_export(
     folder, unet = Path(folder), teacher.unet
     noise = noise.to(unet.device, unet.dtype)
     student = {folder / name: _read_back(folder / name, unet, lora) for name in FILES}
+    text = encoded(teacher, prompts, noise)
     pipe = teacher.stock_pipeline()
     differences = {}
     for path, weights in student.items():
         _load_in_stock(pipe, path, weights)
-        size = compare(path, pipe, teacher, weights, prompts=prompts, noise=noise, steps=steps, dtype=unet.dtype)
+        about = dict(prompts=prompts, text=text, noise=noise, steps=steps, dtype=unet.dtype)
+        size = compare(path, pipe, teacher, weights, **about)
         differences[path.relative_to(folder).as_posix()] = size
         pipe.unload_lora_weights()
     del pipe
@@ -124,6 +126,13 @@ def verify_export(
     return differences
 
 
+def encoded(teacher: Teacher, prompts: list[str], noise: Tensor) -> Text:
+    """The prompts for `compare`; before there is a stock pipeline on the device, as both may not fit."""
+    factor = teacher.pipe.vae_scale_factor
+    with _exact_products():
+        return teacher.encode(prompts, (factor * noise.shape[2], factor * noise.shape[3]))
+
+
 def compare(
     path: Path,
     pipe: DiffusionPipeline,
@@ -131,17 +140,18 @@ def compare(
     lora: Weights,
     *,
     prompts: list[str],
+    text: Text,
     noise: Tensor,
     steps: int,
     dtype: torch.dtype,
 ) -> float:
     """How far the latents of `pipe`, which `path` made the student, are from our sampler's: see TOLERANCE, of `dtype`.
 
+    `text` is that of `prompts` (`encoded`).
     ExportError where it is too far.
     """
     height, width = (side * teacher.pipe.vae_scale_factor for side in noise.shape[2:])
     with _exact_products():
-        text = teacher.encode(prompts, (height, width))
         ours = sample(teacher.unet, teacher.schedule, text, noise, steps, lora=lora)
         with teacher.waiting(teacher.apart, noise.device), _visiting(pipe, noise.device, by_block=teacher.apart):
             theirs = pipe(

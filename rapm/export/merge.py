@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rapm.export.files import base_name, compare
+from rapm.export.files import base_name, compare, encoded
 from rapm.export.lora_file import Weights, folded
 
 if TYPE_CHECKING:
@@ -85,13 +85,15 @@ def verify_merged(
 ) -> float:
     """Proves that the pipeline in `path`, loaded from there, samples as the student does: `compare` in files.py."""
     unet = teacher.unet
+    noise = noise.to(unet.device, unet.dtype)
+    text = encoded(teacher, prompts, noise)
     pipe = type(teacher.pipe).from_pretrained(path)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             _cast(module, unet.dtype)
     pipe.set_progress_bar_config(disable=True)
-    noise, coarser = noise.to(unet.device, unet.dtype), dtype if dtype != torch.float32 else unet.dtype
-    return compare(path, pipe, teacher, lora, prompts=prompts, noise=noise, steps=steps, dtype=coarser)
+    coarser = dtype if dtype != torch.float32 else unet.dtype
+    return compare(path, pipe, teacher, lora, prompts=prompts, text=text, noise=noise, steps=steps, dtype=coarser)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

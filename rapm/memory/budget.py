@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -13,32 +12,35 @@ from rapm.errors import UserError
 from rapm.loading.families import Model
 from rapm.memory import cards
 from rapm.memory.cards import GIB, MIB, Card
-from rapm.memory.offload import Offload
+from rapm.memory.offload import Offload, Slab
 from rapm.memory.planner import Plan, grouped, planned, precision_words
 from rapm.memory.saved import Memory
 from rapm.step import SlotMemory
 from rapm.teacher import Teacher
 
-RUNG = 0.85  # of the bytes kept, after an out-of-memory
+RUNG = 0.85  # of the bytes kept and under way, after an out-of-memory
 # What is said of memory without torch.OutOfMemoryError: by the driver, by cuBLAS and cuDNN, by Triton
 EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "[CUDA]: out of memory")
+SLOT = "student", "encoder", "together", "beside", "window"  # what of a plan a slot depends on
 CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
 
 
 class Budget:
     """The plan for `config` on `device`. UserError for a budget that cannot work, with the smallest that would."""
 
-    def __init__(self, model: Model, config: Config, device: torch.device) -> None:
+    def __init__(self, model: Model, config: Config, device: torch.device, budget: int | None = None) -> None:
+        """`budget` in bytes stands above that of `config`: what is free now is less once the weights are there."""
         self.device, self.stepped, self.corrected = device, False, False
         cuda = device.type == "cuda"
-        self.bytes = parse_vram(config.vram)
+        self.bytes = budget or parse_vram(config.vram)
         if self.bytes is None:  # auto: what is free now; the context is there already
             self.bytes = cards.automatic(device)
         self.bytes = distributed.smallest(self.bytes)  # several ranks have one plan
-        if config.buckets:  # what the largest needs is enough for all
-            config = config.replace(resolution=max(config.resolutions, key=math.prod), buckets=())
         card = Card(*distributed.from_first(cards.this_card(device))) if cuda else None
         self.planner, self.plan = planned(model, config, card, self.bytes)
+        if cuda:
+            cards.cap(device, self.bytes, self.planner.context)
+            Slab(self.plan.moved, device)  # what the host cannot pin is to be said before any work
 
     @staticmethod
     def wanted(config: Config, device: torch.device) -> bool:
@@ -64,7 +66,7 @@ class Budget:
     def step_down(self) -> str | None:
         """The next plan after an out-of-memory, and one line that says so, at the first; None where there is none."""
         try:
-            self.plan = self.planner.plan(self.bytes, most=int(RUNG * self.plan.kept))
+            self.plan = self.planner.plan(self.bytes, most=int(RUNG * (self.plan.kept + self.plan.window)))
         except UserError:
             return None
         first, self.stepped = not self.stepped, True
@@ -81,7 +83,7 @@ class Budget:
             return None
         self.corrected, planner, before = True, self.planner, self.plan
         measured = distributed.largest(torch.cuda.max_memory_reserved(self.device))
-        more = max(0, measured - (planner.eager(before) - planner.context))
+        more, corrected = max(0, measured - (planner.eager(before) - planner.context)), planner.correction
         planner.correction += more
         process = cards.process_memory()
         context = -1 if process is None else process - torch.cuda.memory_reserved(self.device)
@@ -95,8 +97,9 @@ class Budget:
         try:
             plan = planner.plan(self.bytes)
         except UserError:  # it ran: the prediction was too high only for what it might have been
+            planner.correction = corrected
             return None
-        if (plan.student, plan.encoder) == (before.student, before.encoder):
+        if all(getattr(plan, name) == getattr(before, name) for name in SLOT):
             return None
         self.plan = replace(
             plan, solve_batch=before.solve_batch, aside=before.aside, apart=before.apart, tiled=before.tiled

@@ -54,7 +54,7 @@ GRAPH = 8 * 2**10  # a launch
 # Estimates until measured.
 DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` would fill
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
-TILE = 512  # pixels a side of what is decoded at a time when tiled
+TILE = 512  # pixels a side of what is decoded at a time when tiled; of small pictures as many as have its pixels
 ENCODE = 0.1  # activations of the text encoders, of their bytes
 # Speed. Calibrated on slots with everything kept and two streams: of SDXL and SD1.5 at their own size and at 768x768,
 # ranks 1 to 64, on an H100 (3,017 GB/s, 796 TFLOP/s) and an H200 (4,237, 758). COPY and INT8 are what rows of
@@ -67,7 +67,7 @@ RANKED = 10e-6  # seconds for each layer that a LoRA of a rank above 1 extends
 UPDATE = 139  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam
 COPY = 20e-6  # seconds that a tensor on its way to the host and back shows, even where its copies are hidden
 INT8 = 18e-6 * 3018  # seconds times GB/s: of a slot, for each linear layer that is multiplied in int8
-HIDDEN = 0.15  # of what launches take, that the second stream hides: of SDXL's 12%, of SD1.5's 23%
+HIDDEN = 0.2  # of what launches take, that the second stream hides: of SDXL's 18%, of SD1.5's 31%
 LAUNCHES = 12  # a slot's, for each layer that a LoRA may extend
 MADE = 2.1  # bytes read and written for each of a weight that is made for a product: 5 ms of an SD1.5 slot
 ELEMENTWISE = 0.6  # of `bandwidth`, where norms are computed again

@@ -73,7 +73,7 @@ class Planner:
         self.correction = 0  # bytes that a dry slot took beyond what was predicted
 
     def plan(self, budget: int | None, most: int | None = None) -> Plan:
-        """The fastest plan for `budget` bytes of the card that keeps at most `most` bytes for backward.
+        """The fastest plan for `budget` bytes of the card, of which at most `most` are kept for backward or under way.
 
         UserError for a budget that cannot work, with the smallest that would.
         """
@@ -88,7 +88,7 @@ class Planner:
             (True, False)[most is not None :], (True, False), (0, *WINDOWS)
         ):
             plan = Plan(budget, card, together=together, beside=beside, window=window)
-            room = min(self._room(plan), 2**62 if most is None else most)
+            room = min(self._room(plan), 2**62 if most is None else most - window)
             choice = chooser.best(room, window)
             if choice is not None and (window == 0 or choice.moved):
                 # With one real position at a time, about one more pass of the encoder's launches
@@ -124,13 +124,19 @@ class Planner:
         transient = cards.TRANSIENT * sizes.student.transient + extra + 2 * sizes.largest
         if not plan.together:
             transient -= sizes.student.widest + sizes.features
-        replay = self.config.replay_size * self.config.steps * 3 * sizes.features
+        if self._replay():  # the picked features, and they beside the slot's own
+            transient += 2 * self.config.replay_batch * 3 * sizes.features
         sent = 4 * (sizes.lora + sizes.heads) if distributed.world() > 1 else 0  # what ranks add up
-        fixed = self.context + self.correction + sizes.weights + sizes.state + replay + sent
+        fixed = self.context + self.correction + sizes.weights + sizes.state + self._replay() + sent
         heads = 4 * sizes.heads  # their gradient, which is there before the LoRA's
         slot = cards.WORKSPACE + transient + plan.window + heads + cards.PIECES * lora + plan.beside * self._beside()
         # At the end the LoRA's gradient: piece by piece it takes the place of what was found in the UNet's dtype
         return fixed, slot, cards.WORKSPACE + cards.PIECES * lora + 4 * sizes.lora + heads
+
+    def _replay(self) -> int:
+        """Bytes of the replayed features, of which each size has its own, all as large as the largest at the most."""
+        kept = self.config.replay_size * self.config.steps * 3 * self.sizes.features if self.sizes.heads else 0
+        return len(self.sizes.trajectories) * kept
 
     def _beside(self) -> int:
         """Bytes of the second stream's own: a pass without gradient."""
@@ -158,21 +164,23 @@ class Planner:
         forward = inputs * sizes.student.widest + ups * sizes.student.up  # a row
         forward += sizes.keys  # there twice where they change
         guided = (2 * batch * forward if self.config.guidance > 1 else batch * forward) + sizes.largest
-        state = sizes.state
+        state = sizes.state + self._replay()
         if phase == "encode":
             live = sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights)
         elif phase == "solve":
             live = sizes.weights + guided + cards.WORKSPACE
         elif phase == "validate":
-            pixels = min(sizes.pixels, cards.TILE**2) if tiled else sizes.pixels
+            together = min(cards.TILE**2 // sizes.pixels, self.config.validation_prompts)  # of small pictures
+            pixels = min(sizes.pixels, cards.TILE**2) if tiled else sizes.pixels * max(1, together)
             walk = sizes.weights + state + cards.WORKSPACE + max(guided, 3 * batch * forward + sizes.largest)
             decode = sizes.vae + cards.DECODE * pixels + state + (0 if aside else sizes.weights)
             live = max(walk, decode)
         else:
             stock = (sizes.block if apart else sizes.whole) + (sizes.text + sizes.vae) * size // 4
             live = stock + 2 * forward + (0 if apart else sizes.weights)
-            live = max(live, sizes.weights + 2 * forward + sizes.largest) + state  # our own sampler, before
-            live += cards.WORKSPACE
+            live = max(live, sizes.weights + 2 * forward + sizes.largest) + cards.WORKSPACE  # our own sampler, before
+            live = max(live, sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights))  # and the prompts
+            live += state + 8 * sizes.lora  # as it is exported, and in both samplers' dtype
         return int(self.context + live * 1.02)
 
     def _finish(self, plan: Plan, choice: Choice) -> Plan:
@@ -213,8 +221,9 @@ class Planner:
         )  # fmt: skip
 
     def disk(self) -> int:
-        """Bytes of the store."""
-        return (self.config.trajectories + self.config.validation_prompts) * self.sizes.trajectory
+        """Bytes of the store, whose trajectories take each size in turn."""
+        each, count = self.sizes.trajectories, self.config.trajectories + self.config.validation_prompts
+        return sum(each[i % len(each)] for i in range(count))
 
 
 def planned(model: Model, config: Config, card: Card | None, budget: int | None) -> tuple[Planner, Plan]:
@@ -265,7 +274,7 @@ def grouped(policies: dict[str, Policy]) -> list[tuple[str, str]]:
 def report(planner: Planner, plan: Plan) -> str:
     """What `rapm plan` prints."""
     config, model, card = planner.config, planner.model, plan.card
-    height, width = config.resolution or model.resolution
+    resolutions = ", ".join(f"{height}x{width}" for height, width in config.resolutions or (model.resolution,))
     budget = "no limit" if plan.budget is None else f"{plan.budget / GIB:.1f} GiB"
     rates = f"{card.tflops:.0f} TFLOP/s, {card.bandwidth:.0f} GB/s, {card.link:.0f} GB/s to the host"
     hours = config.max_train_steps * plan.seconds / 3600
@@ -283,7 +292,7 @@ def report(planner: Planner, plan: Plan) -> str:
         "export": "ours waits on the host, the stock UNet comes by blocks" if plan.apart else "beside the stock UNet",
     }  # fmt: skip
     lines = [
-        f"{model.name}, {height}x{width}, LoRA rank {config.lora_rank}, {precision}, budget {budget}",
+        f"{model.name}, {resolutions}, LoRA rank {config.lora_rank}, {precision}, budget {budget}",
         f"card: {card.name} ({'measured' if card.measured else 'data sheet'}: {rates})",
         *filter(None, [precision_words(planner)]),
         "",

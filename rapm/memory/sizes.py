@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     pixels: int
     student: Pass
     encoder: Pass
-    trajectory: int  # bytes of one in the store
+    trajectories: tuple[int, ...]  # bytes of one in the store, for each size
 
     @property
     def state(self) -> int:
@@ -56,9 +56,13 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(model: Model, config: Config) -> Sizes:
-    """Everything that a plan for `config` needs to know of `model`. UserError for a resolution it cannot have."""
+    """Everything that a plan for `config` needs to know of `model`: of several resolutions the largest decides.
+
+    UserError for one that it cannot have.
+    """
     dtype = DTYPES[config.mixed_precision]
-    _, h, w = latents = latent_shape(model.unet, model.factor, config.resolution)
+    shapes = [latent_shape(model.unet, model.factor, size) for size in config.resolutions or (None,)]
+    _, h, w = latents = max(shapes, key=math.prod)
     unet = meta_unet(model.unet, dtype)
     whole = sum(p.nbytes for p in unet.parameters())
     blocks = *unet.down_blocks, unet.mid_block, *unet.up_blocks
@@ -86,7 +90,7 @@ def sizes_of(model: Model, config: Config) -> Sizes:
         sum(isinstance(m, Int8Linear) for m in made), max(made.values(), default=0), config.lora_rank, lora,
         len(targets), heads, features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
         count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
-        positions_nbytes(latents, config) + text,
+        tuple(positions_nbytes(shape, config) + text for shape in shapes),
     )  # fmt: skip
 
 
