@@ -154,16 +154,13 @@ def _multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, y: T
     return y
 
 
-def _begin(
-    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, groups_a: int = 1, groups_b: int = 1
-) -> tuple[Tensor, Tensor]:
-    """y = [bias] + t b and t = x a, for x (M K), a (K R) and b (R N), either the blocks of a diagonal where grouped."""
+def _begin(x: Tensor, a: Tensor, b: Tensor, groups_a: int = 1, groups_b: int = 1) -> tuple[Tensor, Tensor]:
+    """y = t b and t = x a, for x (M K), a (K R) and b (R N), either the blocks of a diagonal where grouped."""
     if enabled(x) and small(a.shape[1] * groups_a):
         y = x.new_empty(len(x), b.shape[1])
-        return y, rows(x, a, b, bias, y, groups_a=groups_a, groups_b=groups_b)
+        return y, rows(x, a, b, None, y, groups_a=groups_a, groups_b=groups_b)
     t = blocks(x, a, groups_a, 0)
-    y = blocks(t, b, groups_b, 1)
-    return y if bias is None else y.add_(bias), t
+    return blocks(t, b, groups_b, 1), t
 
 
 @torch.library.custom_op("rapm::int8_linear", mutates_args=())
@@ -173,7 +170,7 @@ def _int8_linear(
     shape, x = (*x.shape[:-1], len(codes)), matrix(x)
     y, h = None, x.new_empty(0)
     if down is not None and up is not None:
-        (y, h), bias = _begin(x, bias, down.t(), up.t(), groups_b=groups(down, up)), None
+        y, h = _begin(x, down.t(), up.t(), groups_b=groups(down, up))
     return _multiply(x, codes, scale, bias, y, False).view(shape), h
 
 
@@ -189,7 +186,7 @@ def _int8_linear_backward(
     kernels, x, dx = enabled(dy) and small(len(down)), None if x is None else matrix(x), []
     g, count = None, groups(down, up)
     if wants_x:
-        y, g = _begin(dy, None, up, down, groups_a=count)
+        y, g = _begin(dy, up, down, groups_a=count)
         dx = [_multiply(dy, codes, scale, None, y, True).view(shape)]
     elif x is not None:
         g = rows(dy, up, groups_a=count) if kernels else blocks(dy, up, count, 0)

@@ -60,7 +60,11 @@ def blocks(x: Tensor, a: Tensor, count: int, along: int) -> Tensor:
     """x times the block diagonal matrix whose `count` blocks lie in a along its first or its second dimension."""
     if count == 1:
         return x @ a
-    return torch.cat([part @ block for part, block in zip(x.chunk(count, 1), a.chunk(count, along), strict=True)], 1)
+    parts = a.chunk(count, along)
+    y = x.new_empty(len(x), count * parts[0].shape[1])
+    for part, block, place in zip(x.chunk(count, 1), parts, y.chunk(count, 1), strict=True):
+        torch.mm(part, block, out=place)  # where it belongs: joining them would write all of it again
+    return y
 
 
 @torch.library.custom_op("rapm::lora_linear", mutates_args=())

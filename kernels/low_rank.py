@@ -212,9 +212,10 @@ def sums(
     if not kernels:
         out = [] if x is None else [g.t() @ x]
         if h is not None:
-            pairs = zip(dy.chunk(groups, 1), h.chunk(groups, 1), strict=True)
-            blocks = [part.t() @ columns for part, columns in pairs]
-            out.append(blocks[0] if groups == 1 else torch.cat(blocks))
+            out.append(dy.new_empty(dy.shape[1], h.shape[1] // groups))
+            parts = dy.t().chunk(groups), h.chunk(groups, 1), out[-1].chunk(groups)
+            for part, columns, place in zip(*parts, strict=True):
+                torch.mm(part, columns, out=place)
         return out
     none = (g if h is None else h).new_empty(0, 0)
     (g, x), (h, dy) = (none, none) if x is None else (g, x), (none, none) if h is None else (h, dy)

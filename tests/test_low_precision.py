@@ -292,7 +292,8 @@ def test_the_proof_takes_the_stock_unet_block_by_block(
     wrong = {name: (down, -40 * up) for name, (down, up) in lora.items()}
     pipe = teacher.stock_pipeline()
     with pytest.raises(export.ExportError, match="latents differ"):
-        export.compare(tmp_path, pipe, teacher, wrong, **proof, dtype=torch.float32)
+        text = export.encoded(teacher, PROMPTS, proof["noise"])
+        export.compare(tmp_path, pipe, teacher, wrong, **proof, text=text, dtype=torch.float32)
 
 
 def test_a_merged_pipeline_has_the_whole_weights(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
