@@ -69,13 +69,14 @@ def find_best(folder: Path) -> tuple[int, float] | None:
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
-    """The checkpoint that `which` ("latest", "best" or a path) names. UserError if there is none."""
+    """The checkpoint that `which` ("latest", "best", a name in the folder or a path) means. UserError if there is none."""
     if which == "latest":
         found = checkpoints(folder)
         if not found:
             raise UserError(f"resume: {folder} has no checkpoint: leave out --resume_from_checkpoint")
         return found[-1]
-    path = folder / BEST if which == "best" else Path(which)
+    inside = folder / (BEST if which == "best" else which)
+    path = inside if which == "best" or (inside / STATE).is_file() else Path(which)
     if not (path / STATE).is_file():
         raise UserError(f"resume: {path} is not a checkpoint: give `latest`, `best` or a folder checkpoint-N")
     return path
@@ -92,8 +93,8 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     for name, value in asdict(config).items():
         if name not in free and then.get(name) != json.loads(json.dumps(value)):
             raise UserError(
-                f"resume: {path} was made with {name} = {then.get(name)!r}, not {value!r}: go on with that, or start "
-                "without --resume_from_checkpoint"
+                f"checkpoint {path} was made with {name} = {then.get(name)!r}, not {value!r}: go on with that, or "
+                "leave this checkpoint out"
             )
     if bad := next((name for name, x in state.items() if not finite(x)), None):
         raise UserError(f"resume: {path}: {bad} holds numbers that are not finite: give an earlier checkpoint")

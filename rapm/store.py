@@ -102,6 +102,8 @@ class Store:
         shard = group * len(self.resolutions) + bucket
         if shard not in self._open:
             name = _shard_name(shard)
+            if damage := _damage((self.folder / name).read_bytes()):  # here, since finite numbers may be wrong too
+                raise UserError(f"store {self.folder}: {name} {damage}")
             with safe_open(self.folder / name, framework="pt") as file:
                 header = file.metadata()
                 # Once a shard, not once a row: safetensors 0.8 keeps two numbers for good at each tensor or slice.
@@ -209,14 +211,21 @@ def _rows(path: Path, metadata: Metadata) -> int:
         raise UserError(f"{path} is damaged ({error}): delete it, it will be computed again") from error
 
 
+def _damage(data: bytes) -> str | None:
+    """Whether the bytes of a shard are other than they were written, in words."""
+    at = data.find(SEAL)
+    sealed = data[at + len(SEAL) : at + len(SEAL) + 64]
+    if at >= 0 and sealed == sha256(data.replace(SEAL + sealed, SEAL + BLANK, 1)).encode():
+        return None
+    return "is damaged: its bytes are not those that were written; delete it, it will be computed again"
+
+
 def _problem(path: Path, rows: int, metadata: Metadata) -> str | None:
     if not path.is_file():
         return "is missing"
     data = path.read_bytes()
-    at = data.find(SEAL)
-    sealed = data[at + len(SEAL) : at + len(SEAL) + 64]
-    if at < 0 or sealed != sha256(data.replace(SEAL + sealed, SEAL + BLANK, 1)).encode():
-        return "is damaged: its bytes are not those that were written; delete it, it will be computed again"
+    if damage := _damage(data):
+        return damage
     if _rows(path, metadata) != rows:
         return "belongs to another store, or to a shorter one"
     bad = next((name for name, x in load(data).items() if not finite(x)), None)

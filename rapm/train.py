@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from rapm.checkpoint import (
 )
 from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, cores, pick_device
-from rapm.disk import held, make_writable, sweep, write_atomic
+from rapm.disk import LOCK, held, make_writable, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, client_name, write_workflow
@@ -247,10 +248,11 @@ def run(training: Training, folder: Path) -> None:
                 finally:  # what it may fail for, as memory, must not cost the iterations, nor stop those who resume
                     if save:
                         save_checkpoint(folder, state, done, config)
-                if stop:
-                    write_report(folder)
             distributed.wait()
-            if stop:
+            stop = distributed.largest(max(stopped, default=0))  # or while that was measured and written
+            if save and stop:
+                if log:
+                    write_report(folder)
                 raise Interrupted(stop, "--resume_from_checkpoint latest goes on")
 
 
@@ -349,14 +351,21 @@ def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """The output folder, made, held and swept. UserError if it cannot be written, or another run is at work there.
+    """The output folder, made, held and swept; gone again if nothing comes of it. UserError if it cannot be written,
+    another run is at work there, or it is no run's and holds what a run would put in its place.
 
     The first of several ranks does it, before any other looks into the folder.
     """
+    there = folder.exists()
     with ExitStack() as stack:
         try:
             if distributed.first():
+                ours = any(next(folder.glob(name), None) for name in (LOCK, "metrics.jsonl", "checkpoint-*"))
+                foreign = [] if ours else [name for name in OUTPUTS if (folder / name).exists()]
+                if foreign:
+                    raise UserError(f"output_dir {folder} holds {foreign[0]}, which no run wrote: choose another")
                 make_writable(folder)
+                stack.callback(_withdraw, folder, there)
                 stack.enter_context(held(folder))
                 sweep(folder)
                 sweep_checkpoints(folder)
@@ -366,19 +375,26 @@ def _claimed(folder: Path) -> Iterator[None]:
         yield
 
 
+def _withdraw(folder: Path, there: bool) -> None:
+    """Remove the folder that was not `there` before and has nothing in it but its lock."""
+    if not there and {path.name for path in folder.iterdir()} <= {LOCK}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _set_aside(folder: Path, done: int) -> None:
     """Move what an earlier run left to `previous-K/`: all of it, or on resuming the checkpoints after `done`."""
     old = [path for path in checkpoints(folder) if int(path.name.partition("-")[2]) > done]
     best = find_best(folder)
     if done and best and best[0] > done:  # a run that goes on from before it will find its own
         old.append(folder / BEST)
-    if not done and (folder / "metrics.jsonl").exists():
+    if not done:
         old += [path for name in OUTPUTS if (path := folder / name).exists()]
     if old:
         number = next(i for i in itertools.count(1) if not (folder / f"previous-{i}").exists())
         (folder / f"previous-{number}").mkdir()
         for path in old:
             path.replace(folder / f"previous-{number}" / path.name)
+        print(f"note: what an earlier run left in {folder} is in previous-{number}/ there")
 
 
 if __name__ == "__main__":  # the command line knows this module, not the other way round
