@@ -54,8 +54,8 @@ the UNet with its text encoder {unet_s} s.
 """
 KERNELS = """
 Measured on one {card[device]}, driver {card[driver]}, torch {card[torch]}, CUDA {card[cuda]}, Triton {card[triton]},
-by `rapm bench`: milliseconds, forward + backward, of all calls of one UNet pass, batch 1, bf16; the last four are
-called once a slot, and their gradients are part of the forward.
+by `rapm bench`: milliseconds, forward + backward, of all calls of one UNet pass, batch 1, bf16. disc_head,
+position_loss, renoise and guided_step are called once a slot, and their gradients are part of the forward.
 """
 BELOW = """
 Medians of CUDA-graph replays, so that launches do not count, on sets of inputs that take turns, so that the L2 cache
@@ -78,8 +78,8 @@ GPU milliseconds of one slot by family of kernels, LoRA rank 1, batch 1, bf16, a
 STOPS = """
 `tests/faults/kills.py` stopped runs {stops[stops]} times ({signals}) at random moments of every phase ({phases}): what
 lay on the disk was whole each time, and each of the {stops[runs_finished]} runs, started again until it got through,
-ended with the uninterrupted run's LoRA files, byte for byte. The slowest exit after SIGINT or SIGTERM took
-{stops[slowest_exit_seconds]:.1f} s.
+ended with the uninterrupted run's LoRA, tensors byte for byte and the header but for its date. The slowest exit after
+SIGINT or SIGTERM took {stops[slowest_exit_seconds]:.1f} s.
 """
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = {

@@ -13,11 +13,12 @@ NAMES = {
 BAR = 20  # characters of the longest bar
 STEP = """
 Seconds of one iteration (4 slots, with the load of the next trajectory), batch 1, LoRA rank 1, random weights, bf16;
-the embedded teacher as it is trained, in fp32. All compute the same losses, or nothing would be timed: `naive` is eager
-diffusers and peft under autocast, with the features computed for each discriminator and each update; `stock` the same
-libraries with shared features, one forward for both updates and the slot as one CUDA graph; `compile` that under
-diffusers' regional torch.compile. `of the limit`: the FLOP of 3 UNet and 4 encoder passes a slot at the card's measured
-bf16 rate. `ready` is the time until the first iteration is done.
+the embedded teacher as it is trained, in fp32. All compute the same losses, or nothing would be timed: `naive` is
+eager diffusers and peft under autocast, with the features computed for each discriminator and each update; `stock` the
+same libraries with shared features, one forward for both updates and the slot as one CUDA graph; `compile` that under
+diffusers' regional torch.compile. `lean` is rapm that makes norms and GEGLU again in backward. `of the limit`: the
+FLOP of 3 UNet and 4 encoder passes a slot at the card's measured bf16 rate. `ready` is the time until the first
+iteration is done.
 """
 TRAJECTORIES = """
 Seconds of a trajectory of 40 guided steps, embeddings to latents, in bf16: diffusers' own pipeline as people call it,
@@ -44,7 +45,8 @@ checkpoints and export.
 """
 ESTIMATE = """
 Other cards, by estimate only: the slot's GPU time by family of kernels, scaled by the dense bf16 rates and the memory
-bandwidths of the data sheets, and the slowdown that a plan for the card's memory is predicted to have.
+bandwidths of the data sheets, and the slowdown that a plan for the card's memory is predicted to have. (`rapm plan`
+counts operations instead, and says some 10 to 15% less.)
 """
 SOAK = """
 The embedded teacher for {iterations:,} iterations{of} in one process took {minutes:.0f} minutes on one {device}. From
