@@ -46,7 +46,7 @@ checkpoints and export.
 ESTIMATE = """
 Other cards, by estimate only: the slot's GPU time by family of kernels, scaled by the dense bf16 rates and the memory
 bandwidths of the data sheets, and the slowdown that a plan for the card's memory is predicted to have. (`rapm plan`
-counts operations instead, and says some 10 to 15% less.)
+counts operations instead, and says somewhat less.)
 """
 SOAK = """
 The embedded teacher for {iterations:,} iterations{of} in one process took {minutes:.0f} minutes on one {device}. From

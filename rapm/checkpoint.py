@@ -69,7 +69,7 @@ def find_best(folder: Path) -> tuple[int, float] | None:
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
-    """The checkpoint that `which` ("latest", "best", a name in the folder or a path) means. UserError if there is none."""
+    """The checkpoint that `which` names: "latest", "best", one in the folder, or a path. UserError if there is none."""
     if which == "latest":
         found = checkpoints(folder)
         if not found:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rapm import __version__
-from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions
 from rapm.errors import ExportError, RunError, UserError
+
+if TYPE_CHECKING:  # what needs torch, and seconds, is imported once main is ready for a Ctrl-C
+    from rapm.config import Config
 
 # Flag, the names people already type for it, the field it sets.
 FLAGS = (
@@ -65,12 +70,12 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code."""
-    import torch
-
-    from rapm import distributed
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
-    from rapm.stop import Interrupted, Terminated, terminable
+    with _importing():
+        import torch
+
+        from rapm import distributed
+        from rapm.stop import Interrupted, Terminated, terminable
 
     message: object
     try:
@@ -99,6 +104,25 @@ def main(argv: list[str] | None = None) -> int:
             raise
         code, message = 1, traceback.format_exc()
     return distributed.fail(code, message)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Ctrl-C ends the process at once: what is half imported may swallow a KeyboardInterrupt, and fail later."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        os.write(2, b"rapm: stopped\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # whoever called us has other plans
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def build_parser() -> Parser:
@@ -175,6 +199,8 @@ def build_parser() -> Parser:
 
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
+    from rapm.config import PRESETS
+
     for names, field, kind in FLAGS:
         sub.add_argument(*names, dest=field, type=kind, metavar=field.upper(), help=HELP.get(field))
     _add_teacher_lora(sub)
@@ -189,6 +215,8 @@ def _add_teacher_lora(sub: argparse.ArgumentParser) -> None:
 
 def settings(arguments: argparse.Namespace) -> Config:
     """Preset, then the TOML file, then the flags."""
+    from rapm.config import Config, parse_resolutions
+
     changes = Config.from_toml(arguments.config) if arguments.config else {}
     given = {field: getattr(arguments, field) for _, field, _ in FLAGS}
     changes |= {field: value for field, value in given.items() if value is not None}
@@ -239,10 +267,14 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def run_trajectories(arguments: argparse.Namespace) -> int:
     """`rapm trajectories`; 1 for a damaged store."""
-    from rapm.store import verify
+    from rapm.store import METADATA, verify
     from rapm.train import solve_only
 
-    if arguments.verify:
+    if arguments.verify is not None:
+        if not os.path.isfile(os.path.join(arguments.verify, METADATA)):
+            raise UserError(
+                f"{arguments.verify} is not a store of trajectories (no {METADATA}): give a run's trajectories/"
+            )
         problems = verify(arguments.verify)
         print("\n".join(problems) or f"{arguments.verify}: every byte is as it was written")
         return 1 if problems else 0
@@ -252,14 +284,15 @@ def run_trajectories(arguments: argparse.Namespace) -> int:
 
 def run_sample(arguments: argparse.Namespace) -> None:
     """`rapm sample`: the pictures' paths."""
+    from rapm.config import parse_resolution
     from rapm.draw import draw
     from rapm.prompts import read_prompts
+    from rapm.stop import advice
 
-    prompts = arguments.prompt or (read_prompts(arguments.prompts) if arguments.prompts else [])
-    if not prompts:
-        raise UserError("sample: give prompts, or --prompts FILE")
-    for path in draw(
-        prompts,
+    if bool(arguments.prompt) == (arguments.prompts is not None):
+        raise UserError("sample: give prompts or --prompts FILE, not both")
+    pictures = draw(
+        arguments.prompt or read_prompts(arguments.prompts),
         teacher=arguments.teacher,
         teacher_lora=arguments.teacher_lora,
         lora=arguments.lora,
@@ -271,12 +304,16 @@ def run_sample(arguments: argparse.Namespace) -> None:
         resolution=parse_resolution(arguments.resolution) if arguments.resolution else None,
         negative_prompt=arguments.negative_prompt,
         batch=arguments.batch,
-    ):
-        print(path)
+    )
+    with advice("start again"):
+        for path in pictures:
+            print(path)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`rapm evaluate`: the embedded teacher by its judge, every other by FID, KID and CLIP score."""
+    from rapm.config import Config
+
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
     judged = arguments.captions is None and Config.of_run(arguments.folder).teacher == "embedded"
     foreign = ("reference", "clip", "inception", "samples") if judged else ("pairs",)

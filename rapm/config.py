@@ -36,7 +36,13 @@ NOT_NEGATIVE = (
     "seed", "lr_warmup_steps", "head_warmup_steps", "replay_size", "replay_batch", "weight_relative", "weight_absolute",
     "adversarial_relative", "adversarial_absolute", "renoise", "fd_samples",
 )  # fmt: skip
+AT_MOST = {
+    "seed": 2**63 - 1,  # int64's largest: rapm/step.py keeps it in a tensor; torch's generators and TOML take it too
+    # The full rank of the widest layers of SD1.x, SD2.x and SDXL, as 10240 x 1280: above it no layer gains anything
+    "lora_rank": 1280,
+}
 POSITIVE = ("guidance", "learning_rate", "head_learning_rate", "max_grad_norm", "huber_c")
+PATHS = ("teacher", "prompts", "output_dir", "store")  # "" would be the current folder, or pass for left out
 
 
 @dataclass(frozen=True)
@@ -112,18 +118,28 @@ class Config:
         return cls(**PRESETS[name])
 
     def replace(self, **changes: Any) -> Config:
-        """A checked copy with `changes`. UserError for an unknown field or an impossible value."""
+        """A checked copy with `changes`; lists do for tuples. UserError for an unknown field or an impossible value."""
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
         if unknown:
             raise UserError(f"unknown setting {unknown[0]!r}: see rapm/config.py for the list")
+        for name in ("resolution", "buckets", "teacher_lora"):
+            if isinstance(value := changes.get(name), list):
+                changes[name] = tuple(tuple(x) if isinstance(x, list) else x for x in value)
+        if isinstance(sizes := changes.get("resolution"), tuple) and sizes and all(isinstance(x, tuple) for x in sizes):
+            changes |= split_sizes(sizes)
         return dataclasses.replace(self, **changes).checked()
 
     def checked(self) -> Config:
         """This configuration. UserError, naming the field, for an impossible value."""
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), KINDS[str(field.type)]
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise UserError(f"{field.name} = {value!r}: expected {field.type}")
+            value, (kinds, words) = getattr(self, field.name), KINDS[str(field.type)]
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise UserError(f"{field.name} = {toml(value)}: expected {words}")
+            if (text := toml(value)).encode(errors="ignore").decode() != text:
+                raise UserError(f"{field.name} = {value!r}: not UTF-8, as {RESOLVED} must be")
+        for name in PATHS:
+            if getattr(self, name) == "":
+                raise UserError(f'{name} = "": give one, or leave the setting out')
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -131,6 +147,9 @@ class Config:
             for name in names:
                 if not low <= getattr(self, name) < float("inf"):
                     raise UserError(f"{name} = {getattr(self, name)}: must be {words}")
+        for name, high in AT_MOST.items():
+            if getattr(self, name) > high:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at most {high}")
         for name in POSITIVE:
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} = {getattr(self, name)}: must be above 0")
@@ -142,14 +161,14 @@ class Config:
                 and len(size) == 2
                 and all(isinstance(side, int) and side >= 8 and side % 8 == 0 for side in size)
             ):
-                raise UserError(f"resolution = {size}: height and width must be multiples of 8")
+                raise UserError(f"resolution = {toml(size)}: expected {SIZES}")
         if self.buckets and self.resolution is None:
             raise UserError("buckets: further sizes need a first one, `resolution`")
         if self.renoise > 1:
             raise UserError(f"renoise = {self.renoise}: a share of a slot, at most 1")
         for spec in self.teacher_lora:
-            if not isinstance(spec, str):
-                raise UserError(f"teacher_lora = {self.teacher_lora}: a list of FILE or FILE:scale")
+            if not isinstance(spec, str) or not spec:
+                raise UserError(f"teacher_lora = {toml(self.teacher_lora)}: expected {STYLES}")
         parse_vram(self.vram)
         return self
 
@@ -173,24 +192,26 @@ class Config:
             settings: dict[str, object] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"config {path}: cannot be read ({str(error).splitlines()[0]})") from error
-        for name in ("resolution", "buckets", "teacher_lora"):
-            if isinstance(value := settings.get(name), list):
-                settings[name] = tuple(tuple(x) if isinstance(x, list) else x for x in value)
-        if isinstance(sizes := settings.get("resolution"), tuple) and all(isinstance(size, tuple) for size in sizes):
-            settings |= split_sizes(sizes)
         return settings
 
     def to_toml(self) -> str:
-        """Every setting as TOML; those that are None are left out. JSON's strings, numbers and lists are TOML's too."""
+        """Every setting as TOML; those that are None are left out."""
         settings = dataclasses.asdict(self)
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items() if value is not None)
+        return "".join(f"{name} = {toml(value)}\n" for name, value in settings.items() if value is not None)
 
 
-KINDS = {
-    "str": (str,), "int": (int,), "float": (float, int), "str | None": (str, type(None)),
-    "tuple[int, int] | None": (tuple, type(None)), "tuple[tuple[int, int], ...]": (tuple,),
-    "tuple[str, ...]": (tuple,),
-}  # fmt: skip
+SIZES = "height and width, multiples of 8, as [1024, 1024], or several, as [[1024, 1024], [832, 1216]]"
+STYLES = 'FILE or FILE:scale in a list, as ["style.safetensors:0.8"]'
+# A field's type: what its values may be, and how a person writes them in TOML.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "string, in quotes"),
+    "str | None": ((str, type(None)), "string, in quotes"),
+    "int": ((int,), "integer"),
+    "float": ((float, int), "number"),
+    "tuple[int, int] | None": ((tuple, type(None)), SIZES),
+    "tuple[tuple[int, int], ...]": ((tuple,), "sizes beside `resolution`, as [[832, 1216]]"),
+    "tuple[str, ...]": ((tuple,), STYLES),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "embedded": dict(
@@ -202,6 +223,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         teacher="stabilityai/stable-diffusion-xl-base-1.0", mixed_precision="bf16", guidance=5.0
     ),
 }  # fmt: skip
+
+
+def toml(value: object) -> str:
+    """A value as TOML: JSON's strings, numbers and lists are TOML's too, but for escapes in pairs, as of an emoji."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def parse_vram(text: str) -> int | None:
@@ -229,4 +255,4 @@ def parse_resolutions(text: str) -> dict[str, object]:
 
 def split_sizes(sizes: tuple[tuple[int, int], ...]) -> dict[str, object]:
     """A list of sizes (h, w) as the settings `resolution` and `buckets`."""
-    return {"resolution": sizes[0] if sizes else None, "buckets": sizes[1:]}
+    return {"resolution": sizes[0], "buckets": sizes[1:]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -13,14 +15,16 @@ from torch import Tensor
 from rapm import __version__
 from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, pick_device
-from rapm.disk import make_writable, write_atomic
+from rapm.disk import TEMPORARY, make_writable, write_atomic
 from rapm.errors import UserError
+from rapm.export.clients import client_name, webui_settings
 from rapm.export.files import base_name
-from rapm.sample import grid, png, sample_batches
-from rapm.teacher import load_teacher
+from rapm.sample import grid, grid_size, png, sample_batches
+from rapm.teacher import Teacher, load_teacher
 
 GRID_MAX = 100  # pictures beyond which nobody looks at a grid; it is also all that is held in memory
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # what an output that is no folder ends with
+# What an output that is no folder ends with, and how many pixels a side of such a file may have.
+IMAGES = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 
 
 def draw(
@@ -41,36 +45,43 @@ def draw(
     """Draw every prompt with every seed, and yield what was written: a grid, or first the pictures of a folder.
 
     What is None comes from the run whose folder `lora` is, else it is the embedded teacher, 4 steps, fp16 on a GPU.
-    UserError before any work for an output that cannot be written.
+    UserError before any work for an output that cannot be written, and for a value that no picture can have.
     """
     if batch < 1:
         raise UserError(f"batch {batch}: at least 1")
+    if half := next((text for text in (*prompts, negative_prompt) if re.search("[\ud800-\udfff]", text)), None):
+        raise UserError(f"prompt {half!r}: not UTF-8")
     run = _settings_of(lora)
-    folder = output if output.suffix.lower() not in IMAGES else None
-    try:
-        make_writable(folder or output.parent)
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written ({error.strerror}): choose another") from error
     device = pick_device(run)
     if precision is None:
         precision = run.mixed_precision if lora and run != Config() else "fp16" if device.type == "cuda" else "no"
-    dtype = DTYPES[run.replace(mixed_precision=precision).mixed_precision]
-    styles = teacher_lora or (run.teacher_lora if teacher is None else ())
-    loaded = load_teacher(teacher or run.teacher, device=device, dtype=dtype, loras=styles)
-    resolution = resolution or (run.resolution if teacher is None else None)
-    steps = run.steps if steps is None else steps
-    height, width = resolution or loaded.default_resolution
-    shared: dict[str, Any] = dict(
-        lora=_lora_name(lora), model=base_name(loaded), steps=steps, guidance=guidance, size=f"{width}x{height}"
-    )
+    config = run.replace(
+        teacher=run.teacher if teacher is None else teacher,
+        teacher_lora=tuple(teacher_lora or (run.teacher_lora if teacher is None else ())),
+        mixed_precision=precision, steps=run.steps if steps is None else steps, guidance=guidance, buckets=(),
+        resolution=resolution or (run.resolution if teacher is None else None),
+    )  # fmt: skip
+    for seed in seeds:
+        config.replace(seed=seed)  # refuses what no seed is
+    folder = output if output.suffix.lower() not in IMAGES else None
+    sheet_path = folder / "grid.png" if folder else output
+    _check_writable(sheet_path, output)
+    dtype = DTYPES[config.mixed_precision]
+    loaded = load_teacher(config.teacher, device=device, dtype=dtype, loras=config.teacher_lora)
+    count = len(prompts) * len(seeds)
+    size = grid_size(config.resolution or loaded.default_resolution, count, columns=len(seeds))
+    if folder is None and max(size) > IMAGES[output.suffix.lower()]:
+        raise UserError(f"output {output}: a grid of {size[0]}x{size[1]} pixels is too large for it: choose a folder")
+    settings, tags = _settings(loaded, config), _tags(loaded, lora, run)
     shown: list[Tensor] = []
-    first, count = "", len(prompts) * len(seeds)
+    first = ""
     for some, images in sample_batches(
-        loaded, prompts, lora_path=lora, steps=steps, guidance=guidance, seeds=seeds, resolution=resolution,
-        negative_prompt=negative_prompt, batch=batch,
+        loaded, prompts, lora_path=lora, steps=config.steps, guidance=guidance, seeds=seeds,
+        resolution=config.resolution, negative_prompt=negative_prompt, batch=batch,
     ):  # fmt: skip
         for (number, seed), image in zip(some, images, strict=True):
-            text = parameters(prompts[number], negative_prompt, seed=seed, **shared)
+            negative = negative_prompt if guidance > 1 else ""
+            text = parameters(prompts[number] + tags, negative, {**settings, "Seed": seed})
             first = first or text
             if folder:
                 path = folder / f"{number:05d}-{seed}.png"
@@ -79,29 +90,14 @@ def draw(
         if folder is None or len(shown) + len(images) <= GRID_MAX:
             shown.extend(images)
     if folder is None or count <= GRID_MAX:
-        sheet, path = grid(shown, columns=len(seeds)), folder / "grid.png" if folder else output
-        if path.suffix.lower() == ".png":
-            write_atomic(path, png(sheet, parameters=first))
-        else:
-            sheet.save(path, quality=95)
-        yield path
+        write_atomic(sheet_path, _packed(grid(shown, columns=len(seeds)), sheet_path.suffix.lower(), first))
+        yield sheet_path
 
 
-def parameters(
-    prompt: str, negative: str, *, lora: str | None, model: str, steps: int, guidance: float, seed: int, size: str
-) -> str:
-    """A picture's settings as A1111 writes and reads them: prompt, negative prompt, and a line of `Name: value`.
-
-    The noise is torch's on the CPU, which A1111 calls `RNG: CPU`. `size` is WxH, in pixels.
-    """
-    lines = [f"{prompt} <lora:{lora}:1>" if lora else prompt]
-    if negative and guidance > 1:
-        lines.append(f"Negative prompt: {negative}")
-    values = {
-        "Steps": steps, "Sampler": "DDIM", "Schedule type": "SGM Uniform", "CFG scale": f"{guidance:g}", "Seed": seed,
-        "Size": size, "Model": model, "RNG": "CPU", "Version": f"rapm-fast {__version__}",
-    }  # fmt: skip
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
+def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> str:
+    """A picture's settings as A1111 writes and reads them: prompt, negative prompt, and a line of `Name: value`."""
+    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
     return "\n".join(lines)
 
 
@@ -109,13 +105,46 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if set(value) & set(',:"') else value
 
 
+def _settings(teacher: Teacher, config: Config) -> dict[str, object]:
+    """What `webui_settings` says, for any guidance, with the model and the noise: torch's on the CPU."""
+    line = webui_settings(teacher, config).rpartition("\n")[2]
+    return {
+        **dict(pair.split(": ") for pair in line.split(", ")),
+        "CFG scale": f"{config.guidance:g}", "Model": base_name(teacher), "RNG": "CPU",
+        "Version": f"rapm-fast {__version__}",
+    }  # fmt: skip
+
+
+def _tags(teacher: Teacher, lora: Path | None, run: Config) -> str:
+    """The teacher's styles and `lora` by the names of their files in a client's folder of LoRAs."""
+    tags = [f" <lora:{style.path.stem}:{style.scale:g}>" for style in teacher.loras]
+    if lora is not None:
+        name = client_name(run) if (lora / RESOLVED).is_file() else lora.resolve().name if lora.is_dir() else lora.stem
+        tags.append(f" <lora:{name}:1>")
+    return "".join(tags)
+
+
+def _check_writable(path: Path, output: Path) -> None:
+    """UserError, naming `output`, if `write_atomic` could not write `path`."""
+    try:
+        make_writable(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
+        temporary = path.with_name(path.name + TEMPORARY)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written ({error.strerror}): choose another") from error
+
+
+def _packed(picture: Image.Image, suffix: str, text: str) -> bytes:
+    if suffix == ".png":
+        return png(picture, parameters=text)
+    data = io.BytesIO()
+    picture.save(data, Image.registered_extensions()[suffix], quality=95)
+    return data.getvalue()
+
+
 def _settings_of(lora: Path | None) -> Config:
     """The settings of the run whose folder `lora` is; the defaults for a file, or for none."""
     return Config.of_run(lora) if lora is not None and (lora / RESOLVED).is_file() else Config()
-
-
-def _lora_name(lora: Path | None) -> str | None:
-    """What the file is called once it lies in a client's folder of LoRAs: its own name, of a run the folder's."""
-    if lora is None:
-        return None
-    return lora.resolve().name if lora.is_dir() else lora.stem

@@ -112,6 +112,12 @@ def grid(images: Sequence[Tensor], columns: int) -> Image.Image:
     return sheet
 
 
+def grid_size(size: tuple[int, int], count: int, columns: int) -> tuple[int, int]:
+    """Width and height in pixels of the `grid` of so many pictures of `size` (H, W)."""
+    height, width = _cell([torch.empty(*size, 3, device="meta")])
+    return min(columns, count) * (width + GAP) - GAP, -(-count // columns) * (height + GAP) - GAP
+
+
 def labelled_grid(rows: Mapping[str, Sequence[Tensor]], captions: Sequence[str] | None = None) -> Image.Image:
     """One row of images (H W 3, uint8, as many in each) under each name; `captions` head the columns."""
     images = [image for row in rows.values() for image in row]

@@ -16,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
+# Its log handler keeps the stderr of its first import, which must not be one that a test captures and closes
+import diffusers  # noqa: F401
+
 # torch lists what a device context redirects when one is first used: let that be before the patches below
 with torch.device("meta"):
     torch.empty(0)

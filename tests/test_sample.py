@@ -16,9 +16,10 @@ from torch import Tensor
 from rapm.config import Config
 from rapm.draw import draw
 from rapm.errors import UserError
+from rapm.export.clients import webui_settings
 from rapm.export.files import export_lora
 from rapm.lora import LoRA
-from rapm.sample import GAP, LINE, MIN_SIDE, grid, labelled_grid, sample, sample_batches
+from rapm.sample import GAP, LINE, MIN_SIDE, grid, grid_size, labelled_grid, sample, sample_batches
 from rapm.solver import walk
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise
@@ -181,6 +182,12 @@ def test_grid_magnifies_and_places() -> None:
     assert (pixels[height + GAP :, 2 * (width + GAP) :] == 255).all()  # the place of a sixth
 
 
+@pytest.mark.parametrize("count, columns", [(1, 1), (2, 4), (5, 3), (6, 3)])
+def test_grid_size(count: int, columns: int) -> None:
+    images = torch.zeros(count, 50, 64, 3, dtype=torch.uint8)
+    assert grid(images, columns).size == grid_size((50, 64), count, columns)
+
+
 def test_grid_of_large_and_few_images() -> None:
     images = torch.zeros(2, MIN_SIDE, 300, 3, dtype=torch.uint8)
     assert grid(images, columns=4).size == (2 * 300 + GAP, MIN_SIDE)
@@ -212,9 +219,14 @@ def test_grid_of_several_shapes_gives_each_the_largest_place() -> None:
 
 def a1111_settings(path: Path) -> tuple[list[str], dict[str, str]]:
     """A PNG's text as A1111 takes it apart: the lines before the last, and the last one's names and values."""
-    *lines, last = Image.open(path).text["parameters"].split("\n")
-    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
-    return lines, {name: json.loads(value) if value[:1] == '"' else value for name, value in pairs}
+    text = Image.open(path).text["parameters"]
+    return text.split("\n")[:-1], settings_line(text)
+
+
+def settings_line(text: str) -> dict[str, str]:
+    """The names and values of the last line."""
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.split("\n")[-1])
+    return {name: json.loads(value) if value[:1] == '"' else value for name, value in pairs}
 
 
 def test_a_folder_gets_a_png_for_each_picture_with_its_settings(load: Callable, tmp_path: Path) -> None:
@@ -228,8 +240,9 @@ def test_a_folder_gets_a_png_for_each_picture_with_its_settings(load: Callable, 
     assert [path.name for path in written] == names == sorted(path.name for path in folder.iterdir())
     lines, values = a1111_settings(folder / "00000-8.png")
     assert lines == ["a cat, sitting", "Negative prompt: a dog"]
-    wanted = {"Steps": "2", "Sampler": "DDIM", "CFG scale": "3", "Seed": "8", "Size": "96x64", "Model": "sdxl"}
-    assert wanted.items() <= values.items()
+    config = Config().replace(steps=2, seed=8, resolution=(64, 96))
+    wanted = settings_line(webui_settings(teacher, config)) | {"CFG scale": "3", "Model": "sdxl", "RNG": "CPU"}
+    assert wanted["Sampler"] == "Euler" and wanted.items() <= values.items()
     assert a1111_settings(folder / "00001-7.png")[0][0] == "Überraschung"
     expected = pictures(teacher, ["Überraschung"], steps=2, guidance=3.0, seeds=[7], negative_prompt="a dog",
                         resolution=(64, 96))  # fmt: skip
@@ -240,11 +253,21 @@ def test_a_folder_gets_a_png_for_each_picture_with_its_settings(load: Callable, 
 def test_a_run_says_how_its_lora_is_used(load: Callable, tmp_path: Path) -> None:
     """Teacher, steps and resolution come from the run whose folder the LoRA is; a flag overrides them."""
     teacher, run = load("sd1"), tmp_path / "my run"
-    config = Config().replace(teacher=teacher.source, steps=2, resolution=(64, 64))
+    config = Config().replace(teacher=teacher.source, steps=2, resolution=(64, 64), output_dir=str(run))
     export_lora(run, LoRA(teacher.unet, 1).export(), teacher, config=config, steps_done=1)
     (run / "config.toml").write_text(config.to_toml())
     (path,) = draw(["a cat"], lora=run, output=tmp_path / "one.png")
     lines, values = a1111_settings(path)
-    assert lines == ["a cat <lora:my run:1>"] and (values["Steps"], values["Size"]) == ("2", "64x64")
+    assert lines == webui_settings(teacher, config).replace("your prompt", "a cat").split("\n")[:1]
+    assert lines == ["a cat <lora:my_run:1>"] and (values["Steps"], values["Size"]) == ("2", "64x64")
     (path,) = draw(["a cat"], lora=run, output=tmp_path / "two.jpg", teacher=teacher.source, steps=8)
-    assert Image.open(path).size == (128, 128)
+    assert Image.open(path).size == (128, 128) and Image.open(path).format == "JPEG"
+
+
+def test_a_styled_teacher_is_named_with_its_styles(load: Callable, tmp_path: Path) -> None:
+    teacher = load("sd1")
+    style = tmp_path / "ink" / "pytorch_lora_weights.safetensors"
+    export_lora(style.parent, LoRA(teacher.unet, 1).export(), teacher, config=Config(), steps_done=1)
+    ink = style.rename(tmp_path / "ink.safetensors")
+    (path,) = draw(["a cat"], teacher=teacher.source, teacher_lora=[f"{ink}:0.5"], lora=ink, output=tmp_path / "a.png")
+    assert a1111_settings(path)[0] == ["a cat <lora:ink:0.5> <lora:ink:1>"]

@@ -243,30 +243,6 @@ def test_the_best_checkpoint_is_kept_and_can_be_exported(place, tmp_path, capsys
     assert "the closest to the teacher of all validations" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.toml"])
-def test_a_folder_of_others_is_left_alone(place, tmp_path, capsys, name):
-    (tmp_path / name).write_text("precious")
-    assert main(arguments(place, tmp_path)) == 2
-    assert f"holds {name}, which no run wrote" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "precious"
-
-
-def test_a_stop_while_the_last_checkpoint_is_written_is_heard(place, tmp_path, monkeypatch, capsys):
-    measure = Validation.__call__
-
-    def stopped(self, steps):
-        signal.raise_signal(signal.SIGINT)
-        return measure(self, steps)
-
-    monkeypatch.setattr(Validation, "__call__", stopped)
-    words = arguments(place, tmp_path / "run", "--max_train_steps", "4")  # where the only validation is
-    assert main(words) == 128 + signal.SIGINT
-    assert "--resume_from_checkpoint latest goes on" in capsys.readouterr().err
-    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-4"
-    monkeypatch.setattr(Validation, "__call__", measure)
-    assert main([*words, "--resume_from_checkpoint", "latest"]) == 0
-
-
 def test_a_best_checkpoint_that_is_yet_to_come_is_set_aside(tmp_path):
     """A run that goes on from before it will find its own; one that goes on from it keeps it."""
     save_best(tmp_path, {"lora": torch.ones(1)}, 4, Config(), 1.0)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rapm.architecture import MOST_LEVELS, complete, trained_size
 from rapm.errors import UserError
 from rapm.export.lora_file import text_encoders
-from rapm.loading.source import local_family
+from rapm.loading.source import PICKLES, PIPELINES, Source, find
 from rapm.loading.weights import read_header, read_json
-from rapm.zoo import EMBEDDED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,13 +37,15 @@ class Model(NamedTuple):
     vae: int  # parameters of the VAE
     factor: int = 8  # pixels of an image to one of its latents
     guessed: bool = False  # nothing of the teacher is at hand but its name
+    timesteps: int = 1000  # of its noise schedule; all published ones have so many
 
     @classmethod
     def of(cls, source: str, config: dict[str, Any], pipe: DiffusionPipeline) -> Model:
         """That of a teacher whose UNet has the complete `config`, and need not be loaded."""
         text = sum(p.numel() for encoder in text_encoders(pipe).values() for p in encoder.parameters())
         vae = sum(p.numel() for p in pipe.vae.parameters())
-        return cls(source, config, text, vae, pipe.vae_scale_factor)
+        timesteps = pipe.scheduler.config.num_train_timesteps
+        return cls(source, config, text, vae, pipe.vae_scale_factor, timesteps=timesteps)
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -57,21 +58,28 @@ FAMILIES = {
     "sd21": (SD21, 340_387_840, 83_653_863),
     "sdxl": (SDXL, 123_060_480 + 694_659_840, 83_653_863),
 }
+NAMES = {**{name: name for name in FAMILIES}, "sd1": "sd15", "sd2": "sd21"}  # `find` calls them sd1, sd2 and sdxl
 
 
 def model_of(teacher: str) -> Model:
-    """The model behind `teacher`: a family's name, a diffusers folder, a file by its header, a hub id by its name.
+    """The model behind `teacher`: a family's name, a teacher on this machine, or else a hub id, guessed by its name.
 
-    UserError for a folder that is no pipeline.
+    Fetches nothing. UserError for what is none of these, or no teacher.
     """
-    folder = EMBEDDED if teacher == "embedded" else Path(teacher).expanduser()
-    if folder.is_dir():
-        return _folder(teacher, folder)
-    at_hand = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}.get(local_family(teacher) or "")
-    known = teacher if teacher in FAMILIES else at_hand
-    family = known or _family_of(teacher)
+    if (name := teacher.lower()) in NAMES and not Path(teacher).exists():
+        return _published(NAMES[name])
+    place = _cached(teacher) if _is_hub_id(teacher) else teacher
+    if place is None:
+        return _published(_family_of(teacher))._replace(guessed=True)
+    source = find(place)
+    if source.location.is_dir():
+        return _folder(teacher, source)
+    return _published(NAMES[source.family])._replace(unet=complete(source.parts["unet"]))
+
+
+def _published(family: str) -> Model:
     config, text, vae = FAMILIES[family]
-    return Model(family, complete(config), text, vae, guessed=known is None)
+    return Model(family, complete(config), text, vae)
 
 
 def _family_of(name: str) -> str:
@@ -81,18 +89,42 @@ def _family_of(name: str) -> str:
     return "sd21" if any(part in name for part in ("2-1", "2.1", "sd21", "diffusion-2")) else "sd15"
 
 
-def _folder(teacher: str, folder: Path) -> Model:
-    parts = [folder / part / "config.json" for part in ("unet", "vae")]
-    if not all(path.is_file() for path in parts):
-        raise UserError(
-            f"teacher: {folder} is not a diffusers folder (no {parts[0]} or {parts[1]}): give one, or a name"
-        )
-    unet, vae = map(read_json, parts)
-    levels = vae.get("block_out_channels", [0] * 4)
+def _is_hub_id(name: str) -> bool:
+    """Whether it is a well-formed owner/name, and names no file."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, if not exported
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    path = Path(name)
+    return "/" in name and not path.exists() and path.suffix not in (".safetensors", *PICKLES)
+
+
+def _cached(hub_id: str) -> str | None:
+    """The folder of the hub's snapshot in the local cache; None where that, or its UNet's weights, have yet to come."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(hub_id, "model_index.json")
+    if not isinstance(index, str):
+        return None
+    folder, kind = Path(index).parent, read_json(Path(index)).get("_class_name")
+    cut_off = kind in list(PIPELINES) and not any(folder.glob("unet/*.safetensors"))  # other kinds have no UNet
+    return None if cut_off else str(folder)
+
+
+def _folder(teacher: str, source: Source) -> Model:
+    folder = source.location
+    vae = folder / "vae" / "config.json"
+    levels = read_json(vae).get("block_out_channels", [0] * 4)
     if not isinstance(levels, list) or not 0 < len(levels) <= MOST_LEVELS:
-        raise UserError(f"teacher: {parts[1]}: block_out_channels is {levels}, not one for each level: get it again")
-    text = sum(_parameters(part) for part in folder.glob("text_encoder*"))
-    return Model(teacher, complete(unet), text, _parameters(folder / "vae"), 2 ** (len(levels) - 1))
+        raise UserError(f"teacher: {vae}: block_out_channels is {levels}, not one for each level: get it again")
+    return Model(
+        teacher, complete(source.parts["unet"]), sum(map(_parameters, folder.glob("text_encoder*"))),
+        _parameters(folder / "vae"), 2 ** (len(levels) - 1),
+        timesteps=source.parts["scheduler"].get("num_train_timesteps", 1000),
+    )  # fmt: skip
 
 
 def _parameters(folder: Path) -> int:

@@ -26,6 +26,7 @@ from rapm.memory.low_precision import MODES
 from rapm.memory.offload import WINDOWS
 from rapm.memory.saved import Policy
 from rapm.memory.sizes import Sizes, forward_seconds, launch_seconds, sizes_of, slot_seconds
+from rapm.solver import check_grid
 
 PHASES = ("encode", "solve", "train", "validate", "export")
 
@@ -317,9 +318,10 @@ def report(planner: Planner, plan: Plan) -> str:
 def plan_for(config: Config) -> str:
     """The report for `config`: on this machine's GPU, else on the smallest card of the table that has the budget.
 
-    UserError for a budget that cannot work, and for `auto` where there is no GPU.
+    UserError for a teacher or steps that `rapm train` refuses, a budget that cannot work, and `auto` without a GPU.
     """
     budget, card, model = parse_vram(config.vram), None, model_of(config.teacher)
+    check_grid(model.timesteps, config.steps, config.fine_steps)
     if torch.cuda.is_available() and config.device in ("auto", "cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
         card = cards.this_card(device)
