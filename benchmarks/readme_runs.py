@@ -166,7 +166,8 @@ def memory(report: Mapping) -> str:
         rows = [(budget, _budget_cells(budgets[budget], fastest)) for budget in falling]
         family, _, pixels = model.partition("-")
         name = f"{short(family)}, {pixels}x{pixels}" if pixels else NAMES[family]
-        parts += [f"**{name}, rank {rank}**", rows_table(rows)]
+        other = f", on one {fastest['device']}, of an earlier state" if "device" in fastest else ""
+        parts += [f"**{name}, rank {rank}**{other}", rows_table(rows)]
     if moved:
         parts += [fill(MOVED.format(budget="8G", mib=mib)), rows_table(moved)]
     return "\n\n".join(parts)
