@@ -137,7 +137,7 @@ class Planner:
     def _replay(self) -> int:
         """Bytes of the replayed features, of which each size has its own, all as large as the largest at the most."""
         kept = self.config.replay_size * self.config.steps * 3 * self.sizes.features if self.sizes.heads else 0
-        return len(self.sizes.trajectories) * kept
+        return len(set(self.config.resolutions) or (None,)) * kept
 
     def _beside(self) -> int:
         """Bytes of the second stream's own: a pass without gradient."""
