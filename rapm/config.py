@@ -226,8 +226,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def toml(value: object) -> str:
-    """A value as TOML: JSON's strings, numbers and lists are TOML's too, but for escapes in pairs, as of an emoji."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """A value as TOML: JSON's strings, numbers and lists are too, but for escapes in pairs, as of an emoji, and DEL."""
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
 
 
 def parse_vram(text: str) -> int | None:

@@ -88,7 +88,7 @@ class Store:
         return Trajectory(rows["positions"][0], rows["fine"][0], text, *words)
 
     def negative(self, index: int) -> str:
-        """The negative prompt of trajectory `index`; no tensor is read."""
+        """The negative prompt of trajectory `index`; its shard is read and verified, as for its numbers."""
         (_, lists, _), row = self._place(index)
         words: str = lists["negatives"][row]
         return words
@@ -213,9 +213,11 @@ def _rows(path: Path, metadata: Metadata) -> int:
 
 def _damage(data: bytes) -> str | None:
     """Whether the bytes of a shard are other than they were written, in words."""
-    at = data.find(SEAL)
-    sealed = data[at + len(SEAL) : at + len(SEAL) + 64]
-    if at >= 0 and sealed == sha256(data.replace(SEAL + sealed, SEAL + BLANK, 1)).encode():
+    at = data.find(SEAL) + len(SEAL)
+    view, digest = memoryview(data), hashlib.sha256()
+    for part in (view[:at], BLANK, view[at + len(BLANK) :]):
+        digest.update(part)
+    if at >= len(SEAL) and view[at : at + len(BLANK)] == digest.hexdigest().encode():
         return None
     return "is damaged: its bytes are not those that were written; delete it, it will be computed again"
 

@@ -122,8 +122,9 @@ def export_run(
 
     `merge` writes a whole pipeline too; `push_to_hub` uploads, to owner/name, or with "" to a model of the run's name.
     """
-    if not checkpoints(folder) and not find_best(folder):
-        raise UserError(f"export: {folder} has no checkpoint: give the folder of a run with --run")
+    if not checkpoints(folder) and which != "best":
+        words = "only its best one: give --checkpoint best" if find_best(folder) else "give a run's folder with --run"
+        raise UserError(f"export: {folder} has no checkpoint: {words}")
     with _claimed(folder), advice("the same command does it again"):
         checkpoint = find_checkpoint(folder, which)
         config = Config.of_run(folder).replace(output_dir=str(folder))
@@ -245,14 +246,17 @@ def run(training: Training, folder: Path) -> None:
                 try:
                     if measure:
                         validate(training, folder, log, watch, values, state)
-                finally:  # what it may fail for, as memory, must not cost the iterations, nor stop those who resume
-                    if save:
-                        save_checkpoint(folder, state, done, config)
+                except BaseException:  # as of no memory: it must not cost the iterations, nor stop whoever resumes
+                    save_checkpoint(folder, state, done, config)
+                    raise
+                if save:
+                    save_checkpoint(folder, state, done, config)
             distributed.wait()
             stop = distributed.largest(max(stopped, default=0))  # or while that was measured and written
             if save and stop:
                 if log:
                     write_report(folder)
+                distributed.wait()  # who leaves takes the others along
                 raise Interrupted(stop, "--resume_from_checkpoint latest goes on")
 
 
@@ -278,7 +282,8 @@ def finish(
     repo: str | None = None,
 ) -> None:  # fmt: skip
     """Export, prove the files in stock software, draw the samples, write card and report; upload to `repo`."""
-    teacher, config, lora = training.teacher, training.config, training.lora.export()
+    teacher, config = training.teacher, training.config
+    lora = {name: tuple(x.cpu() for x in pair) for name, pair in training.lora.export().items()}
     shown = [training.store[i] for i in training.validation.held_out]
     prompts, same = [t.prompt for t in shown], [t for t in shown if t.positions.shape == shown[0].positions.shape][:2]
     noise = torch.stack([t.positions[0] for t in same])
@@ -365,8 +370,8 @@ def _claimed(folder: Path) -> Iterator[None]:
                 if foreign:
                     raise UserError(f"output_dir {folder} holds {foreign[0]}, which no run wrote: choose another")
                 make_writable(folder)
-                stack.callback(_withdraw, folder, there)
                 stack.enter_context(held(folder))
+                stack.callback(_withdraw, folder, there)
                 sweep(folder)
                 sweep_checkpoints(folder)
         except OSError as error:
@@ -377,7 +382,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def _withdraw(folder: Path, there: bool) -> None:
     """Remove the folder that was not `there` before and has nothing in it but its lock."""
-    if not there and {path.name for path in folder.iterdir()} <= {LOCK}:
+    if not there and {path.name for path in folder.glob("*")} <= {LOCK}:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -387,7 +392,7 @@ def _set_aside(folder: Path, done: int) -> None:
     best = find_best(folder)
     if done and best and best[0] > done:  # a run that goes on from before it will find its own
         old.append(folder / BEST)
-    if not done:
+    if not done and (folder / "metrics.jsonl").exists():
         old += [path for name in OUTPUTS if (path := folder / name).exists()]
     if old:
         number = next(i for i in itertools.count(1) if not (folder / f"previous-{i}").exists())

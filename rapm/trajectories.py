@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rapm.teacher import Teacher
 
 SHARD_BYTES, SHARD_MAX = 64 * 2**20, 64  # what a kill may cost, and what a write may hold in memory
-ENCODED = 8  # shards whose prompts are encoded before any is solved: some 100 MB of embeddings at the most
+ENCODED = 8  # shards whose prompts are encoded before any is solved: some 300 MB of embeddings at the most
 
 
 def trajectory_seed(seed: int, index: int | str) -> int:

@@ -201,8 +201,9 @@ def main(archs: list[int]) -> None:
     for arch in archs:
         triton.runtime.driver.set_active(Offline(arch))
         geglu_linear.architecture = lambda device, arch=arch: arch
-        for name, args in calls[arch in LIKE_80]:
-            OPDEFS[name]._init_fn(*args)
+        with torch.no_grad():  # as below autograd, where operators run
+            for name, args in calls[arch in LIKE_80]:
+                OPDEFS[name]._init_fn(*args)
     count = sum(map(len, calls.values()))
     told = {"calls": count, "shared": shared, "spills": spills, "narrow": sorted(narrow), "hopper": sorted(hopper)}
     print(json.dumps(told))

@@ -13,6 +13,7 @@ from rapm.cli import main
 from rapm.errors import RunError, UserError
 from rapm.evaluate.validate import Validation
 from rapm.store import Store
+from rapm.train import export_run
 
 SETTINGS = "trajectories = 3\nvalidation_prompts = 1\nfine_steps = 2\nguidance = 3.0\n"
 
@@ -68,7 +69,7 @@ def test_damage_is_found_where_a_shard_is_read(place, tmp_path, capsys):
 
 def test_a_validation_that_fails_costs_no_iteration(place, tmp_path, monkeypatch) -> None:
     """The checkpoint that is due is there, and the run goes on from it."""
-    words = arguments(place, tmp_path / "run")
+    words = arguments(place, tmp_path / "run", "--checkpointing_steps", "4")
     measure, failing = Validation.__call__, [True]
 
     def fails(self: Validation, steps: object):
@@ -79,7 +80,7 @@ def test_a_validation_that_fails_costs_no_iteration(place, tmp_path, monkeypatch
 
     monkeypatch.setattr(Validation, "__call__", fails)
     assert main(words) == 1
-    assert (tmp_path / "run" / "checkpoint-2" / "state.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint-2" / "state.safetensors").is_file()  # though none is due before the fourth
     failing.append(False)
     assert main([*words, "--resume_from_checkpoint", "latest"]) == 0
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
@@ -89,9 +90,9 @@ def test_the_best_checkpoint_alone_can_be_exported(tmp_path, monkeypatch) -> Non
     (tmp_path / "checkpoint-best").mkdir()
     seen = []
     monkeypatch.setattr("rapm.train.find_best", lambda folder: (300, 1.0))
+    with pytest.raises(UserError, match="only its best one: give --checkpoint best"):
+        export_run(tmp_path)
     monkeypatch.setattr("rapm.train.find_checkpoint", lambda *words: seen.append(words) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        from rapm.train import export_run
-
         export_run(tmp_path, "best")
     assert seen == [(Path(tmp_path), "best")]

@@ -215,7 +215,8 @@ def test_every_script_takes_its_words(
         elif words[1:3] == ["-m", "rapm"]:
             assert parse(build_parser(), words[3:]).output == tmp_path / job.file
         else:
-            assert understood(ROOT / words[1], words[2:]).output == tmp_path / job.file, job.name
+            place = tmp_path / job.file if job.file else None
+            assert understood(ROOT / words[1], words[2:]).output == place, job.name
 
 
 def test_every_file_is_shown(everything: ModuleType) -> None:

@@ -33,7 +33,7 @@ def test_another_dtype_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no checkpoint: give the folder of a run with --run") as caught:
+    with pytest.raises(UserError, match=r"has no checkpoint: give a run.s folder with --run") as caught:
         train.export_run(tmp_path / "nothing")
     assert str(tmp_path / "nothing") in str(caught.value)
     assert not (tmp_path / "nothing").exists()

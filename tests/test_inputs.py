@@ -93,6 +93,10 @@ def test_verify_of_what_is_no_store(capsys: pytest.CaptureFixture, tmp_path: Pat
     assert "is damaged" in out and err == ""
 
 
+# A shell's background jobs, and what they start, do not hear SIGINT
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
 def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
     """One line and 130, though what is half imported swallows the KeyboardInterrupt, as numpy may."""
     (tmp_path / "torch.py").write_text(
@@ -101,7 +105,7 @@ def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
     )
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from rapm.cli import main; sys.exit(main(['plan']))"],
+        [sys.executable, "-c", f"{HEARD}import sys; from rapm.cli import main; sys.exit(main(['plan']))"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
         capture_output=True,
         text=True,

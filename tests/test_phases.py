@@ -131,7 +131,7 @@ def test_the_prompts_are_encoded_before_the_stock_pipeline_is_there(teacher, tmp
     planner = Planner(model_of("sdxl"), Config.preset("sdxl").replace(lora_rank=64), cards.CARDS[-1])
     sizes, plan = planner.sizes, planner.plan(None)
     most = max(sizes.whole + (sizes.text + sizes.vae) // 2 + sizes.weights, sizes.text + sizes.weights)
-    assert plan.phases["export"] >= planner.context + most + sizes.state + 8 * sizes.lora
+    assert plan.phases["export"] >= planner.context + most + sizes.state + 4 * sizes.lora
 
 
 def test_an_eager_slot_has_no_graphs_of_other_sizes_beside_it(teacher, tmp_path) -> None:
@@ -171,3 +171,15 @@ def test_a_plan_for_several_sizes_is_that_of_a_run(capsys: pytest.CaptureFixture
     small, large = budget.planner.sizes.trajectories
     assert small < large and budget.planner.disk() == 504 * (small + large)
     assert Budget(model_of("sdxl"), config, CPU, 16 * GIB).bytes == 16 * GIB
+
+
+@pytest.mark.parametrize("name, side", [("sdxl", 1024), ("sdxl", 768), ("sdxl", 512), ("sd21", 512), ("sd15", 512)])
+@pytest.mark.parametrize("rank", [1, 64])
+def test_every_budget_above_the_smallest_has_a_plan(name: str, side: int, rank: int) -> None:
+    """A part that waits aside is found for each phase that needs it, and whole weights are kept where they fit."""
+    config = Config.preset("sdxl" if name == "sdxl" else "sd15").replace(lora_rank=rank, resolution=(side, side))
+    planner = Planner(model_of(name), config, cards.CARDS[-1], "full")
+    smallest = int(float(planner.smallest_words()[:-1]) * GIB)
+    for budget in range(smallest, 18 * GIB, GIB // 4):
+        plan = planner.plan(budget)
+        assert max(plan.phases.values()) <= budget

@@ -71,9 +71,14 @@ def model_of(teacher: str) -> Model:
     place = _cached(teacher) if _is_hub_id(teacher) else teacher
     if place is None:
         return _published(_family_of(teacher))._replace(guessed=True)
-    source = find(place)
-    if source.location.is_dir():
-        return _folder(teacher, source)
+    try:
+        source = find(place)
+        if source.location.is_dir():
+            return _folder(teacher, source)
+    except UserError:
+        if place == teacher or read_json(Path(place, "model_index.json")).get("_class_name") not in list(PIPELINES):
+            raise
+        return _published(_family_of(teacher))._replace(guessed=True)  # a snapshot that was cut off will be completed
     return _published(NAMES[source.family])._replace(unet=complete(source.parts["unet"]))
 
 

@@ -40,7 +40,7 @@ class Budget:
         self.planner, self.plan = planned(model, config, card, self.bytes)
         if cuda:
             cards.cap(device, self.bytes, self.planner.context)
-            Slab(self.plan.moved, device)  # what the host cannot pin is to be said before any work
+            Slab(_slab(self.plan), device)  # what the host cannot pin is to be said before any work
 
     @staticmethod
     def wanted(config: Config, device: torch.device) -> bool:
@@ -60,7 +60,7 @@ class Budget:
     def memory(self, unet: torch.nn.Module) -> SlotMemory:
         """What a slot's passes keep, with a slab for what is moved."""
         plan = self.plan
-        moved = plan.moved and Offload(plan.moved + plan.moved // 32, self.device, unet.parameters(), plan.window)
+        moved = plan.moved and Offload(_slab(plan), self.device, unet.parameters(), plan.window)
         return SlotMemory(Memory(plan.student, moved or None), Memory(plan.encoder), plan.together, plan.beside)
 
     def step_down(self) -> str | None:
@@ -105,6 +105,11 @@ class Budget:
             plan, solve_batch=before.solve_batch, aside=before.aside, apart=before.apart, tiled=before.tiled
         )  # fmt: skip
         return f"the first iteration took {measured / GIB:.2f} GiB: {summary(self.plan)}"
+
+
+def _slab(plan: Plan) -> int:
+    """Bytes of host memory for what a slot moves: its tensors begin at whole lines."""
+    return plan.moved + plan.moved // 32
 
 
 def out_of_memory(error: RuntimeError) -> str | None:

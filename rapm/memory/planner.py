@@ -181,7 +181,7 @@ class Planner:
             live = stock + 2 * forward + (0 if apart else sizes.weights)
             live = max(live, sizes.weights + 2 * forward + sizes.largest) + cards.WORKSPACE  # our own sampler, before
             live = max(live, sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights))  # and the prompts
-            live += state + 8 * sizes.lora  # as it is exported, and in both samplers' dtype
+            live += state + (2 - apart) * size * sizes.lora  # in our sampler, and in the stock UNet
         return int(self.context + live * 1.02)
 
     def _finish(self, plan: Plan, choice: Choice) -> Plan:
@@ -194,9 +194,9 @@ class Planner:
         # Halves of what is asked for: a shard's last batch of another size would have a graph of its own
         halves = [config.solve_batch >> i for i in range(config.solve_batch.bit_length())]
         batch = next((n for n in halves if fits("solve", n) and fits("validate", n, True)), 1)
-        aside = not (fits("encode") and fits("validate", batch))
+        aside = not (fits("encode") and fits("validate", batch) and fits("export", apart=True))
         tiled = not fits("validate", batch, aside)
-        apart = not fits("export")
+        apart = not fits("export", aside=aside)
         for phase in ("encode", "solve", "validate", "export"):
             need = self._phase(phase, plan, batch, aside, tiled, apart)
             if need > budget:
