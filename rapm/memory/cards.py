@@ -111,8 +111,8 @@ def _seconds(run: Callable[[], object], times: int) -> float:
 
 
 def automatic(device: torch.device) -> int:
-    """The budget of `--vram auto`: what is free, less what a desktop may come to take."""
-    return torch.cuda.mem_get_info(device)[0] + CONTEXT - DISPLAY  # the context is there already
+    """The budget of `--vram auto`: what is free or this process's already, less what a desktop may come to take."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CONTEXT - DISPLAY
 
 
 def cap(device: torch.device, budget: int, context: int = CONTEXT) -> None:
