@@ -33,7 +33,7 @@ class Budget:
         self.device, self.stepped, self.corrected = device, False, False
         cuda = device.type == "cuda"
         self.bytes = budget or parse_vram(config.vram)
-        if self.bytes is None:  # auto: what is free now; the context is there already
+        if self.bytes is None:  # auto
             self.bytes = cards.automatic(device)
         self.bytes = distributed.smallest(self.bytes)  # several ranks have one plan
         card = Card(*distributed.from_first(cards.this_card(device))) if cuda else None
