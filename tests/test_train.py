@@ -332,6 +332,7 @@ REFUSED = (
     "metadata.json", "shard-00000", "metrics.jsonl", "checkpoint-3/", "samples/000004", "checkpoint-6/",
     "diffusers/pytorch_lora", "",
 )  # fmt: skip
+LIMIT = Config().checkpoints_total_limit
 
 
 def test_a_disk_that_fills_up_loses_nothing(place, finished, tmp_path, monkeypatch, capsys):
@@ -345,11 +346,12 @@ def test_a_disk_that_fills_up_loses_nothing(place, finished, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full)
     for refused in REFUSED:
-        before = {path.name for path in checkpoints(tmp_path / "run")}
+        before = checkpoints(tmp_path / "run")
         extra = ["--resume_from_checkpoint", "latest"] if before else []
         code = main(arguments(place, tmp_path / "run", *extra))
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rapm: ")]
-        assert before <= {path.name for path in checkpoints(tmp_path / "run")}
+        after = checkpoints(tmp_path / "run")
+        assert set(sorted({*before, *after})[-LIMIT:]) <= set(after)  # only newer ones take an old one's place
         assert not list((tmp_path / "run").rglob("*.tmp"))
         assert all((path / "state.safetensors").exists() for path in (tmp_path / "run").glob("checkpoint-*"))
         if refused:
