@@ -17,7 +17,7 @@ from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, pick_device
 from rapm.disk import TEMPORARY, make_writable, write_atomic
 from rapm.errors import UserError
-from rapm.export.clients import client_name, webui_settings
+from rapm.export.clients import run_name, style_tags, webui_settings, webui_text
 from rapm.export.files import base_name
 from rapm.sample import grid, grid_size, png, sample_batches
 from rapm.teacher import Teacher, load_teacher
@@ -81,7 +81,7 @@ def draw(
     ):  # fmt: skip
         for (number, seed), image in zip(some, images, strict=True):
             negative = negative_prompt if guidance > 1 else ""
-            text = parameters(prompts[number] + tags, negative, {**settings, "Seed": seed})
+            text = parameters(webui_text(prompts[number]) + tags, webui_text(negative), {**settings, "Seed": seed})
             first = first or text
             if folder:
                 path = folder / f"{number:05d}-{seed}.png"
@@ -117,11 +117,10 @@ def _settings(teacher: Teacher, config: Config) -> dict[str, object]:
 
 def _tags(teacher: Teacher, lora: Path | None, run: Config) -> str:
     """The teacher's styles and `lora` by the names of their files in a client's folder of LoRAs."""
-    tags = [f" <lora:{style.path.stem}:{style.scale:g}>" for style in teacher.loras]
-    if lora is not None:
-        name = client_name(run) if (lora / RESOLVED).is_file() else lora.resolve().name if lora.is_dir() else lora.stem
-        tags.append(f" <lora:{name}:1>")
-    return "".join(tags)
+    if lora is None:
+        return style_tags(teacher)
+    name = run_name(run) if (lora / RESOLVED).is_file() else lora.resolve().name if lora.is_dir() else lora.stem
+    return f"{style_tags(teacher)} <lora:{name}:1>"
 
 
 def _check_writable(path: Path, output: Path) -> None:

@@ -36,7 +36,7 @@ from rapm.device import DTYPES, cores, pick_device
 from rapm.disk import LOCK, held, make_writable, sweep, write_atomic
 from rapm.errors import UserError
 from rapm.export.card import write_model_card
-from rapm.export.clients import WORKFLOW, client_name, write_workflow
+from rapm.export.clients import WORKFLOW, run_name, sampled_elsewhere, write_workflow
 from rapm.export.files import export_lora, verify_export
 from rapm.export.hub import claim_repo, upload
 from rapm.export.lora_file import WEIGHTS
@@ -128,7 +128,7 @@ def export_run(
     with _claimed(folder), advice("the same command does it again"):
         checkpoint = find_checkpoint(folder, which)
         config = Config.of_run(folder).replace(output_dir=str(folder))
-        repo = None if push_to_hub is None else claim_repo(push_to_hub or client_name(config))
+        repo = None if push_to_hub is None else claim_repo(push_to_hub or run_name(config))
         teacher, config, prompts = prepare_teacher(config)
         state = load_checkpoint(checkpoint, config)
         training = Training(teacher, solve_all(config, teacher, prompts), config)
@@ -292,7 +292,8 @@ def finish(
     verify_export(folder, teacher, lora, **proof)
     measured = training.measure()
     picture(training, measured.pictures, folder / "samples.png")
-    write_workflow(folder, teacher, config=config, prompt=prompts[0])
+    if sampled_elsewhere(teacher):
+        write_workflow(folder, teacher, config=config, prompt=prompts[0])
     write_model_card(
         folder, teacher, config=config, prompts=prompts, steps_done=training.done, repo=repo,
         metrics={"held-out trajectories": card_figures(measured.figures)},
@@ -304,7 +305,8 @@ def finish(
     if merge:
         path = export_merged(folder, lora, teacher, dtype=dtype)
         verify_merged(path, teacher, lora, **proof, dtype=dtype)
-        print(f"merged: {path} is a whole pipeline that samples as the student does, without a LoRA")
+        how = "" if dtype == torch.float32 else f", if loaded with torch_dtype={dtype}"
+        print(f"merged: {path} is a whole pipeline that samples as the student does, without a LoRA{how}")
     if repo:
         print(f"pushed: {upload(folder, repo)}, private until you publish it in its settings, unless it was public")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def test_the_snippet_runs_as_pasted(
         export_lora(tmp_path / "style", trained(teacher.unet, seed=6), teacher, config=CONFIG, steps_done=7)
         style = f"{tmp_path / 'style'}:0.7"
         teacher = load_teacher(teacher.source, device="cpu", dtype=torch.float32, loras=[style])
+    else:  # whose weights are of a variant only
+        shutil.copytree(teacher.source, tmp_path / "variant")
+        for path in (tmp_path / "variant").rglob("*.safetensors"):
+            path.rename(path.with_suffix(".fp16.safetensors"))
+        teacher = load_teacher(str(tmp_path / "variant"), device="cpu", dtype=torch.float32)
     lora, noise = trained(teacher.unet), latents(teacher)
     folder = tmp_path / 'run "1"'
     export_lora(folder, lora, teacher, config=CONFIG, steps_done=7)
@@ -73,7 +79,7 @@ def test_the_snippet_of_other_sources(tiny_teacher: Callable, tmp_path: Path) ->
     file = tmp_path / "my model.safetensors"
     file.touch()
     sources = {
-        "embedded": 'from_pretrained(Path(rapm.__file__).parent / "zoo" / "embedded",',
+        "embedded": 'from_pretrained(Path(rapm.__file__).parent / "zoo" / "embedded", torch',
         "someone/model": 'from_pretrained("someone/model",',
         str(file): f'from_single_file("{file.resolve().as_posix()}",',
     }
@@ -103,6 +109,9 @@ def test_how_to_use_it_elsewhere(tiny_teacher: Callable, tmp_path: Path) -> None
     write_model_card(tmp_path, teacher, config=CONFIG, prompts=PROMPTS, repo="me/demo")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f'pipe.load_lora_weights("me/demo", weight_name="{WEIGHTS}")\n' in card
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in card and str(Path(teacher.source).resolve().parent) not in card
+    assert f'from_pretrained("{Path(teacher.source).name}", torch_dtype=dtype)' in card
     assert f"\n```\n{webui_settings(teacher, CONFIG)}\n```\n" in card
-    assert f"models/loras/demo.safetensors` and drop `{WORKFLOW}`" in card and "models/Lora/demo.safetensors" in card
+    assert f"models/loras/demo.safetensors`, and drop `{WORKFLOW}`" in card and "models/Lora/demo.safetensors" in card
+    write_model_card(tmp_path, dataclasses.replace(teacher, source="embedded"), config=CONFIG, prompts=PROMPTS)
+    assert not {"ComfyUI", "A1111"} & set(re.findall(r"\w+", (tmp_path / "README.md").read_text(encoding="utf-8")))

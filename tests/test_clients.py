@@ -24,10 +24,13 @@ from rapm.config import Config
 from rapm.export.clients import (
     WORKFLOW,
     ZERO_SNR,
-    client_name,
+    comfyui_text,
     comfyui_workflow,
+    run_name,
+    sampled_elsewhere,
     sigmas,
     webui_settings,
+    webui_text,
     write_workflow,
 )
 from rapm.export.files import FILES, export_lora
@@ -181,7 +184,8 @@ class ComfyUI:
         return (model,)
 
     def CLIPTextEncode(self, text: str, clip: Callable) -> tuple:
-        return (clip([text] * len(self.noise)),)
+        assert not re.search(r"(?<!\\)[()]", text)  # emphasis
+        return (clip([re.sub(r"\\([()])", r"\1", text)] * len(self.noise)),)
 
     def EmptyLatentImage(self, width: int, height: int, batch_size: int) -> tuple:
         assert batch_size == 1
@@ -247,8 +251,26 @@ def test_the_workflow_samples_as_the_student_does(tiny_teacher: Callable, family
 def test_the_workflow_holds_any_prompt(tiny_teacher: Callable, tmp_path: Path) -> None:
     write_workflow(tmp_path, tiny_teacher("sd1"), config=CONFIG, prompt=HOSTILE)
     workflow = json.loads((tmp_path / WORKFLOW).read_text(encoding="utf-8"))
-    assert [HOSTILE] in [node["widgets_values"] for node in workflow["nodes"]]
+    assert [comfyui_text(HOSTILE)] in [node["widgets_values"] for node in workflow["nodes"]]
     assert workflow == comfyui_workflow(tiny_teacher("sd1"), CONFIG, HOSTILE)
+
+
+def test_brackets_are_no_emphasis(tiny_teacher: Callable) -> None:
+    """These programs read them so, training does not."""
+    prompt = r"a (red) [hat] \o/"
+    workflow = comfyui_workflow(tiny_teacher("sd1"), CONFIG, prompt)
+    assert [r"a \(red\) [hat] \o/"] in [node["widgets_values"] for node in workflow["nodes"]]
+    assert webui_text(prompt) == r"a \(red\) \[hat\] \\o/"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "sd2, zero terminal SNR"])
+def test_whom_these_programs_can_sample(tiny_teacher: Callable, family: str) -> None:
+    """Stable Diffusion's noise, with zero terminal SNR too; with other betas they would walk other timesteps."""
+    teacher = tiny_teacher(family.partition(",")[0])
+    assert sampled_elsewhere(dataclasses.replace(teacher, schedule=zero_snr(teacher)) if "," in family else teacher)
+    for betas in (dict(beta_schedule="linear"), dict(beta_schedule="squaredcos_cap_v2"), {**SD, "beta_end": 0.013}):
+        assert not sampled_elsewhere(dataclasses.replace(teacher, schedule=Schedule.from_config(betas)))
+    assert not sampled_elsewhere(dataclasses.replace(teacher, source="embedded"))
 
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -305,7 +327,7 @@ def test_zero_terminal_snr_is_said(tiny_teacher: Callable) -> None:
 
 def styled(teacher: Teacher, folder: Path) -> Teacher:
     """The teacher as if two LoRAs had been fused into it."""
-    styles = (Style(folder / "ink.safetensors", 0.7, {}), Style(folder / "blue.safetensors", 1.0, {}))
+    styles = (Style(folder / "ink.safetensors", 0.7, {}), Style(folder / "blue" / WEIGHTS, 1.0, {}))  # of a run
     return dataclasses.replace(teacher, loras=styles)
 
 
@@ -330,5 +352,5 @@ def test_the_teachers_own_loras_come_first(tiny_teacher: Callable, tmp_path: Pat
 
 @pytest.mark.parametrize("folder, name", [("runs/a b:c>d", "a_b_c_d"), ("runs/4-step.v2", "4-step.v2"), ("x/é", "é")])
 def test_the_name_is_one_for_every_client(folder: str, name: str) -> None:
-    assert client_name(Config(output_dir=folder)) == name
-    assert client_name(Config(output_dir=".")) == Path.cwd().name
+    assert run_name(Config(output_dir=folder)) == name
+    assert run_name(Config(output_dir=".")) == Path.cwd().name

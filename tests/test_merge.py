@@ -58,6 +58,8 @@ def test_every_part_is_in_the_dtype(tiny_teacher: Callable, dtype: torch.dtype, 
     assert next(teacher.pipe.vae.parameters()).dtype == torch.float32
     proof = dict(prompts=PROMPTS[:1], noise=latents(teacher)[:1], steps=1)
     assert verify_merged(path, teacher, lora, **proof, dtype=dtype) > 0
+    pipe = type(teacher.pipe).from_pretrained(path, torch_dtype=dtype)  # as the last line says
+    pipe(PROMPTS[0], num_inference_steps=1, guidance_scale=1.0, height=64, width=64, output_type="latent")
     lora[next(iter(lora))][1].mul_(30)
     with pytest.raises(ExportError, match="latents differ"):
         verify_merged(path, teacher, lora, **proof, dtype=dtype)

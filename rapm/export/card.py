@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rapm.disk import write_atomic
-from rapm.export.clients import WORKFLOW, client_name, webui_settings
+from rapm.export.clients import WORKFLOW, run_name, sampled_elsewhere, webui_settings
 from rapm.export.files import base_name, recipe, title
 from rapm.export.lora_file import WEIGHTS
+from rapm.loading.source import variant
 
 if TYPE_CHECKING:
     from rapm.config import Config
@@ -38,12 +39,11 @@ def write_model_card(
     The base model is in the front matter where it is on the hub. OSError where the card cannot be written.
     """
     folder = Path(folder)
-    name, end = client_name(config), math.sqrt(1 - teacher.schedule.at(0))
     base = f"base_model: {_literal(teacher.source)}\n" if _on_the_hub(teacher) else ""
     sizes = config.resolutions or (teacher.default_resolution,)
     settings = {
         "teacher": base_name(teacher),
-        "LoRAs in the teacher": ", ".join(f"{style.path.name} at {style.scale:g}" for style in teacher.loras) or "none",
+        "LoRAs in the teacher": ", ".join(f"{style.name} at {style.scale:g}" for style in teacher.loras) or "none",
         "trajectories": config.trajectories,
         "teacher's steps": f"{config.steps} x {config.fine_steps}, guidance {config.guidance}",
         "resolution": ", ".join(f"{width}x{height}" for height, width in sizes),
@@ -86,18 +86,7 @@ The licence of the base model applies.
 {_snippet(repo or folder.as_posix(), teacher, config, prompts[0], shared=repo is not None)}
 ```
 
-**ComfyUI**: copy `{WEIGHTS}` to `models/loras/{name}.safetensors` and drop `{WORKFLOW}` on the window. Its latents are
-DDIM's. In a workflow of your own: sampler `euler`, scheduler `simple`, {config.steps} steps, cfg 1.
-
-**A1111, Forge**: copy it to `models/Lora/{name}.safetensors`, paste this into the prompt box, and press the arrow that
-reads it back. Sampler and schedule are what matters: the sampler `DDIM` of these programs takes other timesteps.
-
-```
-{webui_settings(teacher, config)}
-```
-
-These programs and `simple` remove the last noise too (a standard deviation of {end:.3f}), which DDIM leaves. All this
-is from reading their code: only diffusers was run.
+{_elsewhere(teacher, config)}
 
 ## Settings
 
@@ -108,6 +97,28 @@ is from reading their code: only diffusers was run.
     write_atomic(folder / CARD, card.encode())
 
 
+def _elsewhere(teacher: Teacher, config: Config) -> str:
+    """How to use it in programs that are not diffusers."""
+    if not sampled_elsewhere(teacher):
+        return "Only diffusers samples it: other programs do not know this base model or its noise schedule."
+    name, end = run_name(config), math.sqrt(1 - teacher.schedule.at(0))
+    beside = "".join(f", and the teacher's `{style.name}.safetensors` beside it" for style in teacher.loras)
+    return f"""**ComfyUI**: copy `{WEIGHTS}` to `models/loras/{name}.safetensors`{beside}, and drop `{WORKFLOW}` on the
+window. Its latents are DDIM's. In a workflow of your own, or where the node ManualSigmas is missing: sampler `euler`,
+scheduler `simple`, {config.steps} steps, cfg 1.
+
+**A1111 (1.10 or newer), Forge**: copy it to `models/Lora/{name}.safetensors`{beside}, paste this into the prompt box,
+and press the arrow that reads it back. Sampler and schedule are what matters: the sampler `DDIM` of these programs
+takes other timesteps.
+
+```
+{webui_settings(teacher, config)}
+```
+
+These programs and `simple` remove the last noise too (a standard deviation of {end:.3f}), which DDIM leaves. All this
+is from reading their code: only diffusers was run."""
+
+
 def _on_the_hub(teacher: Teacher) -> bool:
     return teacher.source != "embedded" and not Path(teacher.source).expanduser().exists()
 
@@ -115,12 +126,13 @@ def _on_the_hub(teacher: Teacher) -> bool:
 def _snippet(lora: str, teacher: Teacher, config: Config, prompt: str, *, shared: bool) -> str:
     """Python that samples in stock diffusers with the LoRA in `lora`, a folder or a hub id, as pasted.
 
-    The teacher's style LoRAs are fused first, as they were in training; `shared` names their files without a folder.
+    The teacher's style LoRAs are fused first, as they were in training; `shared` names local files without a folder.
     """
+    files = [f"{style.name}.safetensors" if shared else style.path.resolve().as_posix() for style in teacher.loras]
     styles = "".join(
-        f"pipe.load_lora_weights({_literal(style.path.name if shared else style.path.resolve().as_posix())})\n"
-        f"pipe.fuse_lora(lora_scale={style.scale})\npipe.unload_lora_weights()\n"
-        for style in teacher.loras
+        f"pipe.load_lora_weights({_literal(file)})\npipe.fuse_lora(lora_scale={style.scale})\n"
+        "pipe.unload_lora_weights()\n"
+        for file, style in zip(files, teacher.loras, strict=True)
     )
     kind = type(teacher.pipe).__name__
     local = Path(teacher.source).expanduser()
@@ -128,7 +140,10 @@ def _snippet(lora: str, teacher: Teacher, config: Config, prompt: str, *, shared
     if teacher.source == "embedded":
         imports, base = "from pathlib import Path\n\nimport rapm\n", 'Path(rapm.__file__).parent / "zoo" / "embedded"'
     elif not _on_the_hub(teacher):
-        load, base = "from_single_file" if local.is_file() else load, _literal(local.resolve().as_posix())
+        load = "from_single_file" if local.is_file() else load
+        base = _literal(local.name if shared else local.resolve().as_posix())
+    only = variant(teacher.location) if teacher.location.is_dir() else None
+    base += f", variant={_literal(only)}" if only else ""
     stock = teacher.pipe.scheduler.config
     height, width = config.resolution or teacher.default_resolution
     return f"""{imports}import torch

@@ -22,7 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rapm.disk import write_atomic
+from rapm.loading.style import client_name
 from rapm.schedule import Schedule, trailing_steps
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from rapm.teacher import Teacher
 
 WORKFLOW = "comfyui_workflow.json"
+SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = 4.8973451890853435e-08  # what both programs take for an abar of zero
 # The nodes of ComfyUI's core that are used, and their outputs in the order of the slots: name -> type.
 OUTPUTS = {
@@ -49,9 +53,33 @@ OUTPUTS = {
 COLUMN, ROW = 340, 200  # pixels between two nodes
 
 
-def client_name(config: Config) -> str:
-    """What a run's LoRA is called in these programs: its folder's name, in letters that all of them take."""
-    return re.sub(r"[^\w.-]+", "_", Path(config.output_dir).resolve().name)
+def run_name(config: Config) -> str:
+    """What a run's LoRA is called in these programs: as its folder."""
+    return client_name(Path(config.output_dir).resolve())
+
+
+def sampled_elsewhere(teacher: Teacher) -> bool:
+    """Whether these programs load the base model and map sigma to timesteps as it needs: they know SD's table only."""
+    if teacher.source == "embedded":
+        return False
+    config = {**SD_NOISE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": _zero_snr(teacher)}
+    mine, theirs = teacher.schedule.abar, Schedule.from_config(config).abar
+    return mine.shape == theirs.shape and bool(torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6))
+
+
+def comfyui_text(prompt: str) -> str:
+    """`prompt` as ComfyUI's text box must have it to read it literally: its brackets mean emphasis."""
+    return re.sub(r"([()])", r"\\\1", prompt)
+
+
+def webui_text(prompt: str) -> str:
+    """`prompt` as A1111 and Forge must have it to read it literally."""
+    return re.sub(r"([\\()\[\]])", r"\\\1", prompt)
+
+
+def style_tags(teacher: Teacher) -> str:
+    """The teacher's style LoRAs as A1111 and Forge take them at a prompt's end."""
+    return "".join(f" <lora:{style.name}:{style.scale:g}>" for style in teacher.loras)
 
 
 def sigmas(schedule: Schedule, steps: int) -> list[float]:
@@ -76,8 +104,7 @@ def webui_settings(teacher: Teacher, config: Config) -> str:
     if _zero_snr(teacher):
         settings["Noise Schedule"] = "Zero Terminal SNR"
     line = ", ".join(f"{name}: {value}" for name, value in settings.items())
-    styles = "".join(f" <lora:{style.path.stem}:{style.scale:g}>" for style in teacher.loras)
-    return f"your prompt{styles} <lora:{client_name(config)}:1>\n{line}"
+    return f"your prompt{style_tags(teacher)} <lora:{run_name(config)}:1>\n{line}"
 
 
 def write_workflow(folder: Path, teacher: Teacher, *, config: Config, prompt: str) -> None:
@@ -89,7 +116,7 @@ def write_workflow(folder: Path, teacher: Teacher, *, config: Config, prompt: st
 def comfyui_workflow(teacher: Teacher, config: Config, prompt: str) -> dict[str, Any]:
     """A workflow in the format that ComfyUI saves, of nodes of its core alone."""
     height, width = config.resolution or teacher.default_resolution
-    name = client_name(config)
+    name = run_name(config)
     checkpoint = Path(teacher.source).name
     checkpoint = checkpoint if checkpoint.endswith(".safetensors") else f"{checkpoint}.safetensors"
     note = (
@@ -103,12 +130,12 @@ def comfyui_workflow(teacher: Teacher, config: Config, prompt: str) -> dict[str,
     last = base
     for row, style in enumerate(teacher.loras, 2):  # those that the teacher was made of
         inputs = {"model": (last, 0), "clip": (last, 1)}
-        last = graph.add("LoraLoader", (0, row), inputs, [style.path.name, style.scale, style.scale])
+        last = graph.add("LoraLoader", (0, row), inputs, [f"{style.name}.safetensors", style.scale, style.scale])
     model = graph.add("LoraLoaderModelOnly", (1, 0), {"model": (last, 0)}, [f"{name}.safetensors", 1.0])
     if teacher.schedule.prediction == "v_prediction":
         widgets = ["v_prediction", _zero_snr(teacher)]
         model = graph.add("ModelSamplingDiscrete", (2, 0), {"model": (model, 0)}, widgets)
-    positive = graph.add("CLIPTextEncode", (1, 1), {"clip": (last, 1)}, [prompt])
+    positive = graph.add("CLIPTextEncode", (1, 1), {"clip": (last, 1)}, [comfyui_text(prompt)])
     negative = graph.add("CLIPTextEncode", (1, 2), {"clip": (last, 1)}, [""])
     sampler = graph.add("KSamplerSelect", (2, 1), widgets=["euler"])
     levels = graph.add("ManualSigmas", (2, 2), widgets=[values])

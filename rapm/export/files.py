@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rapm.disk import write_atomic
 from rapm.errors import ExportError, UserError
-from rapm.export.clients import client_name
+from rapm.export.clients import run_name
 from rapm.export.lora_file import WEIGHTS, Weights, read_lora, read_tensors
 from rapm.export.lora_names import kohya_names
 from rapm.sample import sample
@@ -228,7 +228,7 @@ def _headers(teacher: Teacher, config: Config, rank: int, steps_done: int) -> di
         "ss_mixed_precision": config.mixed_precision,
         "ss_resolution": f"({width}, {height})",
         "ss_seed": str(config.seed),
-        "ss_output_name": client_name(config),  # A1111 and Forge find the LoRA by this name too
+        "ss_output_name": run_name(config),  # A1111 and Forge find the LoRA by this name too
         "ss_training_comment": how,
     }
 

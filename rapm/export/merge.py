@@ -87,7 +87,7 @@ def verify_merged(
     unet = teacher.unet
     noise = noise.to(unet.device, unet.dtype)
     text = encoded(teacher, prompts, noise)
-    pipe = type(teacher.pipe).from_pretrained(path)
+    pipe = type(teacher.pipe).from_pretrained(path, torch_dtype=dtype)  # else parts differ in theirs
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             _cast(module, unet.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,11 @@ class Style:
         return replace(self, parts={**self.parts, **read_text_lora(self.path, encoders)})
 
     @property
+    def name(self) -> str:
+        """What it is called in ComfyUI and A1111, where all LoRAs share a folder: a run's has the name of its own."""
+        return client_name(self.path.resolve().parent if self.path.name == WEIGHTS else self.path.with_suffix(""))
+
+    @property
     def digest(self) -> str:
         """sha256 of the weights and of the strength with which they are added, however the file names them."""
         digest = hashlib.sha256(json.dumps(self.scale).encode())
@@ -39,6 +45,11 @@ class Style:
                     digest.update(f"{part} {layer} {tuple(x.shape)} ".encode())
                     digest.update(x.float().contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def client_name(path: Path) -> str:
+    """The last part of `path` in letters that these programs all take."""
+    return re.sub(r"[^\w.-]+", "_", path.name)
 
 
 def parse_style(spec: str) -> tuple[Path, float]:

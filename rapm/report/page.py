@@ -217,8 +217,8 @@ def _use(folder: Path, config: Config) -> str:
     snippet = card.partition("```python\n")[2].partition("```")[0]
     text = (
         f"<p><code>{WEIGHTS}</code>{_steps(folder / WEIGHTS)} goes into the client's folder of LoRAs, strength 1.0. "
-        f"<b>DDIM</b>, <b>{config.steps} steps</b>, <b>CFG 1</b>: trailing timesteps in diffusers, sampler Euler with "
-        "schedule Simple in A1111, Forge and ComfyUI; the model card has a workflow and settings to paste.</p>"
+        f"<b>DDIM</b>, <b>{config.steps} steps</b>, <b>CFG 1</b>: trailing timesteps in diffusers; the model card "
+        "says how in ComfyUI, A1111 and Forge.</p>"
         f'<p>From here: <code>rapm sample "a prompt" --lora {escape(str(folder))}</code></p>'
     )
     return text + (f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else "")
