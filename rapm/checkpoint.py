@@ -123,7 +123,8 @@ def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extr
 def _open(path: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     header = _header(path)
     with safe_open(path / STATE, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # copies: Windows deletes and replaces no file that is mapped
+        state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     # settings that are newer than the checkpoint have their defaults
     return state, int(header["iterations"]), json.loads(json.dumps(asdict(Config()))) | json.loads(header["config"])
 

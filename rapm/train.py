@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,9 @@ from rapm.checkpoint import (
     sweep_checkpoints,
 )
 from rapm.config import RESOLVED, Config
-from rapm.device import DTYPES, cores, pick_device
+from rapm.device import DTYPES, check_training, cores, pick_device
 from rapm.disk import LOCK, held, make_writable, sweep, write_atomic
-from rapm.errors import UserError
+from rapm.errors import RunError, UserError
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, run_name, sampled_elsewhere, write_workflow
 from rapm.export.files import export_lora, verify_export
@@ -64,6 +65,7 @@ OUTPUTS = (
     WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", RESOLVED,
     "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST, PLAN,
 )  # fmt: skip
+SAVED_EVERY = 15 * 60.0  # seconds after which a checkpoint is due, however few the iterations
 STORE_PATIENCE = 10.0  # seconds to wait for another run's work on a shared store
 
 
@@ -76,6 +78,7 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
 
 def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> Path:
     check_tracker(config.report_to)
+    check_training(config)
     checkpoint = find_checkpoint(folder, resume) if resume else None
     if checkpoint and (made := ranks(checkpoint)) != distributed.world():
         raise UserError(f"resume: {checkpoint} is of {made} processes, not {distributed.world()}: start as many again")
@@ -107,6 +110,7 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
 def solve_only(config: Config) -> Store:
     """Stage 1 alone."""
     with distributed.group(config), _claimed(Path(config.output_dir)), advice("the same command goes on"):
+        check_training(config)
         teacher, config, prompts = prepare_teacher(config)
         config = _keep_prompts(Path(config.output_dir), config, prompts)
         store = solve_all(config, teacher, prompts)
@@ -196,47 +200,24 @@ def solve_all(config: Config, teacher: Teacher, prompts: list[Row]) -> Store:
 
 
 def run(training: Training, folder: Path) -> None:
-    """Iterate to the end: log, validate, save. Of several ranks the first writes, and all stop after one iteration.
-
-    A GPU's figures are read when it has the next iteration to do, unless they are needed at once.
-    """
-    config, step, watch = training.config, training.step, Watch()
-    start, first, pending, values = time.perf_counter(), training.done, 0, {}
+    """Iterate to the end: log, validate, save. Of several ranks the first writes, and all stop after one iteration."""
+    config = training.config
     log = Log(folder, config.report_to, training.done) if distributed.first() else None
-    bar = tqdm(total=config.max_train_steps, initial=first, desc="training")
-
-    def tell(done: int, slots: int, read: Callable[[], dict[str, float]], host: dict[str, float]) -> dict[str, float]:
-        values = {**read(), **host}
-        if log:
-            log.write(done, values)
-            bar.set_postfix({k: f"{values[k]:.3g}" for k in (*LOSSES, "skipped", "vram_mib") if values.get(k)})
-            if training.fault:
-                log.warn(*training.fault)
-            for warning in watch(values, slots):
-                log.warn(done, warning)
-        training.check()
-        return values
-
-    asked: tuple[int, int, Callable[[], dict[str, float]], dict[str, float]] | None = None
+    bar = tqdm(total=config.max_train_steps, initial=training.done, desc="training")
+    figures, saved = Figures(training, log, bar), time.perf_counter()
     with stop_signals() as stopped, cores(training.steps.values()), bar, log or nullcontext():
         while training.done < config.max_train_steps:
-            training.iterate()
-            bar.update()
-            pending += config.steps
-            if asked is not None:
-                values, asked = tell(*asked), None
+            iterate(training, folder)
+            figures.read()
             stop = distributed.largest(max(stopped, default=0))
             done, last = training.done, training.done == config.max_train_steps
             measure = done % config.validation_steps == 0 or last
             save = done % config.checkpointing_steps == 0 or last or stop
             if done % config.log_steps == 0 or last or stop:
-                seconds = time.perf_counter() - start
-                host = {"seconds": seconds, "iterations_per_second": (done - first) / seconds}
-                if step.z.is_cuda:
-                    host["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
-                asked, pending = (done, pending, training.losses(pending), host), 0
+                save = save or distributed.largest(int(time.perf_counter() - saved > SAVED_EVERY))
+                figures.ask()
                 if measure or save or not training.behind:
-                    values, asked = tell(*asked), None
+                    figures.read()
             if not (measure or save):
                 continue
             if measure:
@@ -245,13 +226,14 @@ def run(training: Training, folder: Path) -> None:
             if log:
                 try:
                     if measure:
-                        validate(training, folder, log, watch, values, state)
+                        validate(training, folder, log, figures, state)
                 except BaseException:  # as of no memory: it must not cost the iterations, nor stop whoever resumes
                     save_checkpoint(folder, state, done, config)
                     raise
                 if save:
                     save_checkpoint(folder, state, done, config)
             distributed.wait()
+            saved = time.perf_counter() if save else saved
             stop = distributed.largest(max(stopped, default=0))  # or while that was measured and written
             if save and stop:
                 if log:
@@ -260,9 +242,53 @@ def run(training: Training, folder: Path) -> None:
                 raise Interrupted(stop, "--resume_from_checkpoint latest goes on")
 
 
-def validate(
-    training: Training, folder: Path, log: Log, watch: Watch, losses: dict[str, float], state: dict[str, Tensor]
-) -> None:
+def iterate(training: Training, folder: Path) -> None:
+    """One iteration; where none is possible, a checkpoint of those that were before it goes up."""
+    try:
+        training.iterate()
+    except (RunError, UserError):  # no memory under any plan, a shard that is damaged
+        if distributed.world() == 1 and training.done:  # else the others are inside a slot
+            save_checkpoint(folder, training.state(), training.done, training.config)
+        raise
+
+
+class Figures:
+    """What a run says of itself, to log and bar. A GPU's is read when it has the next iteration to do."""
+
+    def __init__(self, training: Training, log: Log | None, bar: tqdm[Any]) -> None:
+        self.training, self.log, self.bar, self.watch = training, log, bar, Watch()
+        self.values: dict[str, float] = {}  # the last that were read
+        self._start, self._first, self._done = time.perf_counter(), training.done, training.done
+        self._asked: tuple[int, int, Callable[[], dict[str, float]], dict[str, float]] | None = None
+
+    def ask(self) -> None:
+        """Of the iterations since the last time."""
+        training, seconds = self.training, time.perf_counter() - self._start
+        host = {"seconds": seconds, "iterations_per_second": (training.done - self._first) / seconds}
+        if training.step.z.is_cuda:
+            host["vram_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        slots = (training.done - self._done) * training.config.steps
+        self._asked, self._done = (training.done, slots, training.losses(slots), host), training.done
+
+    def read(self) -> None:
+        """What was asked for and not read yet. RunError as `Training.check`."""
+        self.bar.update(self.training.done - self.bar.n)
+        if self._asked is None:
+            return
+        done, slots, read, host = self._asked
+        self._asked, self.values = None, {**read(), **host}
+        if self.log:
+            self.log.write(done, self.values)
+            shown = (*LOSSES, "skipped", "vram_mib")
+            self.bar.set_postfix({k: f"{self.values[k]:.3g}" for k in shown if self.values.get(k)})
+            if self.training.fault:
+                self.log.warn(*self.training.fault)
+            for warning in self.watch(self.values, slots):
+                self.log.warn(done, warning)
+        self.training.check()
+
+
+def validate(training: Training, folder: Path, log: Log, figures: Figures, state: dict[str, Tensor]) -> None:
     """Measure the student, keep it if it is the best yet, draw the grid, and say it all."""
     done, measured = training.done, training.measure()
     fd, best = measured.figures.get("val_fd"), find_best(folder)
@@ -270,8 +296,8 @@ def validate(
         save_best(folder, state, done, training.config, fd)
         best = done, fd
     log.write(done, measured.figures)
-    log.say(panel(done, {**losses, **measured.figures}, best))
-    for warning in watch(measured.figures):
+    log.say(panel(done, {**figures.values, **measured.figures}, best))
+    for warning in figures.watch(measured.figures):
         log.warn(done, warning)
     (folder / "samples").mkdir(exist_ok=True)
     picture(training, measured.pictures, folder / "samples" / f"{done:06d}.png")

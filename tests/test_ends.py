@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
-from rapm.checkpoint import checkpoints
+from rapm.checkpoint import checkpoints, load_checkpoint
 from rapm.cli import main
+from rapm.config import Config
 from rapm.errors import RunError, UserError
 from rapm.evaluate.validate import Validation
 from rapm.store import Store
 from rapm.train import export_run
+from rapm.training import Training
 
 SETTINGS = "trajectories = 3\nvalidation_prompts = 1\nfine_steps = 2\nguidance = 3.0\n"
 
@@ -84,6 +88,46 @@ def test_a_validation_that_fails_costs_no_iteration(place, tmp_path, monkeypatch
     failing.append(False)
     assert main([*words, "--resume_from_checkpoint", "latest"]) == 0
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
+
+
+def test_an_iteration_that_cannot_be_costs_none_before_it(place, tmp_path, monkeypatch) -> None:
+    """As where no plan has the memory for it: a checkpoint of the iterations that were, and the run goes on from it."""
+    words = arguments(place, tmp_path / "run", "--checkpointing_steps", "4", "--validation_steps", "4")
+    walk = Training._walk
+
+    def fails(self: Training, *work: object) -> None:
+        if self.done == 3:
+            raise RunError("out of memory in iteration 3")
+        walk(self, *work)
+
+    monkeypatch.setattr(Training, "_walk", fails)
+    assert main(words) == 1
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    monkeypatch.setattr(Training, "_walk", walk)
+    assert main([*words, "--resume_from_checkpoint", "latest"]) == 0
+    assert main([str(tmp_path / "whole") if word == str(tmp_path / "run") else word for word in words]) == 0
+    ends = [load_file(tmp_path / name / "checkpoint-4/state.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(x, ends[1][name]) for name, x in ends[0].items())
+
+
+def test_a_checkpoint_is_due_by_time_too(place, tmp_path, monkeypatch) -> None:
+    """On a slow card 500 iterations are hours. It is due at the next line of the log, here with each iteration."""
+    words = arguments(place, tmp_path / "run", "--checkpointing_steps", "9", "--max_train_steps", "3")
+    (place / "log.toml").write_text(SETTINGS + "log_steps = 1\nvalidation_steps = 9\ncheckpoints_total_limit = 9\n")
+    words[words.index(str(place / "settings.toml"))] = str(place / "log.toml")
+    monkeypatch.setattr("rapm.train.SAVED_EVERY", 0.0)
+    assert main([*words, "--validation_steps", "9"]) == 0
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_resumed_run_holds_no_file(place, tmp_path) -> None:
+    """Windows deletes none that is mapped, and old checkpoints are to go."""
+    assert main(arguments(place, tmp_path / "run")) == 0
+    path = tmp_path / "run/checkpoint-4"
+    state, _ = load_checkpoint(path, Config.of_run(tmp_path / "run"))
+    if Path("/proc/self/maps").exists():
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    assert state
 
 
 def test_the_best_checkpoint_alone_can_be_exported(tmp_path, monkeypatch) -> None:

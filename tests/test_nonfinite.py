@@ -13,6 +13,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from rapm import step as step_module
 from rapm.checkpoint import load_checkpoint, save_checkpoint
@@ -29,7 +30,7 @@ from rapm.solver import Walk
 from rapm.step import Step
 from rapm.store import METADATA, Store, Trajectory, _sealed, verify
 from rapm.teacher import Teacher, load_teacher
-from rapm.train import validate
+from rapm.train import Figures, validate
 from rapm.training import Training
 from rapm.trajectories import prepare
 from rapm.unet import Text
@@ -402,11 +403,10 @@ def test_a_distance_of_what_is_not_finite_is_none(teacher, store, tmp_path, monk
 def validated(training: Training, folder: Path, patch: pytest.MonkeyPatch, fd: float) -> Path:
     """checkpoint-best after a validation whose distance is `fd`."""
     from rapm.log import Log
-    from rapm.report.panel import Watch
 
     measured = training.measure()
     patch.setattr(training, "measure", lambda: dataclasses.replace(measured, figures=measured.figures | {
         "val_fd": fd, "val_fd_floor": 1.0}))  # fmt: skip
     with Log(folder, "none") as log:
-        validate(training, folder, log, Watch(), {}, training.state())
+        validate(training, folder, log, Figures(training, log, tqdm(disable=True)), training.state())
     return folder / "checkpoint-best"
