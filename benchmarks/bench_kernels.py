@@ -9,19 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rapm.bench.ops import operators
-from rapm.bench.run import (
-    COMPILE,
-    MODELS,
-    RAPM,
-    REFERENCE,
-    fresh,
-    kernel_mode,
-    providers_of,
-    results,
-    unet_shapes,
-    wanted,
-)
+from rapm.bench.measure import fresh, kernel_mode, results, wanted
+from rapm.bench.ops import COMPILE, RAPM, REFERENCE, operators, providers_of
+from rapm.bench.shapes import MODELS, unet_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LEFT_OUT: dict[str, str] = {}

@@ -28,8 +28,9 @@ from slot_time import SCHEDULE, make_step, random_trajectory, random_unet
 from torch import Tensor
 
 from rapm import distributed
+from rapm.bench.measure import card, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import MODELS, card, example_text, need_gpu
+from rapm.bench.shapes import MODELS, example_text
 from rapm.checkpoint import STATE, checkpoints
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
@@ -41,7 +42,7 @@ from rapm.solver import Solver
 from rapm.step import SlotMemory, Step
 from rapm.store import Store
 from rapm.teacher import load_teacher
-from rapm.trajectories import Negatives, prepare, trajectory_seed
+from rapm.trajectories import Negatives, prepare, seed_for
 from rapm.unet import Text
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +116,7 @@ def expected(folder: Path, ranks: int, device: str) -> Found:
     trained, losses = len(store) - config.validation_prompts, []
 
     def generator(purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(trajectory_seed(config.seed, purpose))
+        return torch.Generator().manual_seed(seed_for(config.seed, purpose))
 
     for i in range(config.max_train_steps):
         for r, step in enumerate(steps):

@@ -158,7 +158,7 @@ def main() -> int:
     begin = time.monotonic()
     import torch  # here: on a fresh machine it takes some of the time
 
-    from rapm.bench.run import need_gpu
+    from rapm.bench.measure import need_gpu
     from rapm.errors import UserError
 
     try:

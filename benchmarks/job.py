@@ -31,8 +31,9 @@ import torch
 from slot_time import SCHEDULE, random_unet
 from step import SMALL
 
+from rapm.bench.measure import card, limits, measuring, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import MODELS, Model, card, example_text, limits, measuring, need_gpu
+from rapm.bench.shapes import MODELS, Model, example_text
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.loading.families import Model as Planned

@@ -36,20 +36,21 @@ from slot_time import make_step, random_trajectory, random_unet
 from step import SMALL
 from torch import Tensor
 
+from rapm.bench.measure import card, graph_ms, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import MODELS, card, graph_ms, need_gpu
+from rapm.bench.shapes import MODELS
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.evaluate.embedded import Evaluation, Sampler, table, teacher_samplers
+from rapm.kernels.dequantise import int8
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.int8_linear import int8_linear, quantise_rows
-from rapm.kernels.quantise import int8
 from rapm.losses import pseudo_huber
 from rapm.memory.cards import MIB
 from rapm.memory.low_precision import MODES
 from rapm.step import Step
 from rapm.teacher import load_teacher
-from rapm.train import Training, prepare_teacher, solve_all
+from rapm.train import Training, prepare_run, solve_all
 from rapm.unet import UNet
 
 OUTPUT = Path(__file__).parent / "results" / "low_precision.json"
@@ -229,7 +230,7 @@ def quality(iterations: int, trajectories: int, seeds: int, pairs: int, fine_ste
                 validation_prompts=2, output_dir=str(Path(folder) / name), report_to="none",
                 mixed_precision=precision, frozen_weights=frozen, fine_steps=fine_steps,
             )  # fmt: skip
-            teacher, base, prompts = prepare_teacher(base)
+            teacher, base, prompts, _ = prepare_run(base)
             store = solve_all(base, teacher, prompts)
             for seed in range(seeds):
                 config, stream = base.replace(seed=seed), torch.cuda.Stream() if cuda else None

@@ -34,8 +34,9 @@ from step import SMALL, alone
 from torch.utils.checkpoint import checkpoint
 
 from rapm.architecture import complete
+from rapm.bench.measure import card, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import MODELS, Model, card, need_gpu
+from rapm.bench.shapes import MODELS, Model
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import UserError

@@ -24,7 +24,7 @@ from rapm.config import Config
 from rapm.device import pick_device
 from rapm.disk import write_atomic
 from rapm.evaluate.embedded import Evaluation, Row, Sampler, table, teacher_samplers
-from rapm.train import Training, prepare_teacher, solve_all
+from rapm.train import Training, prepare_run, solve_all
 
 RESULTS = Path(__file__).parent / "results"
 NO_HEADS = dict(adversarial_relative=0.0, adversarial_absolute=0.0)
@@ -122,7 +122,7 @@ def main() -> None:
         )  # fmt: skip
         if arguments.what == "search":
             base = base.replace(learning_rate=1e-3)  # high: what helps shows sooner
-        teacher, base, prompts = prepare_teacher(base)
+        teacher, base, prompts, _ = prepare_run(base)
         start = time.perf_counter()
         store = solve_all(base, teacher, prompts)
         solving = time.perf_counter() - start

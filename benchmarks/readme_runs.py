@@ -1,16 +1,28 @@
-"""The README's sections on whole iterations, trajectories and runs: each a function of the report that it shows."""
+"""What README and docs/results.md show of whole iterations and runs: each a function of the report that it shows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from tables import fill, rows_table
+from tables import NONE, fill, rows_table, table
 
 NAMES = {
     "sd15": "SD1.5, 512x512", "sdxl": "SDXL, 1024x1024", "embedded": "the embedded teacher, 64x64",
 }  # fmt: skip
+ABOUT = ("card", "limits", "tflop")  # of a model in results/step.json; all else is who was timed
 BAR = 20  # characters of the longest bar
+SPEED = """
+Seconds of one training iteration (4 slots), batch 1, LoRA rank 1, bf16, random weights, on one {cards}. `stock`
+is diffusers and peft with shared features and the slot as one CUDA graph, `compile` that under torch.compile, `naive`
+eager diffusers and peft (bound by the Python of a host that other jobs shared). `lean` is rapm that makes norms and
+GEGLU again in backward. `of the limit`: of the speed that the card's measured bf16 rate would allow. GiB are what the
+allocator reserves. All compute the same losses.
+"""
+FITS = """
+What fits, and how many times as long an iteration takes as with memory for everything; {card[device]}, its allocator
+capped. `int8` and `nf4`: the frozen weights had to be held in 8 or 4 bits.
+"""
 STEP = """
 Seconds of one iteration (4 slots, with the load of the next trajectory), batch 1, LoRA rank 1, random weights, bf16;
 the embedded teacher as it is trained, in fp32. All compute the same losses, or nothing would be timed: `naive` is
@@ -27,8 +39,9 @@ and our solver, whose step is a CUDA graph. `of the limit`: the network's FLOP a
 MEMORY = """
 What a budget costs: an iteration under the plan for `--vram`, the allocator capped at it, in a process of its own, on
 one {card[device]}, torch {card[torch]}, bf16, random weights. MiB are the process's by the driver where that says so,
-otherwise what the allocator reserved. `predicted` is the plan's figure; `stock` is diffusers, peft and autocast with
-gradient checkpointing of the student, as one CUDA graph, under the same cap.
+otherwise what the allocator reserved. `slower` is over the iteration without a budget, `promised` and `predicted` are
+what the plan said of the time and of the memory. `stock` is diffusers, peft and autocast with gradient checkpointing
+of the student, as one CUDA graph, under the same cap.
 """
 MOVED = """
 SDXL under the {budget} plan of that card, of which {mib:,.0f} MiB of a slot go to pinned host memory: moved by ours, by
@@ -108,22 +121,50 @@ def not_measured(failed: Mapping[str, str]) -> list[str]:
     return [fill(f"Not measured: {words}.")] if failed else []
 
 
+def speed(report: Mapping) -> str:
+    """The real models' iterations beside each other."""
+    models = {model: report["models"][model] for model in NAMES if model in report["models"] and model != "embedded"}
+    last = [*models.values()][-1]
+    names = [name for name in last if name not in ABOUT]
+    head = ["", *(title for model in models for title in (f"{short(model)} s", "over rapm", "of the limit", "GiB"))]
+    rows = []
+    for name in sorted(names, key=lambda name: last[name].get("seconds", math.inf)):
+        cells = [name]
+        for found in models.values():
+            row = found.get(name, {"failed": "not run"})
+            if "failed" in row:
+                cells += ["not run" if row["failed"] == "not run" else "failed", NONE, NONE, NONE]
+                continue
+            over = f"{row['seconds'] / found['rapm']['seconds']:.2f}" if "seconds" in found["rapm"] else NONE
+            cells += [f"{row['seconds']:.3f}", over, f"{_share(found, row):.0%}", gib(row["reserved_mib"])]
+        rows.append(cells)
+    devices = {short(model): found["card"]["device"] for model, found in models.items()}
+    each = " and one ".join(f"{device} ({model})" for model, device in devices.items())
+    cards = each if len({*devices.values()}) > 1 else last["card"]["device"]
+    return "\n\n".join([fill(SPEED.format(cards=cards)), table([head, *rows])])
+
+
+def _share(found: Mapping, row: Mapping) -> float:
+    """Of the card's measured rate."""
+    share: float = found["tflop"] / found["limits"]["bf16_tflops"] / row["seconds"]
+    return share
+
+
 def step(report: Mapping) -> str:
-    parts, failed = ["## What it costs", "### An iteration", fill(STEP)], {}
+    parts, failed = [fill(STEP)], {}
     for model, found in sorted(report["models"].items(), key=lambda item: [*NAMES].index(item[0])):
-        providers = {name: row for name, row in found.items() if name not in ("card", "limits", "tflop")}
+        providers = {name: row for name, row in found.items() if name not in ABOUT}
         failed |= {f"{short(model)} {name}": row["failed"] for name, row in providers.items() if "failed" in row}
         done = {name: row for name, row in providers.items() if "failed" not in row}
         if not done:
             continue
         slowest, rows = max(row["seconds"] for row in done.values()), []
         for name, row in sorted(done.items(), key=lambda item: item[1]["seconds"]):
-            share = found["tflop"] / found["limits"]["bf16_tflops"] / row["seconds"]
             cells = {
                 "s": f"{row['seconds']:.3f}",
                 "": "█" * max(1, round(BAR * row["seconds"] / slowest)),
                 "over rapm": f"{row['seconds'] / done['rapm']['seconds']:.2f}" if "rapm" in done else "",
-                "of the limit": "" if model == "embedded" else f"{share:.0%}",  # which is of bf16
+                "of the limit": "" if model == "embedded" else f"{_share(found, row):.0%}",  # which is of bf16
                 "allocated GiB": gib(row["allocated_mib"]),
                 "reserved GiB": gib(row["reserved_mib"]),
                 "ready s": f"{row['ready_seconds']:.0f}",
@@ -146,31 +187,81 @@ def trajectories(report: Mapping) -> str:
             }
             rows.append((f"{short(model)} {name}", cells))
     cards = "; ".join(f"{short(model)}: {on_card(found)}" for model, found in report["models"].items())
-    return "\n\n".join(["### The trajectories", fill(TRAJECTORIES.format(cards=cards)), rows_table(rows)])
+    return "\n\n".join([fill(TRAJECTORIES.format(cards=cards)), rows_table(rows)])
+
+
+def fits(report: Mapping) -> str:
+    """What fits, and how much slower it is: a line for each budget, a column for each model at its own size."""
+    shown = {case: found for case, found in _budgets(report).items() if "-" not in case[0] and len(found) > 1}
+    rows = [["`--vram`", *(f"{NAMES[model]}, rank {rank}" for model, rank in shown)]]
+    for budget in _falling({budget for found in shown.values() for budget in found} - {"none"}):
+        cells = []
+        for found in shown.values():
+            row, whole = (found.get(name, {}).get("rapm", {}) for name in (budget, "none"))
+            precision = row.get("frozen_weights", "full")
+            slower = f"{row['seconds'] / whole['seconds']:.2f}" if "seconds" in row and "seconds" in whole else ""
+            cells.append(slower + ("" if precision == "full" else f" ({precision})") if slower else _state(row))
+        rows.append([budget, *cells])
+    return "\n\n".join([fill(FITS.format(**report)), table(rows)])
+
+
+def budgets(report: Mapping) -> str:
+    """The tables in which the peer stands beside us."""
+    return "\n\n".join([fill(MEMORY.format(**report)), *_tables(report, beside=True)])
 
 
 def memory(report: Mapping) -> str:
-    parts, moved, tables, mib = ["### Memory", fill(MEMORY.format(**report))], [], {}, 0.0
+    """The other tables, and who moves what to the host."""
+    moved, mib = [], 0.0
+    for key, row in report["rows"].items():
+        kind, *_, budget = key.split()
+        if kind == "move":
+            still = report["rows"].get(f"{key.removesuffix(budget)}{_still(budget)}", {})
+            moved.append((budget, _moved_cells(row, still)))
+            mib = row.get("moved_mib", mib)
+    last = [fill(MOVED.format(budget="8G", mib=mib)), rows_table(moved)] if moved else []
+    return "\n\n".join(_tables(report, beside=False) + last)
+
+
+def _budgets(report: Mapping) -> dict[tuple[str, str], dict[str, dict[str, Mapping]]]:
+    """By model and rank, budget, and whose: the rows; in order of models and ranks."""
+    found: dict[tuple[str, str], dict[str, dict[str, Mapping]]] = {}
     for key, row in report["rows"].items():
         kind, model, rank, budget = key.split()
-        if kind == "move":
-            moved.append(
-                (budget, _moved_cells(row, report["rows"].get(f"{key.removesuffix(budget)}{_still(budget)}", {})))
-            )
-            mib = row.get("moved_mib", mib)
-        else:
-            tables.setdefault((model, rank), {}).setdefault(budget, {})[kind] = row
-    for (model, rank), budgets in sorted(tables.items()):
-        fastest = budgets.get("none", {}).get("rapm", {})
-        falling = sorted(budgets, key=lambda budget: -math.inf if budget == "none" else -float(budget.rstrip("GB")))
-        rows = [(budget, _budget_cells(budgets[budget], fastest)) for budget in falling]
+        if kind != "move":
+            found.setdefault((model, rank), {}).setdefault(budget, {})[kind] = row
+    return {case: found[case] for case in sorted(found, key=lambda case: (case[0], int(case[1])))}
+
+
+def _falling(budgets: Iterable[str]) -> list[str]:
+    """None first, then the larger ones."""
+    return sorted(budgets, key=lambda budget: -math.inf if budget == "none" else -float(budget.rstrip("GB")))
+
+
+def _tables(report: Mapping, beside: bool) -> list[str]:
+    """Those in which `stock` was run, or was not."""
+    parts = []
+    for (model, rank), found in _budgets(report).items():
+        if any("stock" in kinds for kinds in found.values()) != beside:
+            continue
+        fastest = found.get("none", {}).get("rapm", {})
+        rows: list[tuple[str, dict[str, str]]] = []
+        for budget in _falling(found):
+            cells = _budget_cells(found[budget], fastest, beside)
+            same = [rows.pop()[0]] if rows and rows[-1][1] == cells else []
+            rows.append((", ".join([*same, budget]), cells))
         family, _, pixels = model.partition("-")
         name = f"{short(family)}, {pixels}x{pixels}" if pixels else NAMES[family]
-        other = f", on one {fastest['device']}, of an earlier state" if "device" in fastest else ""
+        here = fastest.get("device", report["card"]["device"])
+        other = f", on one {here}" if "device" in fastest else ""
+        elsewhere: dict[str, list[str]] = {}
+        for budget in _falling(found):
+            for kind, row in found[budget].items():
+                if (card := row.get("device", report["card"]["device"])) != here:
+                    elsewhere.setdefault(card, []).append(f"{kind} at {budget}")
+        other += "".join(f"; {', '.join(cases)}: one {card}" for card, cases in elsewhere.items())
         parts += [f"**{name}, rank {rank}**{other}", rows_table(rows)]
-    if moved:
-        parts += [fill(MOVED.format(budget="8G", mib=mib)), rows_table(moved)]
-    return "\n\n".join(parts)
+    return parts
 
 
 def _still(mover: str) -> str:
@@ -185,20 +276,31 @@ def _moved_cells(row: Mapping, still: Mapping) -> dict[str, str]:
     return {"s": f"{row['seconds']:.3f}", "more": more, "allocated GiB": gib(row["allocated_mib"])}
 
 
-def _budget_cells(found: Mapping[str, Mapping], fastest: Mapping) -> dict[str, str]:
+def _state(row: Mapping) -> str:
+    """Why a row has no seconds."""
+    if not row:
+        return "not run"
+    if row["failed"].startswith("out of memory"):
+        return "out of memory"
+    return "refused" if "too little" in row["failed"] else "failed"
+
+
+def _budget_cells(found: Mapping[str, Mapping], fastest: Mapping, beside: bool) -> dict[str, str]:
     """A budget's row: ours, and the peer's."""
     ours, stock = found.get("rapm", {}), found.get("stock", {})
-    cells = dict.fromkeys(("s", "slower", "MiB", "predicted", "moved MiB", "stock s", "stock MiB"), "")
-    for name, row in (("", ours), ("stock ", stock)):
+    names = ("s", "slower", "promised", "MiB", "predicted", "moved MiB", *(("stock s", "stock MiB") if beside else ()))
+    cells = dict.fromkeys(names, NONE)
+    for name, row in (("", ours), ("stock ", stock))[: 1 + beside]:
         if "seconds" in row:
             held = row.get("process_mib") or row["reserved_mib"]
             cells |= {f"{name}s": f"{row['seconds']:.3f}", f"{name}MiB": f"{held:,.0f}"}
-        elif "failed" in row:
-            known = row["failed"].startswith("out of memory"), "too little" in row["failed"]
-            cells[f"{name}s"] = "out of memory" if known[0] else "refused" if known[1] else "failed"
+        else:
+            cells[f"{name}s"] = _state(row)
     if "seconds" in ours:
         cells["predicted"] = f"{ours.get('final_predicted_mib', ours['predicted_mib']):,.0f}"
         cells["moved MiB"] = f"{ours.get('moved_mib', 0):,.0f}"
+        if "promised" in ours:
+            cells["promised"] = f"{ours['promised']:.2f}"
         if "seconds" in fastest:
             cells["slower"] = f"{ours['seconds'] / fastest['seconds']:.2f}"
     return cells
@@ -208,7 +310,7 @@ def job(report: Mapping) -> str:
     if "hours" not in report:
         return fill("Only a part of the whole job was measured yet: " + ", ".join(report["stages"]) + ".")
     budget = "" if report["vram"] == "auto" else f" within {report['vram']}"
-    parts = ["### The whole job", fill(JOB.format(**report, **report["stages"], budget=budget))]
+    parts = [fill(JOB.format(**report, **report["stages"], budget=budget))]
     if "estimates" in report:
         rows = [
             (
@@ -223,7 +325,7 @@ def job(report: Mapping) -> str:
 
 
 def soak(report: Mapping) -> str:
-    parts = ["### Long runs"]
+    parts = []
     for name in ("soak", "bf16", "fp16"):
         if (found := report.get(name)) is None:
             continue
@@ -272,7 +374,7 @@ def full(report: Mapping[str, Mapping]) -> str:
         }
         rows.append((NAMES[model], cells))
     device = next(iter(report.values()))["card"]["device"]
-    return "\n\n".join(["### Full-size teachers", fill(FULL.format(device=device)), rows_table(rows)])
+    return "\n\n".join([fill(FULL.format(device=device)), rows_table(rows)])
 
 
 def distributed(report: Mapping) -> str:
@@ -284,11 +386,11 @@ def distributed(report: Mapping) -> str:
     if report["speedup"]:
         rows.append(("times", {f"{name} a second": f"{factor:.2f}" for name, factor in report["speedup"].items()}))
     told = fill(DISTRIBUTED.format(card=report["card"], model=NAMES[report["model"]], equal=equal))
-    return "\n\n".join(["### Two GPUs", told, *([rows_table(rows)] if rows else [])])
+    return "\n\n".join([told, *([rows_table(rows)] if rows else [])])
 
 
 def low_precision(report: Mapping) -> str:
-    parts, rows, slots = ["### Low-precision frozen weights"], [], report.get("slots", {"models": {}})
+    parts, rows, slots = [], [], report.get("slots", {"models": {}})
     for model, modes in slots["models"].items():
         for mode, row in modes.items():
             cells = {"s": f"{row['seconds']:.3f}", "weights GiB": gib(row["weights_mib"])}

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tables import fill, table
 
 from rapm.config import Config
 from rapm.distributed import Gradients
@@ -75,12 +75,6 @@ def seconds(size: int, fabric: Fabric, algorithm: str) -> float:
     return latency + 2 * share * size / rate
 
 
-def table(rows: list[list[str]]) -> str:
-    """The first row is the header."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def figures() -> str:
     """The page's section."""
     measured = json.loads((ROOT / "benchmarks/results/slot_time.json").read_text())
@@ -93,8 +87,7 @@ def figures() -> str:
             rows.append([name, str(rank), *numbers, f"{sent(found, rank) / MIB:.1f}"])
     parts = [table(rows)]
     slots = {model: measured["models"][model]["after"]["gpu_ms"] for model in MODELS}
-    paragraph = SLOTS.format(device=measured["card"]["device"], **slots)
-    parts.append(textwrap.fill(" ".join(paragraph.split()), 118))
+    parts.append(fill(SLOTS.format(device=measured["card"]["device"], **slots)))
     rows = [["", "LoRA rank", *(fabric.name for fabric in FABRICS)]]
     for model, name in MODELS.items():
         for rank in RANKS:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from rapm.bench.measure import card, kernel_mode, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import MODELS, card, example_text, kernel_mode, need_gpu
+from rapm.bench.shapes import MODELS, example_text
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.lora import LoRA
@@ -50,12 +51,12 @@ FAMILIES = (
     ("elementwise", ("elementwise", "reduce_kernel", "upsample", "triton_")),
 )  # fmt: skip
 # What the kernels of a file of kernels/ replace, by the first of these that its name begins with; the report lists them
-# one by one besides. lora_gemm's hold the frozen product too.
+# one by one besides.
 REPLACES = {
     "group_norm": "norm", "layer_norm": "norm", "geglu_linear": "gemm", "geglu": "elementwise",
-    "attention": "attention", "frozen": "conv", "lora_gemm": "gemm", "lora": "lora", "low_rank": "lora",
+    "attention": "attention", "frozen": "conv", "lora": "lora", "low_rank": "lora",
     "disc_head": "heads", "position": "elementwise", "renoise": "elementwise", "guided": "elementwise",
-    "int8": "gemm", "quantise": "copy", "short": "attention",
+    "int8": "gemm", "dequantise": "copy", "short": "attention",
 }  # fmt: skip
 PROFILED = 2  # slots; all are the same graph
 OTHER_LIMIT = 0.03  # a larger share of `other` means that the table above is out of date

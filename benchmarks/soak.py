@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from rapm.bench.measure import card, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import card, need_gpu
 from rapm.checkpoint import checkpoints, load_checkpoint
 from rapm.config import Config
 from rapm.errors import UserError

@@ -33,8 +33,9 @@ from peers import Naive, Peer, Stock, stock_unet
 from slot_time import SCHEDULE, make_step, random_trajectory, random_unet
 from torch.utils.flop_counter import FlopCounterMode
 
+from rapm.bench.measure import card, kernel_mode, limits, measuring, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import MODELS, Model, card, example_text, kernel_mode, limits, measuring, need_gpu
+from rapm.bench.shapes import MODELS, Model, example_text
 from rapm.config import Config
 from rapm.device import captured
 from rapm.errors import UserError

@@ -1,8 +1,11 @@
-"""What the README's generated sections are made of: paragraphs and tables."""
+"""What the generated sections of README and docs/ are made of: paragraphs and tables."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
+
+NONE = "–"  # the cell of what does not apply
 
 
 def fill(text: str) -> str:
@@ -10,8 +13,13 @@ def fill(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False)
 
 
-def rows_table(rows: list[tuple[str, dict[str, str]]]) -> str:
-    """A Markdown table with the columns of its first row."""
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is the header."""
+    lines = ["|" + "".join(f" {cell} |" if cell or row is not rows[0] else " |" for cell in row) for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def rows_table(rows: Sequence[tuple[str, dict[str, str]]]) -> str:
+    """A table with the columns of its first row."""
     columns = [*rows[0][1]]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(cells[c] for c in columns) + " |" for name, cells in rows])
+    return table([["", *columns], *([name, *(cells[c] for c in columns)] for name, cells in rows)])

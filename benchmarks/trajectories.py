@@ -22,8 +22,9 @@ from slot_time import SCHEDULE, random_unet
 from step import SMALL, pass_tflop, without_tf32
 from torch import Tensor
 
+from rapm.bench.measure import card, limits, measuring, need_gpu
 from rapm.bench.results import keep
-from rapm.bench.run import MODELS, card, example_text, limits, measuring, need_gpu
+from rapm.bench.shapes import MODELS, example_text
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.schedule import Schedule, recipe_scheduler

@@ -1,23 +1,49 @@
 """Kernels of `disc_head` up to the logits, and what all of its kernels share. Legend and launches: disc_head.py.
 
-Every program finds its work in a row of an int64 table: sizes, and offsets in elements. `_offset` reads those that are
-multiples of 16, as 16-byte loads want. Offsets inside the maps of one kind and tap are int32: J H W C < 2^31.
+Every program finds its work in a row of an int64 table (disc_head_plan.py): sizes, and offsets in elements. `_offset`
+reads those that are multiples of 16, as 16-byte loads want. Offsets inside the maps of one kind and tap are int32:
+J H W C < 2^31.
 """
 
 from __future__ import annotations
 
+from rapm.kernels.disc_head_plan import (
+    ACTIVATE_PARTIAL,
+    CONV_C,
+    CONV_H,
+    CONV_HEAD,
+    CONV_N0,
+    CONV_PARTIAL,
+    CONV_PITCH,
+    CONV_ROWS,
+    CONV_SOURCE,
+    CONV_X,
+    STRIP_C,
+    STRIP_C0,
+    STRIP_HEAD,
+    STRIP_MAP,
+    STRIP_P,
+    STRIP_R0,
+    STRIP_SHARES,
+    STRIP_SPAN,
+    STRIP_STATS,
+    STRIP_WIDTH,
+    parameters,
+)
 from rapm.kernels.runtime import jit, tl
 
+_parameters = jit(parameters)
+
 
 @jit
-def _size(row, i, unit: tl.constexpr):
+def _size(row, column, unit: tl.constexpr):
     """A size in a row of a table, known to be a multiple of `unit`."""
-    return tl.multiple_of(tl.load(row + i), unit).to(tl.int32)
+    return tl.multiple_of(tl.load(row + column), unit).to(tl.int32)
 
 
 @jit
-def _offset(row, i):
-    return tl.multiple_of(tl.load(row + i), 16)
+def _offset(row, column):
+    return tl.multiple_of(tl.load(row + column), 16)
 
 
 @jit
@@ -46,11 +72,11 @@ def _group_sum(v, member):
 @jit
 def _strip(row, LANES: tl.constexpr, GROUPS: tl.constexpr):
     """A strip: C, P, its first position; each lane's channel, whether it exists, its group; the groups' width."""
-    C, P = _size(row, 0, 16), _size(row, 1, 1)
-    first, span, width, r0 = _size(row, 2, 8), _size(row, 3, 8), _size(row, 4, 1), _size(row, 5, 1)
+    C, c0, span = _size(row, STRIP_C, 16), _size(row, STRIP_C0, 8), _size(row, STRIP_SPAN, 8)
+    P, width, r0 = _size(row, STRIP_P, 1), _size(row, STRIP_WIDTH, 1), _size(row, STRIP_R0, 1)
     lane = tl.arange(0, LANES)
     member = (lane // width)[None, :] == tl.arange(0, GROUPS)[:, None]  # lanes past the span are in groups of their own
-    return C, P, r0, first + lane, lane < span, member, width
+    return C, P, r0, c0 + lane, lane < span, member, width
 
 
 @jit
@@ -79,24 +105,26 @@ def _conv_kernel(
 ):  # fmt: skip
     """h = x W^T + b, M rows by N channels of a map, and for each channel the rows' mean and squared deviations."""
     row = table + tl.program_id(0) * COLUMNS
-    C, rows, n0, pitch = _size(row, 0, 16), _size(row, 1, 1), _size(row, 2, 16), _size(row, 3, 16)
-    layer, out, partial_at = _offset(row, 6), _offset(row, 7), _offset(row, 8)
+    C, rows, n0 = _size(row, CONV_C, 16), _size(row, CONV_ROWS, 1), _size(row, CONV_N0, 16)
+    matrix, bias, _, _, _, _ = _parameters(_offset(row, CONV_HEAD), C, SECOND)
+    out = _offset(row, CONV_H)
     if SECOND:  # the input is a1, laid out as h is
-        layer += C * C + 3 * C
         x = sources[0] + out
         pitch = C
     else:
-        x = _pick(sources, tl.load(row + 4)) + _offset(row, 5)
+        x = _pick(sources, tl.load(row + CONV_SOURCE)) + _offset(row, CONV_X)
+        pitch = _size(row, CONV_PITCH, 16)
     m, n, k = tl.arange(0, M), n0 + tl.arange(0, N), tl.arange(0, K)
     columns, valid = n < C, m < rows
     a = x + tl.minimum(m, rows - 1)[:, None] * pitch + k[None, :]
-    b = matrices + layer + n[None, :] * C + k[:, None]
+    b = matrices + matrix + n[None, :] * C + k[:, None]
     acc = _multiply(tl.zeros([M, N], tl.float32), a, b, 1, columns, C, K, EVEN, PRECISION)
-    acc += tl.load(weights + layer + C * C + n, mask=columns, other=0.0)[None, :]
+    acc += tl.load(weights + bias + n, mask=columns, other=0.0)[None, :]
     mean = tl.sum(tl.where(valid[:, None], acc, 0.0), axis=0) / rows
     deviation = tl.where(valid[:, None], acc - mean[None, :], 0.0)
-    tl.store(partial + partial_at + n, mean, mask=columns)
-    tl.store(partial + partial_at + C + n, tl.sum(deviation * deviation, axis=0), mask=columns)
+    partial += _offset(row, CONV_PARTIAL)
+    tl.store(partial + n, mean, mask=columns)
+    tl.store(partial + C + n, tl.sum(deviation * deviation, axis=0), mask=columns)
     at = h + out + m[:, None] * C + n[None, :]
     tl.store(at, acc.to(h.dtype.element_ty), mask=valid[:, None] & columns[None, :])
 
@@ -131,16 +159,15 @@ def _activate_kernel(
     """GroupNorm and LeakyReLU of a strip. Layer 1: a1. Layer 2: the strip's share of the logits, a2 . w_out."""
     row = table + tl.program_id(0) * COLUMNS
     C, P, r0, c, inside, member, width = _strip(row, LANES, GROUPS)
-    at, layer, stat = _offset(row, 6), _offset(row, 7), stats + _offset(row, 9)
-    mean, rstd = _statistics(partial + _offset(row, 8), C, P, c, inside, member, width, M, CHUNK)
+    _, _, gamma, beta, w_out, _ = _parameters(_offset(row, STRIP_HEAD), C, SECOND)
+    at, stat = _offset(row, STRIP_MAP), stats + _offset(row, STRIP_STATS)
+    mean, rstd = _statistics(partial + _offset(row, ACTIVATE_PARTIAL), C, P, c, inside, member, width, M, CHUNK)
     tl.store(stat + c, mean, mask=inside & (r0 == 0))
     tl.store(stat + C + c, rstd, mask=inside & (r0 == 0))
-    layer += C * C
     if SECOND:
-        layer += C * C + 3 * C
-        w_out = tl.load(weights + layer + 3 * C + c, mask=inside, other=0.0)
-    gamma = tl.load(weights + layer + C + c, mask=inside, other=0.0)
-    beta = tl.load(weights + layer + 2 * C + c, mask=inside, other=0.0)
+        w_out = tl.load(weights + w_out + c, mask=inside, other=0.0)
+    gamma = tl.load(weights + gamma + c, mask=inside, other=0.0)
+    beta = tl.load(weights + beta + c, mask=inside, other=0.0)
     for start in range(r0, tl.minimum(r0 + ROWS, P), STEP):
         r = start + tl.arange(0, STEP)
         tile, mask = at + r[:, None] * C + c[None, :], (r < P)[:, None] & inside[None, :]
@@ -150,6 +177,6 @@ def _activate_kernel(
         if SECOND:
             a += tl.load(a1 + tile, mask=mask, other=0.0).to(tl.float32)
             share = tl.sum(tl.where(mask, a * w_out[None, :], 0.0), axis=1)
-            tl.store(partial_logits + tl.load(row + 10) + r, share, mask=r < P)
+            tl.store(partial_logits + tl.load(row + STRIP_SHARES) + r, share, mask=r < P)
         else:
             tl.store(a1 + tile, a.to(a1.dtype.element_ty), mask=mask)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapm.kernels.low_rank import matrix
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 # Columns and the most rows of a program; fewer rows while there are not WAVES programs for each processor.
@@ -102,12 +103,6 @@ def _geglu_bwd_kernel(
     tl.store(dx_ptr + f, dgate.to(dx_ptr.dtype.element_ty), mask)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as a matrix of rows that are each contiguous: a view wherever its strides allow one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _launch(n: int, f: int, device: torch.device) -> tuple[tuple[int], dict[str, int]]:
     """Grid and launch options."""
     rows, tiles = ROWS, triton.cdiv(f, COLUMNS)
@@ -120,14 +115,14 @@ def _update(x: Tensor, h: Tensor | None, up: Tensor | None) -> tuple[tuple, int]
     """h and up as the kernels take them, and R."""
     if h is None:
         return (x, x, 0, 0), 0
-    return (_rows(h).contiguous(), up, *up.stride()), up.shape[1]
+    return (matrix(h).contiguous(), up, *up.stride()), up.shape[1]
 
 
 @torch.library.custom_op("rapm::geglu", mutates_args=())
 def _geglu(x: Tensor, h: Tensor | None, up: Tensor | None) -> Tensor:
     f = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], f), dtype=x.dtype, device=x.device)
-    x = _rows(x)
+    x = matrix(x)
     grid, options = _launch(len(x), f, x.device)
     update, rank = _update(x, h, up)
     _geglu_fwd_kernel[grid](x, *update, y, len(x), f, x.stride(0), R=rank, **options)
@@ -138,7 +133,7 @@ def _geglu(x: Tensor, h: Tensor | None, up: Tensor | None) -> Tensor:
 def _geglu_backward(dy: Tensor, x: Tensor, h: Tensor | None, up: Tensor | None) -> Tensor:
     f = x.shape[-1] // 2
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dy, x = _rows(dy), _rows(x)
+    dy, x = matrix(dy), matrix(x)
     grid, options = _launch(len(x), f, x.device)
     update, rank = _update(x, h, up)
     _geglu_bwd_kernel[grid](dy, x, *update, dx, len(x), f, dy.stride(0), x.stride(0), R=rank, **options)

@@ -237,7 +237,7 @@ def int8_linear(
 ) -> Tensor:
     """x W^T + b [+ (x down^T) up^T] in int8: ... N.
 
-    For x (... K), codes (N K) and scale (N) of a frozen W (quantise.int8), b (N or None), down (R K; GR K of G layers
+    For x (... K), codes (N K) and scale (N) of a frozen W (dequantise.int8), b (N or None), down (R K; GR K of G layers
     in one) and up (N R). Gradients for x, down and up. TypeError where b requires one.
     """
     require_frozen("int8_linear", scale, bias)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapm.kernels.low_rank import matrix
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 WARP_ROW = 256  # columns that one warp holds: a 16-byte load a thread
@@ -108,12 +109,6 @@ def _layer_norm_bwd_kernel(
         tl.store(partial_ptr + c, tl.sum(dbias, axis=0, keep_dims=True), column < c)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as a matrix of rows that are each contiguous: a view wherever its strides allow one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _launch(n: int, c: int, device: torch.device) -> tuple[int, dict[str, int]]:
     """Programs and launch options."""
     block = triton.next_power_of_2(c)
@@ -135,14 +130,14 @@ def _forward(
     """s (x itself without a residual), y, and 2 N: the rows' means and reciprocal deviations, `stats` where given."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = _rows(x)
+    rows = matrix(x)
     n, c = rows.shape
     again = stats is not None
     stats = stats if again else torch.empty((2, n), dtype=torch.float32, device=x.device)
-    residual = residual if residual is None else _rows(residual)
+    residual = residual if residual is None else matrix(residual)
     programs, options = _launch(n, c, x.device)
     _layer_norm_fwd_kernel[(programs,)](
-        rows, residual, rows if h is None else _rows(h).contiguous(), rows if up is None else up, weight, bias, s, y,
+        rows, residual, rows if h is None else matrix(h).contiguous(), rows if up is None else up, weight, bias, s, y,
         stats, n, c, rows.stride(0), 0 if residual is None else residual.stride(0),
         *((0, 0) if up is None else up.stride()), eps, K=0 if up is None else up.shape[1], AGAIN=again, **options,
     )  # fmt: skip
@@ -173,8 +168,8 @@ def _layer_norm_backward(
 ) -> list[Tensor]:
     """[dx], or with `affine` [dx, dweight, dbias]."""
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    dy, s = _rows(dy), _rows(s)
-    ds = ds if ds is None else _rows(ds)
+    dy, s = matrix(dy), matrix(s)
+    ds = ds if ds is None else matrix(ds)
     n, c = s.shape
     programs, options = _launch(n, c, s.device)
     partial = None

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapm.kernels.frozen_conv import as_matrix, conv, conv_input_grad, conv_like, require_frozen
+from rapm.kernels.frozen_conv import as_matrix, conv, conv_input_grad, conv_like, pointwise, require_frozen
 from rapm.kernels.lora_linear import lora_linear
 from rapm.kernels.low_rank import rows, sums, tile_of, update, width_of
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
@@ -237,7 +237,7 @@ def lora_conv(
     if not enabled(x):
         return lora_conv_ref(x, weight, bias, down, up, stride, padding)
     require_frozen("lora_conv", weight, bias)
-    if weight.shape[2] == 1 and stride == 1 and padding == 0:
+    if pointwise(weight, stride, padding):
         weight, down, up = (w.flatten(1) for w in (weight, down, up))
         return lora_linear(x.permute(0, 2, 3, 1), weight, bias, down, up).permute(0, 3, 1, 2)
     return _lora_conv(x, weight, bias, down, up, stride, padding)[0]

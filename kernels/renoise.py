@@ -43,7 +43,7 @@ def philox(key: Tensor, index: Tensor) -> Tensor:
 
 def renoise_ref(
     fake: Tensor, relative: Tensor, absolute: Tensor, low: Tensor, high: Tensor, table: Tensor, slot: Tensor,
-    key: Tensor, share: float, dtype: torch.dtype, channels_last: bool = False,
+    key: Tensor, share: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`renoise` in plain PyTorch; xi is fp32, the rest in the dtype of the inputs."""
     x = torch.cat([fake, relative, absolute])
@@ -56,8 +56,7 @@ def renoise_ref(
     angle = math.pi / 2 * (words[1::2, 1:].float() * 2**-30)
     xi = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)  # 2 2 3BGHW
     xi = xi.view(4, len(x), groups, *x.shape[2:]).permute(1, 2, 0, 3, 4).flatten(1, 2)[:, : x.shape[1]]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return (keep * x + add * xi).to(dtype, memory_format=layout), u, keep
+    return (keep * x + add * xi).to(dtype, memory_format=torch.contiguous_format), u, keep
 
 
 @jit
@@ -83,14 +82,14 @@ def _read(x, channel, position, channels, size):
 
 
 @jit
-def _write(x_u, value, channel, position, channels, size, sc, sp):
-    tl.store(x_u + channel * sc + position * sp, value, mask=(position < size) & (channel < channels))
+def _write(x_u, value, channel, position, channels, size):
+    tl.store(x_u + channel * size + position, value, mask=(position < size) & (channel < channels))
 
 
 @jit
 def _renoise_kernel(
     fake, relative, absolute, low, high, table, slot, key, x_u, u_out, keep_out, share, timesteps, rows, channels, size,
-    sc, sp, POSITIONS: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):  # fmt: skip
     # Sizes are of latents: 3 B C H W is below 2^31.
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
@@ -122,10 +121,10 @@ def _renoise_kernel(
     word_0, word_1, word_2, word_3 = tl.philox(seed, index, 0, count_low, count_high)
     xi_0, xi_1 = _normals(word_0, word_1)
     xi_2, xi_3 = _normals(word_2, word_3)
-    _write(x_u, keep * x_0 + add * xi_0, channel, position, channels, size, sc, sp)
-    _write(x_u, keep * x_1 + add * xi_1, channel + 1, position, channels, size, sc, sp)
-    _write(x_u, keep * x_2 + add * xi_2, channel + 2, position, channels, size, sc, sp)
-    _write(x_u, keep * x_3 + add * xi_3, channel + 3, position, channels, size, sc, sp)
+    _write(x_u, keep * x_0 + add * xi_0, channel, position, channels, size)
+    _write(x_u, keep * x_1 + add * xi_1, channel + 1, position, channels, size)
+    _write(x_u, keep * x_2 + add * xi_2, channel + 2, position, channels, size)
+    _write(x_u, keep * x_3 + add * xi_3, channel + 3, position, channels, size)
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         tl.store(u_out, u)
         tl.store(keep_out, keep)
@@ -134,30 +133,26 @@ def _renoise_kernel(
 @torch.library.custom_op("rapm::renoise", mutates_args=())
 def _op(
     fake: Tensor, relative: Tensor, absolute: Tensor, low: Tensor, high: Tensor, table: Tensor, slot: Tensor,
-    key: Tensor, share: float, dtype: torch.dtype, channels_last: bool,
+    key: Tensor, share: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     fake, relative, absolute = fake.contiguous(), relative.contiguous(), absolute.contiguous()
     rows, channels, height, width = fake.shape
     size = height * width
-    x_u, u, keep = outputs = _empty(fake, slot, table, dtype, channels_last)
+    x_u, u, keep = outputs = _empty(fake, slot, table, dtype)
     _renoise_kernel[triton.cdiv(size, POSITIONS), triton.cdiv(channels, 4), 3 * rows](
         fake, relative, absolute, low, high, table, slot, key, x_u, u, keep, share, table.shape[1], rows, channels,
-        size, *((1, channels) if channels_last else (size, 1)), POSITIONS=POSITIONS, num_warps=WARPS,
+        size, POSITIONS=POSITIONS, num_warps=WARPS,
     )  # fmt: skip
     return outputs
 
 
 @_op.register_fake
-def _(fake, relative, absolute, low, high, table, slot, key, share, dtype, channels_last):
-    return _empty(fake, slot, table, dtype, channels_last)
+def _(fake, relative, absolute, low, high, table, slot, key, share, dtype):
+    return _empty(fake, slot, table, dtype)
 
 
-def _empty(
-    fake: Tensor, slot: Tensor, table: Tensor, dtype: torch.dtype, channels_last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = 3 * len(fake), *fake.shape[1:]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x_u = torch.empty(shape, dtype=dtype, device=fake.device, memory_format=layout)
+def _empty(fake: Tensor, slot: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x_u = torch.empty((3 * len(fake), *fake.shape[1:]), dtype=dtype, device=fake.device)
     return x_u, slot.new_empty(1), table.new_empty(1)
 
 
@@ -171,7 +166,7 @@ def _backward(ctx, grad, *_):
     (keep,) = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     parts = zip(grad.chunk(3), needed, strict=True)
-    return (*(keep * part.to(keep.dtype) if need else None for part, need in parts), *(None for _ in range(8)))
+    return (*(keep * part.to(keep.dtype) if need else None for part, need in parts), *(None for _ in range(7)))
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -179,7 +174,7 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 def renoise(
     fake: Tensor, relative: Tensor, absolute: Tensor, low: Tensor, high: Tensor, table: Tensor, slot: Tensor,
-    key: Tensor, share: float, dtype: torch.dtype, channels_last: bool = False,
+    key: Tensor, share: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(x_u, u, keep): 3B C H W in `dtype` (fake, relative, absolute), the timestep (1,) int64 they share, (1,) fp32.
 
@@ -187,5 +182,5 @@ def renoise(
     slot: (1,) int64. key: (2,) int64, seed and counter; the caller moves the counter on, on the device, so that a
     replay draws anew. share, in [0, 1]: the part of [low, high) over which u is drawn.
     """
-    arguments = fake, relative, absolute, low, high, table, slot, key, float(share), dtype, channels_last
+    arguments = fake, relative, absolute, low, high, table, slot, key, float(share), dtype
     return _op(*arguments) if enabled(fake) else renoise_ref(*arguments)

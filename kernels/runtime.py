@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +40,25 @@ def enabled(x: Tensor) -> bool:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"kernels take {names}, not {x.dtype} of shape {tuple(x.shape)}: set RAPM_KERNELS=reference")
     return True
+
+
+def launch_problem() -> tuple[str, str] | None:
+    """What keeps Triton from launching any kernel on this machine's GPU, and what would mend it; None: nothing does.
+
+    The first launch of all compiles the C part of Triton's driver, with the system's compiler and Python's headers.
+    """
+    try:
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:  # of the search for a compiler, of it, of the linker, of the cache
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file()
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        lacks = [*(["gcc"] if not compiler else []), *([f"{version}-dev ({version}-devel)"] if not headers else [])]
+        install = f"install {' and '.join(lacks)}, or " if lacks else ""
+        failed = isinstance(error, subprocess.CalledProcessError)
+        why = f"{error.cmd[0]} failed" if failed else str(error).partition("\n")[0]
+        return f"Triton cannot compile its driver ({why})", f"{install}set RAPM_KERNELS=reference, which is slower"
+    return None
 
 
 @functools.cache

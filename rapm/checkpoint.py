@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rapm import distributed
-from rapm.config import Config
+from rapm.config import Config, toml
 from rapm.disk import write_atomic
 from rapm.errors import UserError
 from rapm.finite import finite
@@ -78,7 +78,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     inside = folder / (BEST if which == "best" else which)
     path = inside if which == "best" or (inside / STATE).is_file() else Path(which)
     if not (path / STATE).is_file():
-        raise UserError(f"resume: {path} is not a checkpoint: give `latest`, `best` or a folder checkpoint-N")
+        raise UserError(f"checkpoint: {path} is not a checkpoint: give `latest`, `best` or a folder checkpoint-N")
     return path
 
 
@@ -93,17 +93,23 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     for name, value in asdict(config).items():
         if name not in free and then.get(name) != json.loads(json.dumps(value)):
             raise UserError(
-                f"checkpoint {path} was made with {name} = {then.get(name)!r}, not {value!r}: go on with that, or "
-                "leave this checkpoint out"
+                f"checkpoint {path} was made with {name} = {then.get(name)!r}, not {value!r}: go on with "
+                f"{name} = {toml(then.get(name))} in a file for --config, or leave this checkpoint out"
             )
     if bad := next((name for name, x in state.items() if not finite(x)), None):
-        raise UserError(f"resume: {path}: {bad} holds numbers that are not finite: give an earlier checkpoint")
+        raise UserError(f"checkpoint: {path}: {bad} holds numbers that are not finite: give an earlier checkpoint")
     return state, done
 
 
 def ranks(path: Path) -> int:
     """How many processes made the checkpoint. UserError for a damaged one."""
     return int(_header(path).get("ranks", 1))
+
+
+def frozen_weights(path: Path) -> str:
+    """The mode of the frozen weights that the checkpoint was made with. UserError for a damaged one."""
+    mode: str = json.loads(_header(path)["config"]).get("frozen_weights", "full")
+    return mode
 
 
 def _write(path: Path, state: dict[str, Tensor], done: int, config: Config, extra: dict[str, str]) -> None:
@@ -138,8 +144,8 @@ def _header(path: Path) -> dict[str, str]:
         {**json.loads(header["config"])}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"resume: {path} is not a checkpoint of ours ({type(error).__name__}: {error}): give another"
+            f"checkpoint: {path} is not a checkpoint of ours ({type(error).__name__}: {error}): give another"
         ) from error
     if header.get("format") != FORMAT:
-        raise UserError(f"resume: {path} was written by another version of rapm-fast: finish the run with that one")
+        raise UserError(f"checkpoint: {path} was written by another version of rapm-fast: finish the run with that one")
     return header

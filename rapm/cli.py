@@ -71,10 +71,14 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about image processors that nothing here uses
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # a page for each prompt that is cut: the run says it once
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the console's encoding lacks must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _importing():
         import torch
 
         from rapm import distributed
+        from rapm.disk import TROUBLE
         from rapm.stop import Interrupted, Terminated, terminable
 
     message: object
@@ -82,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         with terminable():
             code = arguments.run(arguments) or 0
-        sys.stdout.flush()
+        if sys.stdout:  # None where a launcher has closed it
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # who read our output has left: rapm plan | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
@@ -92,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         code, message = 2, error
     except (RunError, ExportError) as error:
+        code, message = 1, error
+    except OSError as error:
+        if error.errno not in TROUBLE:
+            raise
         code, message = 1, error
     except Interrupted as error:
         code, message = error.code, error
@@ -216,6 +225,7 @@ def _add_teacher_lora(sub: argparse.ArgumentParser) -> None:
 def settings(arguments: argparse.Namespace) -> Config:
     """Preset, then the TOML file, then the flags."""
     from rapm.config import Config, parse_resolutions
+    from rapm.device import preset_precision
 
     changes = Config.from_toml(arguments.config) if arguments.config else {}
     given = {field: getattr(arguments, field) for _, field, _ in FLAGS}
@@ -225,18 +235,19 @@ def settings(arguments: argparse.Namespace) -> Config:
     if isinstance(sizes := changes.get("resolution"), str):
         changes |= parse_resolutions(sizes)
     teacher = changes.get("teacher", "embedded")
-    config = Config.preset(pick_preset(str(teacher), arguments.preset))
-    return config.replace(**changes)
+    config = Config.preset(pick_preset(str(teacher), arguments.preset)).replace(**changes)
+    return config if "mixed_precision" in changes else preset_precision(config)
 
 
 def pick_preset(teacher: str, wanted: str | None) -> str:
     """`wanted`, else the preset of the teacher's family. UserError if a teacher at hand is of another family."""
+    from rapm.loading.families import guess_family
     from rapm.loading.source import local_family
 
     if teacher == "embedded":
         return wanted or "embedded"
     family = local_family(teacher)  # None for a hub id: its name must do
-    guess = "sdxl" if family == "sdxl" or (family is None and "xl" in teacher.lower()) else "sd15"
+    guess = "sdxl" if (family or guess_family(teacher)) == "sdxl" else "sd15"
     if family and wanted in ("sd15", "sdxl") and wanted != guess:
         raise UserError(f"--preset {wanted}, but the teacher {teacher} is {family}: use --preset {guess}, or none")
     return wanted or guess
@@ -251,7 +262,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> None:
     """`rapm plan`."""
-    from rapm.memory.planner import plan_for
+    from rapm.memory.report import plan_for
 
     print(plan_for(settings(arguments)))
 
@@ -313,6 +324,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """`rapm evaluate`: the embedded teacher by its judge, every other by FID, KID and CLIP score."""
     from rapm.config import Config
+    from rapm.stop import advice
 
     given = {name: value for name in ("pairs", "batch", "samples") if (value := getattr(arguments, name)) is not None}
     judged = arguments.captions is None and Config.of_run(arguments.folder).teacher == "embedded"
@@ -324,22 +336,24 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if judged:
         from rapm.evaluate.embedded import evaluate_run
 
-        print(evaluate_run(arguments.folder, lora=arguments.lora, **given))
+        with advice("the same command does it again"):
+            print(evaluate_run(arguments.folder, lora=arguments.lora, **given))
         return
     from rapm.evaluate.compare import CLIP, compare
 
     clip = {None: CLIP, "none": None}.get(arguments.clip, arguments.clip)
-    print(
-        compare(
-            arguments.folder,
-            lora=arguments.lora,
-            captions=arguments.captions,
-            reference=arguments.reference,
-            clip=clip,
-            weights=arguments.inception,
-            **given,
+    with advice("the same command goes on with the pictures"):
+        print(
+            compare(
+                arguments.folder,
+                lora=arguments.lora,
+                captions=arguments.captions,
+                reference=arguments.reference,
+                clip=clip,
+                weights=arguments.inception,
+                **given,
+            )
         )
-    )
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -357,8 +371,10 @@ def run_export(arguments: argparse.Namespace) -> None:
 def run_report(arguments: argparse.Namespace) -> None:
     """`rapm report`."""
     from rapm.report.page import write_report
+    from rapm.stop import advice
 
-    print(write_report(arguments.folder))
+    with advice("the same command does it again"):
+        print(write_report(arguments.folder))
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ AT_MOST = {
     # The full rank of the widest layers of SD1.x, SD2.x and SDXL, as 10240 x 1280: above it no layer gains anything
     "lora_rank": 1280,
 }
-POSITIVE = ("guidance", "learning_rate", "head_learning_rate", "max_grad_norm", "huber_c")
+POSITIVE = ("learning_rate", "head_learning_rate", "max_grad_norm", "huber_c")
 PATHS = ("teacher", "prompts", "output_dir", "store")  # "" would be the current folder, or pass for left out
 
 
@@ -64,7 +64,7 @@ class Config:
     # Of the UNet: "full" (as mixed_precision says), "int8" (linear layers, multiplied in int8) or "nf4" (those in 4
     # bits, convolutions in 8). The teacher is then another, if a near one: "auto" is full unless no plan fits --vram.
     frozen_weights: str = "auto"
-    device: str = "auto"
+    device: str = "auto"  # a GPU that computes, else the CPU, on which training a UNet of real size must be asked for
     vram: str = "auto"  # "12G", "16GB": the most that the process may take of the card; "auto": what is free
     attention: str = "auto"  # "sdpa", "xformers", or on a GPU whatever a one-off timing of each shape finds fastest
 
@@ -78,7 +78,7 @@ class Config:
     trajectory_dtype: str = "float32"  # stored positions; fp32 keeps the equality with the stock sampler testable
 
     # Stage 2: the student
-    lora_rank: int = 1  # the paper's rank for SDXL (about 7 MB)
+    lora_rank: int = 1  # the paper's rank for SDXL (some 12 MB in fp32)
     learning_rate: float = 1e-4
     lr_warmup_steps: int = 50  # in iterations; Adam's second moment is empty at first
     lr_schedule: str = "cosine"  # batch 1 is noisy: a rate that decays to zero averages the noise away
@@ -94,7 +94,8 @@ class Config:
     adversarial_absolute: float = 0.1  # [lambda_a]
 
     # The discriminators
-    head_learning_rate: float = 1e-3  # on the embedded teacher as good as 1e-4, and the heads are of use sooner
+    # An update moves a logit by some rate x width: at 1e-3 heads of SD's widths are worse than chance at first
+    head_learning_rate: float = 1e-4
     renoise: float = 1.0  # share of a slot over which u is drawn: u in [t_n, t_n + renoise * (t_{n+1} - t_n))
     # Iterations before the generator terms count: heads that have learned nothing only add noise.
     head_warmup_steps: int = 0
@@ -102,12 +103,12 @@ class Config:
     replay_batch: int = 8  # kept slots shown to the heads at each update, beside the current one
 
     # The loop
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
-    validation_steps: int = 500
+    checkpointing_steps: int = 500  # what a power cut costs at the most; Ctrl-C saves first
+    checkpoints_total_limit: int = 2  # the newest, and one to fall back on; the best is kept apart
+    validation_steps: int = 500  # 40 points of a curve in 20,000 iterations, and as many candidates for the best
     validation_prompts: int = 8  # held-out trajectories, for the grid and for the discriminators' curve
     fd_samples: int = 64  # pictures for the distance that picks the best checkpoint, each N network calls; 0: none
-    log_steps: int = 10
+    log_steps: int = 10  # 40 slots a line: a single one's losses are noise
     report_to: str = "tensorboard"
 
     @classmethod
@@ -117,7 +118,7 @@ class Config:
             raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, /, **changes: Any) -> Config:
         """A checked copy with `changes`; lists do for tuples. UserError for an unknown field or an impossible value."""
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
         if unknown:
@@ -126,6 +127,8 @@ class Config:
             if isinstance(value := changes.get(name), list):
                 changes[name] = tuple(tuple(x) if isinstance(x, list) else x for x in value)
         if isinstance(sizes := changes.get("resolution"), tuple) and sizes and all(isinstance(x, tuple) for x in sizes):
+            if changes.get("buckets"):
+                raise UserError("buckets: name all sizes in `resolution`, or one there and the others in `buckets`")
             changes |= split_sizes(sizes)
         return dataclasses.replace(self, **changes).checked()
 
@@ -138,8 +141,8 @@ class Config:
             if (text := toml(value)).encode(errors="ignore").decode() != text:
                 raise UserError(f"{field.name} = {value!r}: not UTF-8, as {RESOLVED} must be")
         for name in PATHS:
-            if getattr(self, name) == "":
-                raise UserError(f'{name} = "": give one, or leave the setting out')
+            if (value := getattr(self, name)) == "" or "\0" in (value or ""):
+                raise UserError(f"{name} = {toml(value)}: give one, or leave the setting out")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -153,7 +156,7 @@ class Config:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} = {getattr(self, name)}: must be above 0")
-        if self.guidance < 1:
+        if not 1 <= self.guidance < float("inf"):
             raise UserError(f"guidance = {self.guidance}: at least 1, which is none")
         for size in self.resolutions:
             if not (
@@ -189,7 +192,7 @@ class Config:
     def from_toml(cls, path: str | Path) -> dict[str, object]:
         """The settings of a TOML file, for `replace`. UserError if it cannot be read."""
         try:
-            settings: dict[str, object] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            settings: dict[str, object] = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"config {path}: cannot be read ({str(error).splitlines()[0]})") from error
         return settings
@@ -214,13 +217,18 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "embedded": dict(
-        teacher="embedded", trajectories=200, solve_batch=64, lora_rank=16, learning_rate=3e-4,
-        max_train_steps=600, validation_steps=200, checkpointing_steps=200,
+    "embedded": dict(  # minutes on two cores of a CPU
+        teacher="embedded", trajectories=200, max_train_steps=600, validation_steps=200, checkpointing_steps=200,
+        solve_batch=64,  # its latents are small
+        lora_rank=16,  # that of README's figures; at 1e-3, 64 fell apart
+        head_learning_rate=1e-3,  # its heads are a tenth as wide as SD's: as good as 1e-4, and of use sooner
+        learning_rate=3e-4,  # of 3e-4, 1e-3 and 3e-3 the best without discriminators
     ),
+    # bf16: half of fp32's memory with its range; rapm/device.py takes fp16 on a GPU without it
     "sd15": dict(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", mixed_precision="bf16"),
     "sdxl": dict(
-        teacher="stabilityai/stable-diffusion-xl-base-1.0", mixed_precision="bf16", guidance=5.0
+        teacher="stabilityai/stable-diffusion-xl-base-1.0", mixed_precision="bf16",
+        guidance=5.0,  # the default of diffusers' SDXL pipeline, as 7.5 is of its others
     ),
 }  # fmt: skip
 

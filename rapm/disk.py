@@ -50,9 +50,21 @@ def make_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
+def need_writable(folder: Path) -> None:
+    """`make_writable`, before work whose results are to be there: a UserError where it fails."""
+    try:
+        make_writable(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another, or its rights") from error
+
+
 @contextmanager
 def held(folder: Path, wait: float = 0.0) -> Iterator[None]:
-    """`folder` for this process alone, until it is done or dies. UserError if another has it after `wait` seconds."""
+    """`folder` for this process alone, until it is done or dies. UserError if another has it after `wait` seconds.
+
+    As `need_writable` too: the lock is a file there.
+    """
+    need_writable(folder)
     try:
         lock = FileLock(folder / LOCK).acquire(timeout=wait)
     except Timeout:

@@ -137,7 +137,8 @@ def _end(run: _Run, code: int) -> NoReturn:
     """End this process and, by the ring, the others, whose exit code will be the same."""
     with suppress(RuntimeError):
         dist.send(torch.tensor([code]), (run.rank + 1) % run.world, group=run.watch)
-    sys.stdout.flush()
+    if sys.stdout:  # None where a launcher has closed it
+        sys.stdout.flush()
     os._exit(code)
 
 

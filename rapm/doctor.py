@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -15,9 +15,10 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from rapm.device import BF16, TRITON, NoGpu, driver_cards, no_gpu
 from rapm.kernels import runtime
 from rapm.kernels.attention import xformers_problem
-from rapm.memory import cards, offload
+from rapm.memory import cards, host, offload
 from rapm.memory.cards import GIB
 
 OPTIONAL = {
@@ -25,7 +26,6 @@ OPTIONAL = {
     "scikit-learn": "rapm evaluate", "torchmetrics": "rapm evaluate", "torch-fidelity": "rapm evaluate",
 }  # fmt: skip
 LEAST_DISK = 2 * GIB  # a run of the embedded teacher takes a tenth of it, the smallest of a real one about this
-OLDEST = (8, 0)  # compute capability: bf16 in hardware
 
 
 class Finding(NamedTuple):
@@ -44,7 +44,8 @@ class Finding(NamedTuple):
 
 def examine(folder: Path) -> tuple[list[str], bool]:
     """The report, a finding a line, and whether training would work here with its output in `folder`."""
-    findings = [*_packages(), *_gpu(), _kernels(), _attention(), _extension(), _disk(folder)]
+    absent = no_gpu()
+    findings = [*_packages(), *_gpu(absent), _kernels(absent), _attention(), _extension(), _host(), _disk(folder)]
     works = all(finding.state != "broken" for finding in findings)
     slower = sum(finding.state == "slow" for finding in findings)
     end = "training works here" if works else "training does not work here: mend what is BROKEN"
@@ -63,7 +64,7 @@ def _packages() -> list[Finding]:
             continue
         if requirement.name == "triton":  # told of below
             continue
-        command = f'{Path(sys.executable).name} -m pip install "{requirement}"'
+        command = f'{shlex.quote(sys.executable)} -m pip install "{requirement}"'
         found = _installed(requirement.name)
         if found is None:
             findings.append(Finding(requirement.name, "is not installed", "broken", command))
@@ -75,7 +76,7 @@ def _packages() -> list[Finding]:
     if extras := {name: use for name, use in OPTIONAL.items() if _installed(name) is None}:
         listed = ", ".join(f"{name} ({use})" for name, use in extras.items())
         names = " ".join(name for name in extras if name != "xformers")  # whose release must be that for this torch
-        fix = f"{Path(sys.executable).name} -m pip install {names}" if names else ""
+        fix = f"{shlex.quote(sys.executable)} -m pip install {names}" if names else ""
         findings.append(Finding("optional", f"not installed: {listed}", fix=fix))
     return findings
 
@@ -87,42 +88,30 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _gpu() -> list[Finding]:
+def _gpu(absent: NoGpu | None) -> list[Finding]:
     """The card, its driver, its memory, the rate of copies to the host."""
-    ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.split("\n")
-        seen = [line for line in lines if line.strip()]
-    except (OSError, subprocess.SubprocessError):
-        seen = []
-    if not torch.cuda.is_available():
-        if not seen:
+    if absent is not None:
+        if not absent.fix:
             return [Finding("gpu", "none: on a CPU only the embedded teacher trains in minutes", "slow")]
-        if torch.version.cuda is None:
-            reason, fix = "this torch is a CPU build", "pip install --force-reinstall torch --index-url " + _index()
-        else:
-            reason = f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it"
-            fix = "update the NVIDIA driver, or unset CUDA_VISIBLE_DEVICES if it hides the card"
-        return [Finding("gpu", f"{seen[0]}, but {reason}", "broken", fix)]
+        return [Finding("gpu", absent.reason, "broken", absent.fix)]
+    seen = driver_cards()
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     driver = seen[0].rpartition(", ")[2] if seen else "unknown"
     free, total = torch.cuda.mem_get_info(device)
     findings = [Finding("gpu", f"{properties.name}, driver {driver}, CUDA {torch.version.cuda}")]
-    if (properties.major, properties.minor) < OLDEST:
-        findings[0] = findings[0]._replace(state="slow", fix="--mixed_precision fp16: this card has no bf16")
-    findings.append(Finding("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"))
+    if (properties.major, properties.minor) < BF16:
+        findings[0] = findings[0]._replace(found=f"{findings[0].found}; no bf16, so presets take fp16")
+    most = cards.most(device)
+    words = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, so at most --vram {int(most / GIB * 10) / 10:.1f}G"
+    findings.append(Finding("memory", words))
     findings.append(Finding("link", f"{cards.link_rate(device):.1f} GB/s to and from pinned host memory"))
     if risk := cards.fallback_risk():
         findings.append(Finding("fallback", "the driver may use host memory for the card's", "slow", risk))
     return findings
 
 
-def _index() -> str:
-    return "https://download.pytorch.org/whl/cu130"
-
-
-def _kernels() -> Finding:
+def _kernels(absent: NoGpu | None) -> Finding:
     if runtime.MODE not in runtime.MODES:
         return Finding("kernels", f"RAPM_KERNELS={runtime.MODE} is none of {', '.join(runtime.MODES)}", "broken",
                        "unset RAPM_KERNELS")  # fmt: skip
@@ -132,8 +121,14 @@ def _kernels() -> Finding:
         return Finding("kernels", "Triton is not installed: plain PyTorch operators", "slow", f"pip install {name}")
     if runtime.MODE == "reference":
         return Finding("kernels", "turned off by RAPM_KERNELS=reference", "slow", "unset RAPM_KERNELS")
-    where = "on the GPU" if torch.cuda.is_available() else "for a GPU; on a CPU plain PyTorch operators run"
-    return Finding("kernels", f"Triton {runtime.triton.__version__}, {where}")
+    found = f"Triton {runtime.triton.__version__}, "
+    if absent is not None:
+        return Finding("kernels", found + "for a GPU; on a CPU plain PyTorch operators run")
+    if torch.cuda.get_device_capability() < TRITON:
+        return Finding("kernels", found + "for newer cards: plain PyTorch operators", "slow")
+    if problem := runtime.launch_problem():
+        return Finding("kernels", problem[0], "broken", problem[1])
+    return Finding("kernels", found + "on the GPU")
 
 
 def _attention() -> Finding:
@@ -153,6 +148,11 @@ def _extension() -> Finding:
         return Finding("extension", words)
     fix = "RAPM_EXTENSION=1 pip install --no-build-isolation --no-deps -e .  (in a clone, with the CUDA toolkit)"
     return Finding("extension", words, "slow", fix)
+
+
+def _host() -> Finding:
+    limit = host.limit()
+    return Finding("host", "memory unknown" if limit is None else f"{limit / GIB:.1f} GiB of memory for this process")
 
 
 def _disk(folder: Path) -> Finding:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from rapm.disk import TEMPORARY, make_writable, write_atomic
 from rapm.errors import UserError
 from rapm.export.clients import run_name, style_tags, webui_settings, webui_text
 from rapm.export.files import base_name
-from rapm.sample import grid, grid_size, png, sample_batches
+from rapm.pictures import grid, grid_size, packed, png
+from rapm.sample import sample_batches
 from rapm.teacher import Teacher, load_teacher
 
 GRID_MAX = 100  # pictures beyond which nobody looks at a grid; it is also all that is held in memory
@@ -90,7 +90,7 @@ def draw(
         if folder is None or len(shown) + len(images) <= GRID_MAX:
             shown.extend(images)
     if folder is None or count <= GRID_MAX:
-        write_atomic(sheet_path, _packed(grid(shown, columns=len(seeds)), sheet_path.suffix.lower(), first))
+        write_atomic(sheet_path, packed(grid(shown, columns=len(seeds)), sheet_path.suffix.lower(), first))
         yield sheet_path
 
 
@@ -134,14 +134,6 @@ def _check_writable(path: Path, output: Path) -> None:
         temporary.unlink()
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror}): choose another") from error
-
-
-def _packed(picture: Image.Image, suffix: str, text: str) -> bytes:
-    if suffix == ".png":
-        return png(picture, parameters=text)
-    data = io.BytesIO()
-    picture.save(data, Image.registered_extensions()[suffix], quality=95)
-    return data.getvalue()
 
 
 def _settings_of(lora: Path | None) -> Config:

@@ -13,8 +13,8 @@ from torch import Tensor
 from rapm.device import captured
 from rapm.errors import UserError
 from rapm.kernels.guided_step import guided_step
+from rapm.layers import Lora
 from rapm.schedule import Schedule, step_coefficients, trailing_steps
-from rapm.stacks import Lora
 from rapm.unet import Text, UNet
 
 

@@ -11,18 +11,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapm.kernels.lora_linear import lora_linear
+from rapm.layers import Linear, Lora, Pair
 
-if TYPE_CHECKING:
-    from rapm.unet import Linear
-
-Pair = tuple[Tensor, Tensor]  # down and up
 ALIGN = 256  # bytes, from which on each group begins
 
 
@@ -30,9 +26,6 @@ class StackedWeights(dict[str, Pair]):
     """A LoRA by layer; `stacks` has that of a stack, under its layers' names: down n R K, up n C R."""
 
     stacks: Mapping[tuple[str, ...], Pair]
-
-
-Lora = Mapping[str, Pair] | None
 
 
 def join(tensors: Sequence[Tensor]) -> None:

@@ -93,6 +93,16 @@ class Store:
         words: str = lists["negatives"][row]
         return words
 
+    def rows(self) -> list[tuple[str, str]]:
+        """The prompt and the negative prompt of each trajectory, from the shards' headers alone."""
+        found: dict[int, tuple[str, str]] = {}
+        for name, indices in _shards(self.metadata).items():
+            with safe_open(self.folder / name, framework="pt") as file:
+                header = file.metadata()
+            lists = (json.loads(header[key]) for key in ("prompts", "negatives"))
+            found |= dict(zip(indices, zip(*lists, strict=True), strict=True))
+        return [found[i] for i in range(len(self))]
+
     def _place(self, index: int) -> tuple[_Opened, int]:
         """The opened shard of a trajectory, and its row there."""
         if not 0 <= index < len(self):

@@ -27,7 +27,7 @@ from rapm.loading.families import Model
 from rapm.loading.single_file import config_folder
 from rapm.loading.source import Source, find, first_line, variant
 from rapm.loading.style import Style, read_style, updates_of
-from rapm.loading.weights import Digests, Update, fill, fused
+from rapm.loading.weights import Digests, Update, fill, fused, read_header, text_name
 from rapm.memory.cards import TILE
 from rapm.schedule import Schedule, recipe_scheduler
 from rapm.unet import Text, UNet
@@ -53,7 +53,8 @@ class Teacher:
     loras: tuple[Style, ...] = ()  # fused into both
     frozen: str = "full"  # the mode of its UNet's weights, of memory/low_precision.py
     aside: bool = False  # the UNet waits on the CPU while another part visits its device: both would not fit
-    apart: bool = False  # as much for a second UNet, the stock pipeline's
+    apart: bool = False  # of a second UNet, the stock pipeline's, only blocks are on the device
+    proven: bool = True  # whether the export samples in the stock pipeline at all: the host may have no room for one
 
     @property
     def location(self) -> Path:
@@ -211,6 +212,7 @@ def load_teacher(
     styles = tuple(read_style(spec, unet) for spec in loras)
     pipe, digests = _load_pipeline(found, torch.float32, unet=None), Digests()
     encoders = text_encoders(pipe)
+    _check_whole(found, encoders)
     styles = tuple(style.reading_text(encoders) for style in styles)
     for name, encoder in encoders.items():
         digests.add_module(name, encoder)
@@ -233,6 +235,22 @@ def _fuse(module: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
         part = module.get_submodule(layer)
         weight = part.get_parameter("weight")
         part.weight = nn.Parameter(fused(weight, mine).to(weight.dtype), requires_grad=False)
+
+
+def _check_whole(found: Source, encoders: Mapping[str, nn.Module]) -> None:
+    """UserError for weights that the text encoders' files lack.
+
+    transformers makes up what a folder lacks; diffusers leaves what a single file lacks on the meta device.
+    """
+    for part, encoder in encoders.items():
+        held = {
+            text_name(name)
+            for path in found.location.glob(f"{part}/*.safetensors")
+            for name in read_header(path).shapes
+        }
+        for name, x in encoder.named_parameters():
+            if x.is_meta or (found.location.is_dir() and text_name(name) not in held):
+                raise UserError(f"teacher: {found.location} lacks {part}.{name}: get the whole of it")
 
 
 def _check_parts(source: str, parts: Mapping[str, nn.Module]) -> None:

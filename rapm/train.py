@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ from rapm.checkpoint import (
     checkpoints,
     find_best,
     find_checkpoint,
+    frozen_weights,
     load_checkpoint,
     ranks,
     save_best,
@@ -48,10 +50,10 @@ from rapm.loading.families import Model, model_of
 from rapm.log import Log, check_tracker
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, record, words
+from rapm.pictures import labelled_grid, png
 from rapm.prompts import BUNDLED, Prompts, Row, load_prompts
 from rapm.report.page import PLAN, write_report
 from rapm.report.panel import Watch, best_line, card_figures, panel
-from rapm.sample import labelled_grid, png
 from rapm.solver import check_grid
 from rapm.stop import Interrupted, advice, stop_signals
 from rapm.store import Store, positions_nbytes
@@ -73,7 +75,7 @@ def train(config: Config, *, resume: str | None = None, dry_run: bool = False) -
     """The whole job; the output folder. UserError before work for what cannot work, RunError, Interrupted."""
     folder = Path(config.output_dir)
     with distributed.group(config), _claimed(folder):
-        return _train(folder, config, resume, dry_run)
+        return _train(folder, _anchored(config), resume, dry_run)
 
 
 def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> Path:
@@ -82,6 +84,8 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
     checkpoint = find_checkpoint(folder, resume) if resume else None
     if checkpoint and (made := ranks(checkpoint)) != distributed.world():
         raise UserError(f"resume: {checkpoint} is of {made} processes, not {distributed.world()}: start as many again")
+    if checkpoint and config.frozen_weights == "auto":  # not what is free on the card today
+        config = config.replace(frozen_weights=frozen_weights(checkpoint))
     teacher, config, prompts, budget = prepare_run(config)
     state, done = load_checkpoint(checkpoint, config) if checkpoint else ({}, 0)
     if dry_run:
@@ -102,7 +106,7 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
             print(f"resumed from {checkpoint} at iteration {done}")
         run(training, folder)
     if distributed.first():
-        with advice(f"`rapm export --run {folder}` finishes it"):
+        with advice(f"`rapm export --run {shlex.quote(str(folder))}` finishes it"):
             finish(training, folder)
     return folder
 
@@ -111,7 +115,7 @@ def solve_only(config: Config) -> Store:
     """Stage 1 alone."""
     with distributed.group(config), _claimed(Path(config.output_dir)), advice("the same command goes on"):
         check_training(config)
-        teacher, config, prompts = prepare_teacher(config)
+        teacher, config, prompts, _ = prepare_run(config)
         config = _keep_prompts(Path(config.output_dir), config, prompts)
         store = solve_all(config, teacher, prompts)
         print(f"{len(store)} trajectories in {store.folder}")
@@ -133,16 +137,11 @@ def export_run(
         checkpoint = find_checkpoint(folder, which)
         config = Config.of_run(folder).replace(output_dir=str(folder))
         repo = None if push_to_hub is None else claim_repo(push_to_hub or run_name(config))
-        teacher, config, prompts = prepare_teacher(config)
+        teacher, config, prompts, _ = prepare_run(config)
         state = load_checkpoint(checkpoint, config)
         training = Training(teacher, solve_all(config, teacher, prompts), config)
         training.restore(*state)
         finish(training, folder, dtype=dtype, merge=merge, repo=repo)
-
-
-def prepare_teacher(config: Config) -> tuple[Teacher, Config, list[Row]]:
-    """As `prepare_run`, without the budget."""
-    return prepare_run(config)[:3]
 
 
 def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | None]:
@@ -205,7 +204,7 @@ def run(training: Training, folder: Path) -> None:
     log = Log(folder, config.report_to, training.done) if distributed.first() else None
     bar = tqdm(total=config.max_train_steps, initial=training.done, desc="training")
     figures, saved = Figures(training, log, bar), time.perf_counter()
-    with stop_signals() as stopped, cores(training.steps.values()), bar, log or nullcontext():
+    with stop_signals() as stopped, cores(step.z for step in training.steps.values()), bar, log or nullcontext():
         while training.done < config.max_train_steps:
             iterate(training, folder)
             figures.read()
@@ -221,7 +220,7 @@ def run(training: Training, folder: Path) -> None:
             if not (measure or save):
                 continue
             if measure:
-                training.release()
+                training.pause()
             state = training.state()
             if log:
                 try:
@@ -309,13 +308,14 @@ def finish(
 ) -> None:  # fmt: skip
     """Export, prove the files in stock software, draw the samples, write card and report; upload to `repo`."""
     teacher, config = training.teacher, training.config
+    training.pause()
     lora = {name: tuple(x.cpu() for x in pair) for name, pair in training.lora.export().items()}
     shown = [training.store[i] for i in training.validation.held_out]
     prompts, same = [t.prompt for t in shown], [t for t in shown if t.positions.shape == shown[0].positions.shape][:2]
     noise = torch.stack([t.positions[0] for t in same])
     proof = dict(prompts=[t.prompt for t in same], noise=noise, steps=config.steps)
     export_lora(folder, lora, teacher, config=config, steps_done=training.done, dtype=dtype)
-    verify_export(folder, teacher, lora, **proof)
+    proven = verify_export(folder, teacher, lora, **proof)
     measured = training.measure()
     picture(training, measured.pictures, folder / "samples.png")
     if sampled_elsewhere(teacher):
@@ -325,7 +325,11 @@ def finish(
         metrics={"held-out trajectories": card_figures(measured.figures)},
     )  # fmt: skip
     report = write_report(folder)
-    print(f"done: {folder / WEIGHTS} samples in stock diffusers as here (DDIM trailing, {config.steps} steps, CFG 1)")
+    how = "samples in stock diffusers as here" if proven else "was read back, but not sampled in stock diffusers"
+    print(f"done: {folder / WEIGHTS} {how} (DDIM trailing, {config.steps} steps, CFG 1)")
+    if not proven:
+        again = f"`rapm export --run {shlex.quote(str(folder))}` does it where there is more"
+        print(f"note: the host has too little memory for that: {again}")
     print(best_line(folder, training.done, measured.figures.get("val_fd"), find_best(folder)))
     print(f"report: {report}")
     if merge:
@@ -347,8 +351,14 @@ def picture(training: Training, student: list[Tensor], path: Path) -> None:
 
 def training_prompts(config: Config) -> Prompts:
     """The prompts of the trajectories, the held-out ones last; of a longer list the first ones."""
+    count = config.trajectories + config.validation_prompts
     if config.prompts is not None or config.teacher != "embedded":
-        prompts = load_prompts(config.prompts or BUNDLED, config.trajectories + config.validation_prompts)
+        try:
+            prompts = load_prompts(config.prompts or BUNDLED, count)
+        except UserError:
+            if (kept := _stored_prompts(config, count)) is None:
+                raise
+            return kept
         return prompts if config.prompts else replace(prompts, name="the bundled list")
     captions = scenes.draw_captions(config.trajectories, seed=config.seed)
     captions += scenes.draw_captions(config.validation_prompts, seed=config.seed, unseen=True)
@@ -356,12 +366,41 @@ def training_prompts(config: Config) -> Prompts:
     return Prompts("the embedded teacher's captions", rows, len(rows), len(rows))
 
 
+def _stored_prompts(config: Config, count: int) -> Prompts | None:
+    """Those of a run's own complete store, once their file has gone: no trajectory needs it any more."""
+    try:
+        store = Store.open(config.store or Path(config.output_dir) / "trajectories")
+    except UserError:
+        return None
+    if len(store) < count:
+        return None
+    rows = list(dict.fromkeys(Row(*row) for row in store.rows()))
+    return Prompts(f"{store.folder}, as {config.prompts} cannot be read", rows, len(rows), len(rows))
+
+
 def _keep_prompts(folder: Path, config: Config, prompts: list[Row]) -> Config:
     """What came by the standard input, which cannot be read again, goes into a file of the run."""
     if config.prompts != "-":
         return config
     write_atomic(folder / "prompts.txt", "".join(f"{row.text}\n" for row in prompts).encode())
-    return config.replace(prompts=str(folder / "prompts.txt"))
+    return config.replace(prompts=str((folder / "prompts.txt").absolute()))
+
+
+def _anchored(config: Config) -> Config:
+    """With the whole paths of what is on this computer, so that the run is understood from any folder."""
+
+    def whole(given: str) -> str:
+        name, colon, end = given.rpartition(":")  # FILE:COLUMN of prompts, FILE:SCALE of a style
+        if Path(given).expanduser().exists():
+            return str(Path(given).expanduser().absolute())
+        return f"{whole(name)}:{end}" if colon else given
+
+    return config.replace(
+        teacher=config.teacher if config.teacher == "embedded" else whole(config.teacher),
+        teacher_lora=tuple(map(whole, config.teacher_lora)),
+        prompts=config.prompts and whole(config.prompts),
+        store=config.store and str(Path(config.store).absolute()),
+    )
 
 
 def describe(config: Config, teacher: Teacher, prompts: list[Row]) -> str:

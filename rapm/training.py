@@ -26,7 +26,7 @@ from rapm.prefetch import Reader
 from rapm.step import SlotMemory, Step
 from rapm.store import Store, Trajectory
 from rapm.teacher import Teacher
-from rapm.trajectories import Negatives, trajectory_seed
+from rapm.trajectories import Negatives, seed_for
 from rapm.unet import Text
 
 PATIENCE = 20  # non-finite updates in a row before a run gives up
@@ -53,8 +53,7 @@ class Training:
         for i in range(1, min(len(store), len(store.resolutions))):
             if store.resolution(i) not in self.steps:
                 self.steps[store.resolution(i)] = self.step.sibling(store[i], self._uncond(store[i]))
-        if budget is not None:
-            self._replan()
+        self._paused = budget is not None  # without what the budget's plan keeps aside: no slab is there yet
         self._slots: dict[tuple[int, int], Callable[[], None]] = dict(self.steps)
         self._eager = dict.fromkeys(self.steps, EAGER)
         self._pool = torch.cuda.graph_pool_handle() if self.step.z.is_cuda else None
@@ -73,6 +72,8 @@ class Training:
 
         One that runs out of memory starts again under the next plan, from what was there before. RunError if none is.
         """
+        if self._paused:
+            self._replan()
         index, before = self._turn(self.done)
         trajectory, size = self._read(index, then=self._turn(self.done + 1)[0]), self.store.resolution(index)
         if self.budget is None or self._slots[size] is not self.steps[size]:  # a graph that is there allocates nothing
@@ -141,6 +142,14 @@ class Training:
         for memory in (SlotMemory(), self.budget.memory(self.teacher.unet)):  # lets go of the old slab first
             for step in self.steps.values():
                 step.memory = memory
+        self._paused = False
+
+    def pause(self) -> None:
+        """`release`, and let go of the host's memory that is pinned for slots: the next iteration takes it again."""
+        self.release()
+        for step in self.steps.values():
+            step.memory = SlotMemory()
+        self._paused = self.budget is not None
 
     def release(self) -> None:
         """Give back the captured slots and their memory; the next iteration of each size captures it again."""
@@ -160,7 +169,7 @@ class Training:
 
     @property
     def behind(self) -> bool:
-        """Whether the device is still at work on what the host has given it."""
+        """Whether the host may be ahead of the device: then what it asks for is not there at once."""
         return self.step.z.is_cuda
 
     def losses(self, slots: int) -> Callable[[], dict[str, float]]:
@@ -254,4 +263,4 @@ class Training:
         return torch.randperm(self.validation.trained, generator=self._generator(f"epoch {epoch}"))
 
     def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(trajectory_seed(self.config.seed, purpose))
+        return torch.Generator().manual_seed(seed_for(self.config.seed, purpose))

@@ -45,9 +45,9 @@ SHARD_BYTES, SHARD_MAX = 64 * 2**20, 64  # what a kill may cost, and what a writ
 ENCODED = 8  # shards whose prompts are encoded before any is solved: some 300 MB of embeddings at the most
 
 
-def trajectory_seed(seed: int, index: int | str) -> int:
-    """The seed of trajectory `index` (or of another purpose), 63 well-mixed bits: neighbours share nothing."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
+def seed_for(seed: int, purpose: int | str) -> int:
+    """A run's seed for one purpose, a trajectory's number or a name: 63 well-mixed bits, neighbours share nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "big") >> 1
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -60,7 +60,7 @@ def prepare(
 ) -> Store:
     """The store of `config.trajectories` trajectories in `folder`: computes the shards that are not there yet.
 
-    Trajectory i has prompt i and resolution i, each taken in turn, and the noise of `trajectory_seed(config.seed, i)`.
+    Trajectory i has prompt i and resolution i, each taken in turn, and the noise of `seed_for(config.seed, i)`.
     Of several ranks each computes its share of the shards, which are the same whoever does.
     A larger count extends a store, and so do more prompts, if the trajectories that are there would be the same.
     UserError, before any work, if the folder holds others, cannot be written, or the disk is full. RunError for a
@@ -143,7 +143,7 @@ def _encode(
     """The shard of trajectories `indices`; its negatives are encoded too, so that solving it encodes nothing."""
     mine = [rows[i % len(rows)] for i in indices]
     prompts, unwanted = [row.text for row in mine], [row.negative for row in mine]
-    seeds = [trajectory_seed(seed, i) for i in indices]
+    seeds = [seed_for(seed, i) for i in indices]
     text = teacher.encode(prompts, resolution)
     for words in unwanted:
         negatives(words)
@@ -256,7 +256,7 @@ def _refuse_difference(folder: Path, found: Metadata, wanted: Metadata) -> None:
     for key in wanted:
         grows = key == "count" and wanted[key] >= found[key]
         if found.get(key) != wanted[key] and not grows:
-            raise UserError(
-                f"store {folder} was made with {key} {found.get(key)!r}, not {wanted[key]!r}: "
-                "take another output_dir, or delete this store"
-            )
+            remedy = "take another output_dir, or delete this store"
+            if key == "frozen_weights":  # by `auto` it may change with what is free on the card
+                remedy = f'{key} = "{found[key]}" in a file for --config goes on with it, or take another output_dir'
+            raise UserError(f"store {folder} was made with {key} {found.get(key)!r}, not {wanted[key]!r}: {remedy}")

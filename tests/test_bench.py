@@ -17,12 +17,16 @@ import pytest
 import tiny
 import torch
 from full import FULL
+from torch.utils._pytree import tree_map
 
 from rapm.architecture import DEFAULTS, complete
+from rapm.bench import measure
 from rapm.bench import ops as bench_ops
 from rapm.bench import run as bench
-from rapm.bench.ops import DEVICE, operators
-from rapm.bench.run import MODELS, RAPM, REFERENCE, Provider, check, errors, fresh, results, unet_shapes, wanted
+from rapm.bench.measure import check, errors, fresh, kept_mib, results, tensors, wanted
+from rapm.bench.ops import DEVICE, RAPM, REFERENCE, Provider, operators, providers_of
+from rapm.bench.shapes import MODELS, unet_shapes
+from rapm.bench.warm import tasks_of, warm
 from rapm.cli import main
 from rapm.config import Config
 from rapm.unet import UNet
@@ -35,7 +39,7 @@ SMALL = {
     "lora_linear": (6, 32, 48, True, 3), "lora_conv": (32, 48, 3, 2, 6, 4), "frozen_conv": (32, 48, 3, 1, 6, 4),
     "attention": (2, 12, 7, 16), "short_attention": (2, 12, 7, 16), "disc_head": ((16, 4, 4), (32, 2, 2)),
     "position_loss": (6, 4), "renoise": (6, 4), "guided_step": (6, 4), "int8_linear": (6, 64, 48, True, 3),
-    "quantise": (64, 48), "geglu_linear": (6, 16, 128),
+    "dequantise": (64, 48), "geglu_linear": (6, 16, 128),
 }  # fmt: skip
 OPS = operators({})
 
@@ -53,7 +57,7 @@ def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sd15", "lora_linear rank 1"): [(6, 32, 48, True, 1)], ("sd15", "disc_head"): [((16, 4, 4),)],
         ("sdxl", "geglu"): [(6, 32)],
     }  # fmt: skip
-    tasks = bench.tasks_of(OPS, shapes)
+    tasks = tasks_of(OPS, shapes)
     counts = Counter((name, provider) for name, _, provider in tasks)
     assert counts == {("disc_head", "rapm"): 1, ("disc_head", "compile"): 1, ("geglu", "rapm"): 2,
                       ("geglu", "compile"): 2, ("lora_linear rank 1", "rapm"): 1}  # fmt: skip
@@ -62,7 +66,7 @@ def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHINDUCTOR_COMPILE_THREADS", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # to be as it was, afterwards
         monkeypatch.delenv(name)
-    done = bench.warm([("geglu", (6, 32), RAPM), ("geglu", ("wrong",), RAPM)])
+    done = warm([("geglu", (6, 32), RAPM), ("geglu", ("wrong",), RAPM)])
     assert done.startswith("compiled 1 of 2 cases beforehand")
 
 
@@ -115,7 +119,7 @@ def test_every_provider_computes_the_same(name: str) -> None:
     cotangents = [torch.randn_like(y) for y in wanted(op.reference(*args))]
     exact = results(op.reference, fresh(args, torch.float64), cotangents)
     allowed = [1.5 * e + op.slack for e in errors(results(op.reference, fresh(args), cotangents), exact)]
-    providers = bench.providers_of(op, compiled=False)
+    providers = providers_of(op, compiled=False)
     for key in {REFERENCE, RAPM, "peft"} & providers.keys():
         check(providers[key], args, cotangents, exact, allowed)
 
@@ -123,7 +127,7 @@ def test_every_provider_computes_the_same(name: str) -> None:
         out = op.reference(*x)
         return out * 1.2 if torch.is_tensor(out) else (out[0] * 1.2, *out[1:])
 
-    for wrong in (off, lambda *x: bench.tree_map(lambda y: y * torch.nan, list(bench.tensors(op.reference(*x))))):
+    for wrong in (off, lambda *x: tree_map(lambda y: y * torch.nan, list(tensors(op.reference(*x))))):
         with pytest.raises(ArithmeticError, match="result 0"):
             check(Provider(wrong), args, cotangents, exact, allowed)
     if "frozen layer" in providers:  # the LoRA's gradients are not asked of it
@@ -137,7 +141,7 @@ def test_the_heads_compiled_form_is_the_heads(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bench_ops, "whole", lambda reference: reference)
     op = operators({})["disc_head"]
     args = op.make(*SMALL["disc_head"])
-    exact, actual = (bench.tensors(run(*args)) for run in (op.reference, op.compiled(op.reference)))
+    exact, actual = (tensors(run(*args)) for run in (op.reference, op.compiled(op.reference)))
     assert max(errors(actual, exact)) < 1e-5
 
 
@@ -148,8 +152,8 @@ def test_what_is_kept() -> None:
         return (x * weight).exp() * x.view(-1)[:16].view(1, 16)
 
     args = [torch.randn(64, 16, device=DEVICE, requires_grad=True), torch.randn(16, device=DEVICE, requires_grad=True)]
-    assert bench.kept_mib(Provider(run), args) == 2 * 64 * 16 * 4 / 2**20  # x, exp's result
-    assert bench.kept_mib(Provider(run, activations=2), args) == (2 * 64 + 1) * 16 * 4 / 2**20
+    assert kept_mib(Provider(run), args) == 2 * 64 * 16 * 4 / 2**20  # x, exp's result
+    assert kept_mib(Provider(run, activations=2), args) == (2 * 64 + 1) * 16 * 4 / 2**20
 
 
 @pytest.fixture
@@ -161,7 +165,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
         return 1.0, 2
 
-    monkeypatch.setattr(bench, "graph_ms", graph_ms)
+    monkeypatch.setattr(measure, "graph_ms", graph_ms)
     monkeypatch.setattr(bench, "copy_ms", lambda size, sets, replays: 0.5)
     monkeypatch.setattr(bench, "SET_BYTES", 1.0)
     for name in ("reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"):
@@ -177,7 +181,7 @@ def test_a_case(name: str, no_clock: None) -> None:
     for provider in row["providers"].values():
         assert provider["ms"] == [1.0] * passes and provider["launches"] == [2] * passes
     assert (row["providers"][RAPM]["kept_mib"] > 0) == (passes == 2)
-    wrong = op._replace(rapm=lambda *args: [y * 1.1 for y in bench.tensors(op.reference(*args))])
+    wrong = op._replace(rapm=lambda *args: [y * 1.1 for y in tensors(op.reference(*args))])
     failed = bench.case(wrong, SMALL[name.split()[0]], 1, compiled=False)["providers"]
     assert failed[RAPM].keys() == {"failed"} and "result" in failed[RAPM]["failed"] and "ms" in failed[REFERENCE]
     assert RAPM not in bench.case(wrong, SMALL[name.split()[0]], 1, compiled=False, without={RAPM})["providers"]
@@ -307,35 +311,53 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_the_readmes_tables(readme: ModuleType) -> None:
-    page = "a\n<!-- kernels:begin -->\n<!-- kernels:end -->\nb\n<!-- slot:begin --><!-- slot:end -->\n"
-    text = readme.render(page)  # the other sections' results are not there
-    assert readme.render(text) == text and text.startswith("a\n<!-- kernels:begin -->") and "A Card" in text
+def test_the_tables_of_operators(readme: ModuleType) -> None:
+    names = ["operators", "kernels", "slot", "slot_table", "step"]  # the last one's results are not there
+    page = "a\n" + "".join(f"<!-- {name}:begin --><!-- {name}:end -->\n" for name in names[:-1])
+    text = readme.render(page, "page", names)
+    assert readme.render(text, "page", names) == text and text.startswith("a\n<!-- operators:begin -->")
     (geglu, *_) = [line for line in text.splitlines() if line.startswith("| geglu")]
     cells = [cell.strip() for cell in geglu.strip("|").split("|")]
     assert cells == ["geglu", "0.800 + 1.20", "0.600 + 0.800", "0.360 + 0.600 (peft)", "0.200 + 0.300", "2.80",
                      "10%; 13%", "4 → 4"]  # fmt: skip
     both = "+11%; +50%; +32% | +100%; +200%; +153%"
     assert f"| SDXL lora_linear | 0.180 + 0.200 | {both} | {both} |" in text
-    assert "xformers (no module)" in text and "cuDNN's geglu (RuntimeError: refused)" in " ".join(text.split())
-    assert "docs/slot_time.svg" in text and "SDXL takes 50% of the time" in " ".join(text.split())
+    flat = " ".join(text.split())
+    assert "xformers (no module)" in text and "cuDNN's geglu (RuntimeError: refused)" in flat
+    sums = "2.00 | 1.40 | 0.960 | 0.500"
+    assert f"| `geglu` | value times gelu of the gate | {sums} | {sums} |" in text and "A Card" in text
+    assert "Ours is not" not in text and "Not timed yet: `group_norm_silu` (" in flat
+    assert "docs/slot_time.svg" in text and "SDXL takes 50% of the time" in flat
     assert "| all | 60.0 | 30.0 | 60.0 | 30.0 |" in text and "| norms | 18.0 | 0.0 | 18.0 | 0.0 |" in text
     assert "| launches | 16,000 | 2,000 | 16,000 | 2,000 |" in text and "optimizer" not in text
 
 
+def test_who_is_slower_or_fails_is_named(readme: ModuleType) -> None:
+    report = readme.load("kernels")
+    for model, ops in report["totals"].items():
+        ops["geglu"]["providers"]["rapm"]["ms"] = [1.0, 1.0]
+        del ops["lora_linear rank 1"]["providers"]["compile"]
+        slow = {"compile": {"failed": "TypeError: no"}}
+        report["rows"].append({"model": model, "op": "lora_linear rank 1", "providers": slow})
+    text = " ".join(script("readme_kernels").operators(report).split())
+    assert "Ours is not the fastest at `geglu` on SD1.5 (2.00 ms, peft 0.960), `geglu` on SDXL (" in text
+    assert "| `lora_linear` rank 1 | linear layer and its LoRA | 2.00 | failed | 0.960 | 0.500 |" in text
+
+
 def test_the_picture(readme: ModuleType) -> None:
-    root = ElementTree.fromstring(readme.slot_svg())
+    drawn = script("readme_kernels")
+    root = ElementTree.fromstring(drawn.slot_svg(readme.load("slot_time")))
     bars = [x for x in root.iter("{http://www.w3.org/2000/svg}rect") if x.get("height") == "26"]
-    n = len(readme.COLOURS)
+    n = len(drawn.COLOURS)
     assert len(bars) == 4 * n
     before, after = (sum(float(x.get("width")) for x in bars[i : i + n]) for i in (0, n))
     assert before == pytest.approx(2 * after, rel=0.01)
-    assert set(readme.COLOURS) == {*dict(script("slot_time").FAMILIES), "other"}
+    assert set(drawn.COLOURS) == {*dict(script("slot_time").FAMILIES), "other"}
 
 
 def test_results_without_a_place_are_named(readme: ModuleType) -> None:
     with pytest.raises(SystemExit, match="kernels"):
-        readme.render("no markers")
+        readme.render("no markers", "page", ["kernels"])
 
 
 def test_operators_are_what_the_command_takes() -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
+from rapm import doctor
 from rapm.cli import main
 from rapm.config import Config
-from rapm.errors import RunError
+from rapm.errors import RunError, UserError
 from rapm.loading.families import Model, model_of
-from rapm.memory import cards
+from rapm.memory import cards, host
 from rapm.memory.budget import Budget
 from rapm.memory.cards import GIB, MIB
+from rapm.memory.offload import CannotPin, Offload
+from rapm.memory.planner import Plan, Planner, planned
 from rapm.memory.saved import Policy
-from rapm.step import Step
+from rapm.step import SlotMemory, Step
 from rapm.stop import advice
-from rapm.store import Store
+from rapm.store import FORMAT, METADATA, Store, pack_metadata
 from rapm.teacher import Teacher, load_teacher
 from rapm.training import Training
 from rapm.trajectories import prepare
@@ -27,7 +32,9 @@ CONFIG = Config(
     trajectories=3, validation_prompts=1, fine_steps=2, guidance=3.0, learning_rate=1e-3, replay_size=2, lora_rank=2,
     max_train_steps=4,
 )  # fmt: skip
+SDXL = Config.preset("sdxl")
 ITERATIONS = 3
+FREE = 39 * GIB // 4
 CPU = torch.device("cpu")
 
 
@@ -167,6 +174,166 @@ def test_the_unet_waits_while_another_part_visits(teacher, monkeypatch):
     monkeypatch.setattr(teacher, "aside", True)
     assert torch.equal(teacher.encode(["a cat"]).hidden, wanted.hidden)
     assert moves == ["cpu", torch.device("cpu")]  # away, and back to where it was
+
+
+def test_the_slab_is_there_for_slots_alone(teacher, store, free, monkeypatch):
+    """Not before the first, nor at a validation or the export; and back for the next, with the same numbers."""
+    budget, made, memory = budget_of(teacher), [], Budget.memory
+    monkeypatch.setattr(Budget, "memory", lambda *given: made.append(memory(*given)) or made[-1])
+    training = Training(teacher, store, CONFIG, budget)
+    assert not made and training.step.memory == SlotMemory()
+    for done in range(ITERATIONS):
+        training.iterate()
+        assert training.step.memory is made[-1] and len(made) == max(1, done)
+        if done:
+            training.pause()
+            assert training.step.memory == SlotMemory()
+    assert same({**training.state(), "sums": training.step.sums}, free)
+    alone = Training(teacher, store, CONFIG)
+    alone.pause()
+    alone.iterate()  # without a budget nothing is planned
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A card of 12 GiB where there is none, with 10.25 GiB for us."""
+    for owner, name, value in (
+        (cards, "this_card", cards.CARDS[0]), (cards, "cap", None), (host, "limit", None),
+        (cards, "process_memory", GIB // 2), (torch.cuda, "mem_get_info", (FREE, 12 * GIB)),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, lambda *_, value=value: value)
+    monkeypatch.setattr("rapm.memory.budget.Slab", lambda *_: None)
+    return torch.device("cuda", 0)
+
+
+def test_a_budget_above_what_is_free_is_cut_down_to_it(gpu, monkeypatch, capsys):
+    budget = Budget(model_of("sdxl"), SDXL.replace(vram="12G"), gpu)
+    assert budget.bytes == FREE + GIB // 2 and max(budget.plan.phases.values()) <= budget.bytes
+    line = "note: vram 12.00G is more than this card has free: planned for 10.25G\n"
+    assert capsys.readouterr().out == line
+    again = Budget(model_of("sdxl"), SDXL.replace(vram="12G"), gpu, budget.bytes)
+    assert again.bytes == budget.bytes and Budget(model_of("sdxl"), SDXL.replace(vram="10G"), gpu).bytes == 10 * GIB
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(cards, "process_memory", lambda: None)  # as in containers and WSL
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    assert cards.most(gpu) == FREE + 3 * GIB + cards.CONTEXT
+
+
+def test_plan_and_doctor_say_it_too(gpu, monkeypatch, capsys):
+    monkeypatch.setattr("rapm.memory.report.no_gpu", lambda name: None)
+    for name in ("set_device", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    assert main(["plan", "--teacher", "sdxl", "--vram", "12G"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("note: vram 12.00G is more than") and "budget 10.2 GiB" in said
+    card = SimpleNamespace(name="card", major=8, minor=6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(cards, "link_rate", lambda device: 24.0)
+    assert any("at most --vram 10.2G" in str(finding) for finding in doctor._gpu(None))
+
+
+def cannot_pin(*_: object) -> None:
+    raise CannotPin("the host cannot pin 4.1 GiB of memory (CUDA error 2)")
+
+
+def test_a_host_that_cannot_pin_gets_a_plan_without_copies(gpu, monkeypatch, capsys):
+    config = SDXL.replace(vram="10G")
+    assert Budget(model_of("sdxl"), config, gpu).plan.moved
+    monkeypatch.setattr("rapm.memory.budget.Slab", cannot_pin)
+    budget = Budget(model_of("sdxl"), config, gpu)
+    assert not budget.plan.moved and max(budget.plan.phases.values()) <= 10 * GIB
+    out = capsys.readouterr().out
+    assert out.startswith("note: the host cannot pin 4.1 GiB") and out.count("\n") == 1 and "ulimit -l" in out
+    with pytest.raises(UserError, match=r"too little .*at least --vram .*cannot pin .*ulimit -l"):
+        Budget(model_of("sdxl"), SDXL.replace(vram="7.1G", frozen_weights="full"), gpu)
+    assert Budget(model_of("sdxl"), SDXL.replace(vram="7.1G"), gpu).planner.config.frozen_weights == "int8"
+
+
+def test_in_the_middle_of_a_run_too(teacher, store, free, monkeypatch, capsys):
+    """At the second slab, after an out-of-memory: the next plan moves nothing, keeps no more, and has the same bits."""
+    planned = []
+    plan = Planner.plan
+
+    def moving(self: Planner, budget: int, most: int | None = None) -> Plan:
+        planned.append(plan(self, budget, most))
+        return replace(planned[-1], moved=2**20 * self.copies)
+
+    monkeypatch.setattr(Planner, "plan", moving)
+    offload, slabs = Offload, []
+    monkeypatch.setattr("rapm.memory.budget.Offload", lambda *given: slabs.append(0) or (
+        offload(*given) if len(slabs) == 1 else cannot_pin()))  # fmt: skip
+    out_of_memory(monkeypatch, {3, 9})
+    assert same(run(teacher, store, budget_of(teacher)), free)
+    assert len(slabs) == 2  # nothing is pinned after that, whatever fails
+    kept = [found.kept for found in planned]
+    assert len(kept) == 4 and kept[0] > kept[1] == kept[2] > kept[3]
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).count("cannot pin") == 1
+
+
+def test_where_no_plan_is_left_without_copies_it_is_one_line(monkeypatch):
+    budget = Budget(model_of("sdxl"), SDXL.replace(vram="7.1G", frozen_weights="full"), CPU)
+    monkeypatch.setattr("rapm.memory.budget.Offload", cannot_pin)
+    with pytest.raises(RunError, match=r"too little .*cannot pin .*ulimit -l") as error:
+        budget.memory(torch.nn.Module())
+    assert "\n" not in str(error.value)
+
+
+def stored(folder: Path, **mode: str) -> Path:
+    """A store of which there is a shard, as far as a plan looks."""
+    (folder / "trajectories").mkdir(parents=True)
+    (folder / "trajectories" / "shard-00000.safetensors").touch()
+    (folder / "trajectories" / METADATA).write_bytes(pack_metadata({"format": FORMAT, **mode}))
+    return folder
+
+
+def test_auto_goes_on_with_the_weights_of_the_store(tmp_path, capsys):
+    """Whatever is free today, as long as a plan for them fits."""
+    int8, full = stored(tmp_path / "int8", frozen_weights="int8"), stored(tmp_path / "full")
+    nf4 = stored(tmp_path / "nf4", frozen_weights="nf4")
+    for folder, vram, mode in (
+        (tmp_path, 8, "full"), (int8, 8, "int8"), (full, 8, "full"), (full, 6, "int8"), (nf4, 8, "nf4"),
+    ):  # fmt: skip
+        config = SDXL.replace(output_dir=str(folder))
+        assert planned(model_of("sdxl"), config, None, vram * GIB)[0].config.frozen_weights == mode, (folder, vram)
+    with pytest.raises(UserError) as error:
+        planned(model_of("sdxl"), SDXL.replace(output_dir=str(tmp_path / "int8")), None, 3 * GIB)
+    assert str(error.value) in main_error(capsys, "--output_dir", str(tmp_path), "--vram", "3G")  # nf4's smallest
+    assert main(["plan", "--teacher", "sdxl", "--vram", "8G", "--output_dir", str(int8)]) == 0
+    assert "in int8, as the trajectories that are here were made with" in capsys.readouterr().out
+    (int8 / "trajectories" / METADATA).write_text("damaged")
+    assert main(["plan", "--teacher", "sdxl", "--vram", "8G", "--output_dir", str(int8)]) == 0
+
+
+def main_error(capsys: pytest.CaptureFixture, *words: str) -> str:
+    assert main(["plan", "--teacher", "sdxl", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_checkpoints_weights(place, tmp_path, monkeypatch, capsys):
+    """`auto` would take others: it does without trajectories, and names the setting where nothing decides."""
+    settings = tmp_path / "settings.toml"
+    small = "fine_steps = 2\ntrajectories = 3\nvalidation_prompts = 1\nlr_schedule = 'constant'\nfd_samples = 0\n"
+    files = ["--teacher", str(place / "teacher"), "--prompts", str(place / "prompts.txt"), "--config", str(settings)]
+    command = ["train", *files, "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--max_train_steps"]
+    settings.write_text(small + "frozen_weights = 'int8'\ndevice = 'cpu'\n")
+    assert main([*command, "1"]) == 0
+    settings.write_text(small + "device = 'cpu'\n")
+    capsys.readouterr()
+    assert main([*command, "2"]) == 2  # a CPU without --vram has no budget: full
+    assert 'frozen_weights = "int8" in a file for --config goes on with it' in capsys.readouterr().err
+    said, pause, measure = [], Training.pause, Training.measure
+    monkeypatch.setattr(Training, "pause", lambda self: said.append("pause") or pause(self))
+    monkeypatch.setattr(Training, "measure", lambda self: said.append("measure") or measure(self))
+    monkeypatch.setattr("rapm.train.verify_export", lambda *_, **__: said.append("verify") or {})
+    assert main([*command, "2", "--resume_from_checkpoint", "latest"]) == 0
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert said == ["pause", "measure", "pause", "verify", "measure"]  # no slab is there for any of them
+    out = capsys.readouterr().out
+    assert "safetensors was read back, but not sampled in stock diffusers (DDIM" in out and "rapm export --run" in out
+    settings.write_text(small + "frozen_weights = 'full'\ndevice = 'cpu'\n")
+    assert main([*command, "3", "--resume_from_checkpoint", "latest"]) == 2
+    assert 'go on with frozen_weights = "int8" in a file for --config' in capsys.readouterr().err
 
 
 def test_dry_run_tells_the_plan(place, tmp_path, capsys):

@@ -120,8 +120,10 @@ def test_captions_of_a_csv(tmp_path):
         writer.writerows([["id", "caption"], [1, "a cat, sitting"], [2, " "], [3, "zwei Hunde"]])
     assert sorted(c.text for c in read_captions(path, 9)) == ["a cat, sitting", "zwei Hunde"]
     (tmp_path / "other.csv").write_text("name\nx\n")
-    for wrong in ("other.csv", "missing.json", "run.json"):
-        (tmp_path / "run.json").write_text('{"annotations": 3}')
+    (tmp_path / "run.json").write_text('{"annotations": 3}')
+    (tmp_path / "number.json").write_text('{"annotations": [{"image_id": 1, "id": 1, "caption": 5}]}')
+    (tmp_path / "deep.json").write_text("[" * 10**5)
+    for wrong in ("other.csv", "missing.json", "run.json", "number.json", "deep.json"):
         with pytest.raises(UserError, match=f"{wrong} cannot be read"):
             read_captions(tmp_path / wrong, 9)
 

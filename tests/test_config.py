@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -94,7 +96,30 @@ def test_the_largest_rank_is_the_full_rank_of_the_widest_layer():
         Config().replace(lora_rank=100_000)
 
 
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -5.0, 0.0, 0.5])
+def test_guidance_is_at_least_none(guidance):
+    with pytest.raises(UserError, match=f"guidance = {guidance}: at least 1, which is none"):
+        Config().replace(guidance=guidance)
+
+
 @pytest.mark.parametrize("name", ["teacher", "prompts", "output_dir", "store"])
 def test_an_empty_path_is_not_one_left_out(name):
     with pytest.raises(UserError, match=f'{name} = "": give one, or leave the setting out'):
         Config().replace(**{name: ""})
+
+
+def test_what_a_file_may_and_may_not_say(tmp_path: Path) -> None:
+    """A byte-order mark, as editors on Windows write; no Python word, no NUL, and no size that would be dropped."""
+    path = tmp_path / "settings.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert Config.from_toml(path) == {"seed": 3}
+    for text, message in (
+        ("self = 1", "unknown setting 'self'"),
+        ('prompts = "a\\u0000b"', "prompts = .*leave the setting out"),
+        ("resolution = [[64, 64]]\nbuckets = [[32, 32]]", "buckets: name all sizes in `resolution`"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            Config().replace(**Config.from_toml(path))
+    path.write_text("resolution = [64, 64]\nbuckets = [[32, 32]]")
+    assert Config().replace(**Config.from_toml(path)).resolutions == ((64, 64), (32, 32))

@@ -44,6 +44,7 @@ guidance = 3.0
 validation_prompts = 1
 fd_samples = 0
 learning_rate = 1e-3
+head_learning_rate = 1e-3  # at 1e-4 a rounding decides from the third iteration on
 lr_warmup_steps = 0
 replay_size = 2
 log_steps = 1

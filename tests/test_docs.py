@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from rapm.bench.ops import KERNELS
 from rapm.cli import build_parser, settings
 from rapm.config import Config
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for folder in (".", "docs", "csrc") for path in sorted((ROOT / folder).glob("*.md"))}  # fmt: skip
 README = TEXTS["README.md"]
+GENERATED = re.compile(r"<!-- (\w+):begin -->(.*?)<!-- \1:end -->", re.S)  # by benchmarks/readme.py
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 BLOCKS = [(name, *block) for name, text in TEXTS.items() for block in FENCED.findall(text)]
 LAUNCHERS = ("python", "torchrun", "accelerate")  # of a module
@@ -117,18 +119,46 @@ def test_commands_and_flags_in_the_text():
 
 
 def test_every_file_it_names_is_there_and_every_module_is_named():
-    drawing, table = README.split("## The code")[1].split("## ")[0].split("| |\n", 1)
+    _, drawing, table = TEXTS["docs/code.md"].split("```")
     for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", table) + re.findall(r"\b([a-z]\w*\.py|[a-z]\w*/)(?=\W)", drawing):
         assert (ROOT / name).exists() or (ROOT / "rapm" / name).exists(), name
     assert not {path.name for path in (ROOT / "rapm").glob("[a-z]*.py")} - {*re.findall(r"`(\w+\.py)`", table)}
+    for name in re.findall(r"`([a-z]\w*/(?:[\w/]+\.py|\w+/)?)`", README.split("## The code")[1]):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_link_leads_somewhere():
+    """To a file that is there, and in it to a heading, as GitHub names them."""
     for file, text in TEXTS.items():
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert ((ROOT / file).parent / link).exists(), link
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            path = (ROOT / file).parent / link if link else ROOT / file
+            assert path.exists(), f"{file}: {link}"
+            if anchor:
+                titles = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.M)
+                anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, f"{file}: {link}#{anchor}"
+
+
+def test_every_figure_is_of_a_result():
+    """No time, size or rate of a measurement is typed by hand."""
+    units = "GiB|MiB|GB|MB|TFLOP/s|GB/s|seconds?|minutes?|hours?|ms|us|s|times"
+    figure = re.compile(rf"\d[\d.,]*(?: ?%| (?:{units})\b)")
+    known = {"11 MB", "15 minutes"}  # the embedded teacher's, the longest time without a checkpoint
+    for page in ("README.md", "docs/results.md"):
+        typed = {*figure.findall(GENERATED.sub("", TEXTS[page]))} - known
+        assert not typed, f"{page}: {typed}"
+
+
+def test_every_kernel_has_its_line():
+    """In the README's table or below it, and in the other page's, by the names that `rapm bench` takes."""
+    for name in KERNELS:
+        assert f"`{name}`" in dict(GENERATED.findall(README))["operators"], name
+        assert f"`{name}`" in GENERATED.sub("", TEXTS["docs/results.md"]), name
 
 
 def test_the_drawing_shows_the_imports():
     """Where an arrow leads from one to the next, one of them imports the other."""
-    drawing = README.split("## The code")[1].split("```")[1]
+    drawing = TEXTS["docs/code.md"].split("```")[1]
     arrows = re.findall(r"(\w+\.py|\w+/) (?:-+>|<-+) (?=(\w+\.py|\w+/))", drawing)
     assert len(arrows) >= 9
     for arrow in arrows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,27 @@ def test_without_triton_it_is_slower(monkeypatch, capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "plain PyTorch operators" in out and "pip install triton" in out and "faster" in out
+
+
+def test_a_card_on_which_no_kernel_can_be_launched(monkeypatch):
+    """What pick_device refuses, and what it goes without."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(runtime, "launch_problem", lambda: ("no compiler", "install gcc"))
+    assert str(doctor._kernels(None)) == "BROKEN  kernels     no compiler\n" + " " * 20 + "fix: install gcc"
+    monkeypatch.setattr(runtime, "launch_problem", lambda: None)
+    assert str(doctor._kernels(None)).endswith("on the GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    monkeypatch.setattr(runtime, "launch_problem", None)  # not reached
+    assert str(doctor._kernels(None)).startswith("slower") and "for newer cards" in str(doctor._kernels(None))
+
+
+def test_a_card_without_bf16(monkeypatch):
+    card = SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**34))
+    monkeypatch.setattr(doctor.cards, "link_rate", lambda device: 12.0)
+    assert "no bf16, so presets take fp16" in str(doctor._gpu(None)[0])
 
 
 @pytest.mark.gpu

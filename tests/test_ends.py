@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -108,6 +113,79 @@ def test_an_iteration_that_cannot_be_costs_none_before_it(place, tmp_path, monke
     assert main([str(tmp_path / "whole") if word == str(tmp_path / "run") else word for word in words]) == 0
     ends = [load_file(tmp_path / name / "checkpoint-4/state.safetensors") for name in ("run", "whole")]
     assert all(torch.equal(x, ends[1][name]) for name, x in ends[0].items())
+
+
+def test_a_run_is_understood_from_anywhere(place, tmp_path, monkeypatch, capsys) -> None:
+    """Made of relative paths and of the standard input, then moved: exported and resumed from another folder."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"a tree\na hill\na (red) house\n")))
+    words = ["train", "--teacher", "teacher", "--prompts", "-", "--output_dir", "own", "--config", "settings.toml",
+             "--report_to", "none", "--lora_rank", "2", "--max_train_steps", "2"]  # fmt: skip
+    assert main(words) == 0
+    monkeypatch.chdir(tmp_path)
+    (place / "own").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["export", "--run", "moved"]) == 0
+    assert "prompts: 3 in moved/trajectories, as " in capsys.readouterr().out
+    config = ["--config", "moved/config.toml", "--output_dir", "moved"]
+    assert main(["train", *config, "--resume_from_checkpoint", "latest"]) == 0
+    assert main(["sample", "a tree", "--lora", str(tmp_path / "moved"), "--output", "tree.png"]) == 0
+    shutil.rmtree(tmp_path / "moved/trajectories")
+    assert main(["export", "--run", "moved"]) == 2
+    assert "prompts: cannot read" in capsys.readouterr().err
+
+
+def test_who_closes_or_fills_the_output_gets_no_traceback(place, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["plan", "--teacher", "sd15", "--vram", "12G"]) == 0
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sys.stdout", Full())
+    assert main(["plan", "--teacher", "sd15", "--vram", "12G"]) == 1
+    assert capsys.readouterr().err.strip() == "rapm: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--pairs", "4"], ["report"], ["export"]], ids=lambda words: words[0])
+def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path, monkeypatch, capsys, command) -> None:
+    """And for an evaluation before any picture is drawn."""
+    assert main(arguments(place, tmp_path / "run", "--max_train_steps", "2")) == 0
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("rapm.disk.make_writable", refused)
+    monkeypatch.setattr("rapm.train.make_writable", refused)
+    monkeypatch.setattr("rapm.disk.open", refused, raising=False)
+    monkeypatch.setattr("rapm.evaluate.compare.load_teacher", None)
+    capsys.readouterr()
+    place_of = [str(tmp_path / "run")] if command[0] == "report" else ["--run", str(tmp_path / "run")]
+    extra = ["--samples", "4"] if command[0] == "evaluate" else []
+    assert main([command[0], *place_of, *extra]) in (1, 2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rapm: ")]
+    assert "Read-only file system" in line
+
+
+def test_a_host_without_the_memory_is_one_line(capsys) -> None:
+    assert main(["sample", "a tree", "--resolution", "99999992x99999992"]) in (1, 2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rapm: ")]
+    assert "memory" in line
+
+
+def test_a_store_that_is_a_file_is_one_line(place, tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "settings.toml").write_text(f"{SETTINGS}store = '{tmp_path / 'file'}'\n")
+    words = arguments(place, tmp_path / "run")
+    words[words.index(str(place / "settings.toml"))] = str(tmp_path / "settings.toml")
+    assert main(words) == 2
+    assert "file cannot be written (File exists)" in capsys.readouterr().err
+
+
+def test_more_captions_than_there_are_is_one_line(tmp_path, capsys) -> None:
+    assert main(["train", "--output_dir", str(tmp_path / "run"), "--validation_prompts", "12000", "--dry-run"]) == 2
+    assert "12000 captions: the embedded teacher has at most" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_due_by_time_too(place, tmp_path, monkeypatch) -> None:

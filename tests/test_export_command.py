@@ -50,7 +50,7 @@ def test_the_hub_is_asked_before_the_teacher_is_loaded(tmp_path: Path, monkeypat
         raise UserError("no")
 
     monkeypatch.setattr(train, "claim_repo", refuse)
-    monkeypatch.setattr(train, "prepare_teacher", None)  # not reached
+    monkeypatch.setattr(train, "prepare_run", None)  # not reached
     for given in ("", "me/lora"):
         with pytest.raises(UserError, match="no"):
             train.export_run(tmp_path, push_to_hub=given)

@@ -181,7 +181,7 @@ if __name__ == "__main__":
         results = run(options.model, Path(name), device, options.vram)
     print(table(options.model, results))
     if options.output and device == "cuda":
+        from rapm.bench.measure import card
         from rapm.bench.results import keep
-        from rapm.bench.run import card
 
         keep(options.output, {"card": card(), **results}, depth=0)

@@ -23,7 +23,8 @@ from rapm.export import files as export
 from rapm.export.files import export_lora, verify_export
 from rapm.export.lora_file import read_lora
 from rapm.export.merge import export_merged, merged_pipeline, verify_merged
-from rapm.kernels.quantise import dequantise_ref
+from rapm.kernels.dequantise import dequantise_ref
+from rapm.layers import Linear
 from rapm.loading.families import model_of
 from rapm.lora import LoRA
 from rapm.memory.cards import GIB
@@ -36,7 +37,7 @@ from rapm.sample import sample
 from rapm.store import Store
 from rapm.teacher import load_teacher
 from rapm.trajectories import prepare
-from rapm.unet import Linear, Text, UNet
+from rapm.unet import Text, UNet
 
 LOW = ("int8", "nf4")
 # Of the UNet's output and of the LoRA's gradient. One layer is off by 1% in int8, by 9% in nf4, most of it averages

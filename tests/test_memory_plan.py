@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,7 @@ def test_prediction_covers_the_trajectories(planners: dict[str, Planner], model:
     planner, rows = planners[model], json.loads((RESULTS / "trajectories.json").read_text())["models"][model]["rapm"]
     plan, context = planner.plan(None), planner.context / MIB
     for batch, row in rows.items():
-        predicted = planner._phase("solve", plan, int(batch), False, False, False) / MIB
+        predicted = planner._others(replace(plan, solve_batch=int(batch)))["solve"] / MIB
         assert row["mib"] <= predicted - context and predicted <= 1.05 * (row["mib"] + context), (batch, predicted)
 
 

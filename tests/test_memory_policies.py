@@ -18,13 +18,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rapm.bench.run import MODELS
+from rapm.bench.shapes import MODELS
 from rapm.kernels import runtime
+from rapm.layers import GroupNorm, LayerNorm
 from rapm.lora import LoRA
 from rapm.memory.cards import GIB, MIB
 from rapm.memory.offload import Offload
 from rapm.memory.saved import KEEP_ALL, LEVELS, Memory, Policy, Saved
-from rapm.unet import GroupNorm, LayerNorm, Text, UNet
+from rapm.unet import Text, UNet
 
 ROOT = Path(__file__).parents[1]
 POLICIES = [Policy(level, offload) for level in LEVELS for offload in (False, True)][1:]
@@ -234,7 +235,7 @@ def test_kernels_make_norms_again_of_their_statistics(monkeypatch, residual, kin
     monkeypatch.setattr(runtime, "MODE", "triton")
     module = importlib.import_module(f"rapm.kernels.{kind}")
     function, given = getattr(module, f"{kind}_again"), []
-    monkeypatch.setattr(f"rapm.unet.{kind}_again", lambda *a, **k: given.append(a[-1]) or function(*a, **k))
+    monkeypatch.setattr(f"rapm.layers.{kind}_again", lambda *a, **k: given.append(a[-1]) or function(*a, **k))
     norm, shape = (GroupNorm(4, 24), (2, 24, 3, 5)) if kind == "group_norm_silu" else (LayerNorm(24), (2, 15, 24))
     norm = norm.requires_grad_(False).to(DEVICE)
     x, other = (tensor(*shape, grad=True) for _ in range(2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from rapm.memory.offload import ALIGN, SMALLEST, Offload, Slab
+from rapm.memory.offload import ALIGN, SMALLEST, CannotPin, Offload, Slab
 from rapm.memory.saved import Policy, Saved
 
 CPU = torch.device("cpu")
@@ -76,6 +78,17 @@ def test_a_new_pass_starts_with_an_empty_slab():
         torch.autograd.grad(z, x)
         offload.finish()
         assert offload.moved_out == i * 4 * BIG
+
+
+def test_a_host_that_cannot_pin_is_named_and_leaves_no_error(monkeypatch):
+    """CUDA would report it at the next kernel."""
+    asked, forgotten = [], []
+    runtime = SimpleNamespace(cudaHostRegister=lambda *given: asked.append(given) or 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr("rapm.memory.offload._forget_error", forgotten.append)
+    with pytest.raises(CannotPin, match=r"cannot pin 0.5 GiB of memory \(CUDA error 2\)"):
+        Slab(2**29, torch.device("cuda", 0))  # whose end does not ask to unpin what is not pinned
+    assert asked[0][1:] == (2**29, 0) and forgotten == [torch.device("cuda", 0)]
 
 
 @pytest.mark.gpu

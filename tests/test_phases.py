@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_flatten
 import rapm.trajectories
 from rapm.cli import main
 from rapm.config import Config
+from rapm.errors import ExportError
 from rapm.export.files import export_lora, verify_export
 from rapm.loading.families import model_of
 from rapm.lora import LoRA
 from rapm.memory import cards
 from rapm.memory.budget import Budget
 from rapm.memory.cards import GIB
-from rapm.memory.planner import Planner
+from rapm.memory.planner import Plan, Planner
 from rapm.solver import Solver
 from rapm.teacher import DECODE_PIXELS, Teacher, load_teacher
 from rapm.training import Training
@@ -132,6 +133,34 @@ def test_the_prompts_are_encoded_before_the_stock_pipeline_is_there(teacher, tmp
     sizes, plan = planner.sizes, planner.plan(None)
     most = max(sizes.whole + (sizes.text + sizes.vae) // 2 + sizes.weights, sizes.text + sizes.weights)
     assert plan.phases["export"] >= planner.context + most + sizes.state + 4 * sizes.lora
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_by_blocks_ours_waits_only_where_it_must(teacher, tmp_path, monkeypatch, aside) -> None:
+    """Each time the stock UNet samples, and while the prompts are encoded."""
+    moves, lay = [], type(teacher.unet).lay
+    monkeypatch.setattr(type(teacher.unet), "lay", lambda self, device: moves.append(str(device)) or lay(self, device))
+    monkeypatch.setattr(teacher, "apart", True)
+    monkeypatch.setattr(teacher, "aside", aside)
+    lora = LoRA(teacher.unet, 2).export()
+    export_lora(tmp_path, lora, teacher, config=Config(lora_rank=2), steps_done=1)
+    found = verify_export(tmp_path, teacher, lora, prompts=["a cat"], noise=torch.randn(1, 4, 16, 16), steps=2)
+    assert len(found) == 2 and moves == ["cpu", "cpu"] * 3 * aside
+    planner = Planner(model_of("sdxl"), Config.preset("sdxl"), cards.CARDS[-1])
+    need = planner._export(Plan(None, cards.CARDS[-1], apart=True, aside=aside))
+    assert need >= planner.sizes.block + planner.sizes.weights * (not aside)
+
+
+def test_without_room_for_a_stock_pipeline_the_files_are_read_back(teacher, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Teacher, "stock_pipeline", lambda self: pytest.fail("a stock pipeline was loaded"))
+    monkeypatch.setattr(teacher, "proven", False)
+    lora = LoRA(teacher.unet, 2).export()
+    export_lora(tmp_path, lora, teacher, config=Config(lora_rank=2), steps_done=1)
+    proof = dict(prompts=["a cat"], noise=torch.randn(1, 4, 16, 16), steps=2)
+    assert verify_export(tmp_path, teacher, lora, **proof) == {}
+    other = {name: (down, up + 1) for name, (down, up) in lora.items()}
+    with pytest.raises(ExportError, match="differs from the student's"):
+        verify_export(tmp_path, teacher, other, **proof)
 
 
 def test_an_eager_slot_has_no_graphs_of_other_sizes_beside_it(teacher, tmp_path) -> None:

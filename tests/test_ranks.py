@@ -171,7 +171,7 @@ def test_each_takes_its_own_gpu(tmp_path):
 
 def test_the_smallest_budget_is_everyones(tmp_path, monkeypatch):
     """So that all take one plan, which follows from it."""
-    monkeypatch.setattr("rapm.memory.budget.planned", lambda model, config, card, size: (None, size >> 30))
+    monkeypatch.setattr("rapm.memory.budget.planned", lambda model, config, card, size, host: (None, size >> 30))
 
     def work(rank: int) -> int:
         return Budget(None, CPU.replace(vram=f"{9 - rank}G"), torch.device("cpu")).plan

@@ -1,8 +1,9 @@
-"""The README's sections on whole runs, on made-up results."""
+"""What README and docs/results.md show of whole runs, on made-up results."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -49,11 +50,14 @@ REPORTS = {
         "rows": {
             "rapm sdxl 1 none": budget(0.4, predicted_mib=17_000.0, moved=0),
             "rapm sdxl 1 12G": budget(0.5, 11_900.0, predicted_mib=11_000.0, final_predicted_mib=11_800.0,
-                                      moved_mib=50.0),
+                                      moved_mib=50.0, promised=1.3, frozen_weights="full"),
+            "rapm sdxl 64 none": budget(0.5, predicted_mib=17_000.0),
+            "rapm sdxl 64 8G": budget(1.0, predicted_mib=8_000.0, frozen_weights="int8"),
             "rapm sd15-768 16 none": budget(0.2, predicted_mib=5_000.0, moved=0),
+            "rapm sd15-768 4 none": budget(0.2, predicted_mib=5_000.0, moved=0),
             "rapm sdxl 1 4G": {"failed": "vram 4.00G is too little for sdxl at rank 1: at least --vram 6.1G"},
             "stock sdxl 1 none": budget(1.2),
-            "stock sdxl 1 12G": {"failed": "out of memory: CUDA out of memory."},
+            "stock sdxl 1 12G": {"failed": "out of memory: CUDA out of memory.", "device": "Another"},
             "move sdxl 1 none": budget(0.5, layers=3, moved_mib=70.0),
             "move sdxl 1 rapm": budget(0.6, layers=3, moved_mib=70.0),
             "move sdxl 1 torchtune": {"failed": "torchtune is not installed"},
@@ -112,24 +116,41 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     yield readme
-    for name in ("readme", "readme_runs", "tables"):
+    for name in ("readme", "readme_kernels", "readme_runs", "scaling", "tables"):
         sys.modules.pop(name, None)
 
 
 def section(readme: ModuleType, name: str) -> str:
     """The section of a page that has only its markers, in one line for each paragraph or row of a table."""
-    results = "full_teacher_sdxl" if name == "full" else name
+    results = readme.SECTIONS[name][1]
     (readme.RESULTS / f"{results}.json").write_text(json.dumps(REPORTS[results]))
     page = f"a\n<!-- {name}:begin -->\n<!-- {name}:end -->\nb\n"
-    text = readme.render(page)
-    assert readme.render(text) == text and text.startswith("a\n<!-- ") and text.endswith("-->\nb\n")
+    text = readme.render(page, "page", [name])
+    assert readme.render(text, "page", [name]) == text
+    assert text.startswith("a\n<!-- ") and text.endswith("-->\nb\n")
     return "\n".join(part if part.startswith("|") else " ".join(part.split()) for part in text.split("\n\n"))
 
 
-def test_a_section_without_its_result_stays_empty(readme: ModuleType) -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.render(page) == page
-    assert all(f"<!-- {name}:begin -->" in page for name in readme.SECTIONS)
+def test_a_section_without_its_result_stays_as_it_is(readme: ModuleType) -> None:
+    """And each has its place, on one page."""
+    assert sorted(name for names in readme.PAGES.values() for name in names) == sorted(readme.SECTIONS)
+    for page, names in readme.PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert readme.render(text, page, names) == text
+        assert sorted(re.findall(r"<!-- (\w+):begin -->", text)) == sorted(names)
+
+
+def test_the_speed_of_both(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = section(readme, "speed")
+    assert "| | SDXL s | over rapm | of the limit | GiB |" in text and "embedded" not in text
+    assert "| rapm | 0.500 | 1.00 | 30% | 3.0 |" in text and "| compile | failed | – | – | – |" in text
+    places = [text.index(f"| {name} |") for name in ("rapm", "stock", "naive", "compile")]
+    assert places == sorted(places)
+    models = {**REPORTS["step"]["models"], "sd15": {**REPORTS["step"]["models"]["embedded"]}}
+    monkeypatch.setitem(REPORTS, "step", {"models": models})
+    text = section(readme, "speed")
+    assert "| stock | not run | – | – | – | 1.000 | 2.00 | 15% | 3.0 |" in text
+    assert "one Another (SD1.5) and one A Card (SDXL)" in text
 
 
 def test_an_iteration(readme: ModuleType) -> None:
@@ -148,16 +169,38 @@ def test_trajectories(readme: ModuleType) -> None:
     assert "| SDXL rapm, batch 1 | 2.000 | 0.50 | 34% | 6.0 |" in text
 
 
-def test_memory(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = section(readme, "memory")
-    assert "| none | 0.400 | 1.00 | 9,000 | 17,000 | 0 | 1.200 | 9,000 |" in text
-    assert "| 12G | 0.500 | 1.25 | 11,900 | 11,800 | 50 | out of memory |  |" in text
-    assert "**SD1.5, 768x768, rank 16**" in text and "| none | 0.200 | 1.00 | 9,000 | 5,000 |" in text
-    assert "| 4G | refused |  |  |  |  |  |  |" in text
-    assert "| rapm | 0.600 | +0.100 | 7.8 |" in text and "| torchtune | torchtune is not installed |  |" in text
+def test_budgets(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = section(readme, "budgets")
+    assert "| none | 0.400 | 1.00 | – | 9,000 | 17,000 | 0 | 1.200 | 9,000 |" in text
+    assert "| 12G | 0.500 | 1.25 | 1.30 | 11,900 | 11,800 | 50 | out of memory | – |" in text
+    assert "**SDXL, 1024x1024, rank 1**; stock at 12G: one Another\n" in text and "768x768" not in text
+    assert "| 4G | refused | – | – | – | – | – | not run | – |" in text
     rows = {key: REPORTS["memory"]["rows"][key] for key in reversed(REPORTS["memory"]["rows"])}  # as calls come to end
     monkeypatch.setitem(REPORTS, "memory", {**REPORTS["memory"], "rows": rows})
-    assert section(readme, "memory").split("SDXL under the 8G")[0] == text.split("SDXL under the 8G")[0]
+    assert section(readme, "budgets") == text
+
+
+def test_budgets_that_cost_the_same_share_a_row(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {f"rapm sdxl 1 {name}": budget(0.4, predicted_mib=9_000.0) for name in ("16G", "8G", "12G")}
+    rows["stock sdxl 1 8G"] = budget(1.2)
+    monkeypatch.setitem(REPORTS, "memory", {"card": CARD, "rows": rows})
+    lines = section(readme, "budgets").split("\n")
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == ["| 16G, 12G", "| 8G"]
+
+
+def test_memory(readme: ModuleType) -> None:
+    """The tables without the peer, by rank as a number."""
+    text = section(readme, "memory")
+    assert "**SD1.5, 768x768, rank 16**" in text and "| none | 0.200 | 1.00 | – | 9,000 | 5,000 | 0 |" in text
+    assert text.index("SD1.5, 768x768, rank 4*") < text.index("SD1.5, 768x768, rank 16*") and "rank 1*" not in text
+    assert "| rapm | 0.600 | +0.100 | 7.8 |" in text and "| torchtune | torchtune is not installed |  |" in text
+
+
+def test_what_fits(readme: ModuleType) -> None:
+    text = section(readme, "fits")
+    assert "| `--vram` | SDXL, 1024x1024, rank 1 | SDXL, 1024x1024, rank 64 |" in text and "| none |" not in text
+    assert "| 12G | 1.25 | not run |" in text and "| 8G | not run | 2.00 (int8) |" in text
+    assert "| 4G | refused | not run |" in text
 
 
 def test_the_job(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,9 +20,9 @@ from safetensors.torch import save_file
 from rapm.cli import main
 from rapm.config import Config
 from rapm.disk import write_atomic
+from rapm.pictures import png
 from rapm.report.chart import Chart, svg
 from rapm.report.page import CLOSENESS, MACHINE, TRAINING, write_report
-from rapm.sample import png
 
 EVIL = '<script src="https://example.org/x.js">"&\'</script>'
 FIGURES = [figure for chart in CLOSENESS + TRAINING + MACHINE for figure in chart.figures]
@@ -169,3 +171,12 @@ def test_in_a_browser(folder: Path, tmp_path: Path) -> None:
     chromium(f"--screenshot={shot}")
     picture = Image.open(shot).convert("L")
     assert picture.size == (1200, 4000) and len(set(picture.resize((60, 200)).tobytes())) > 8  # something is drawn
+
+
+def test_a_folder_of_any_name_can_be_pasted(folder, capsys):
+    odd = folder.with_name("mein L\u00e4ufe's r\u00fcn")
+    folder.rename(odd)
+    assert main(["report", str(odd)]) == 0
+    html = (odd / "report.html").read_text("utf-8")
+    command = unescape(re.search(r"From here: <code>(.*?)</code>", html)[1])
+    assert shlex.split(command)[-1] == str(odd)

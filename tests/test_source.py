@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import tiny
 import torch
 from full import FULL
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 from rapm.cli import main, pick_preset
@@ -190,6 +192,10 @@ WRONG = {
     "no_vae": ({CONV: ONE, CLIP: ONE}, "holds no VAE"),
     "pruned": ({CONV: ONE}, "no text encoder that is known"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": ONE}, "one part of a diffusers pipeline: give the folder"),
+    "bare": (
+        {CONV: ONE, CLIP.replace("text_model.", ""): ONE, "first_stage_model.x": ONE},
+        r"lacks `text_model` in the names of its text encoder .*: save it again with ComfyUI",
+    ),
     "else": ({"some.weight": ONE}, "is not a whole checkpoint of a supported family"),
 }
 
@@ -240,6 +246,9 @@ def test_a_damaged_or_foreign_file(folders, bases, capsys, tmp_path):
         "lora": "it holds a LoRA: give its base model as --teacher",
     }.items():
         refused(capsys, tmp_path / name, message)
+    clip = "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"  # diffusers passes over it
+    save_file({name: x for name, x in state.items() if name != clip}, tmp_path / "lacks.safetensors")
+    refused(capsys, tmp_path / "lacks.safetensors", r"lacks text_encoder\..*layers.1.mlp.fc1.bias: get the whole of it")
     state["model.diffusion_model.out.2.bias"] += 1e6
     save_file(state, file, {"modelspec.prediction_type": "epsilon"})
     with pytest.raises(UserError, match=r"conv_out.bias is too large for torch\.float16: use --mixed_precision bf16"):
@@ -317,7 +326,11 @@ def test_a_folder_with_a_broken_part(copy, capsys):
     refused(capsys, copy, "has cross_attention_dim 32, but the text is 24 wide")
     edit_json(copy / "text_encoder/config.json", hidden_size=32)
     text = copy / "text_encoder/model.safetensors"
-    text.write_bytes(text.read_bytes()[:-100])
+    whole, lacks = text.read_bytes(), load_file(text)
+    del lacks[next(name for name in lacks if name.endswith("layers.1.mlp.fc1.bias"))]  # transformers makes it up
+    save_file(lacks, text, {"format": "pt"})
+    refused(capsys, copy, r"copy lacks text_encoder\..*layers.1.mlp.fc1.bias: get the whole of it")
+    text.write_bytes(whole[:-100])
     refused(capsys, copy, "does not load")
     text.rename(copy / "text_encoder/pytorch_model.bin")
     refused(capsys, copy, "does not load")
@@ -374,6 +387,49 @@ def test_a_cache_that_cannot_be_written(capsys, monkeypatch, number):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     refused(capsys, "acme/new", rf"cannot be written \({os.strerror(number)}\): set HF_HOME to a folder that can")
+
+
+def status(number: int) -> HfHubHTTPError:
+    return HfHubHTTPError(f"{number} of the hub", response=httpx.Response(number, request=httpx.Request("GET", "x:/")))
+
+
+def wrapped(cause: Exception) -> OSError:
+    """As diffusers raises what the hub said."""
+    error = OSError("Cannot load model acme/new")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (httpx.ConnectError("Name or service not known"), r"broke off \(Name or .*\): the same command goes on"),
+        (httpx.ReadTimeout("The read operation timed out"), "broke off"),
+        (RuntimeError("Data processing error: Network error"), r"broke off \(Data processing error"),  # hf_xet's
+        (ConnectionError("Connection reset by peer"), "broke off"),
+        (status(503), "broke off"),
+        (wrapped(httpx.ConnectError("")), r"broke off \(Cannot load"),
+        (wrapped(OfflineModeIsEnabled("")), r"nor on the hub \(Cannot load"),
+        (status(403), r"nor on the hub \(403 of the hub"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file"),
+            "disk of the hub's cache .* is full: free some .*, or set HF_HOME",
+        ),
+        (OSError(errno.ENOSPC, "in Windows' words"), "disk of the hub's cache .* is full"),
+        (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            "disk of the hub's cache .* is full: free some .*, or set HF_HOME",
+        ),
+    ],
+)
+def test_a_download_that_fails_half_way(folders, capsys, monkeypatch, error, message):
+    def download(*names: str, **options: object) -> None:
+        raise error
+
+    index = str(folders["sd1"] / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: index)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    refused(capsys, "acme/new", f"acme/new.* {message}")
 
 
 UNREACHABLE = """

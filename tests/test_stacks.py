@@ -9,10 +9,11 @@ import torch
 from test_unet import CONFIGS, error, inputs, perturb
 from tiny import UNET, load_unet
 
+from rapm.layers import Linear
 from rapm.lora import LoRA
 from rapm.memory.low_precision import MODES, low_precision
 from rapm.stacks import Stack, join, together
-from rapm.unet import Linear, UNet
+from rapm.unet import UNet
 
 
 def layers(count: int, out: int = 6, inputs: int = 5) -> list[Linear]:

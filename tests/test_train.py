@@ -28,7 +28,7 @@ from rapm.disk import TEMPORARY
 from rapm.errors import UserError
 from rapm.evaluate.validate import Validation
 from rapm.log import Log
-from rapm.sample import GAP, LINE
+from rapm.pictures import GAP, LINE
 from rapm.step import Step
 from rapm.train import _set_aside, train
 from rapm.training import Training

@@ -21,7 +21,7 @@ from rapm.prompts import Row
 from rapm.solver import check_grid, solve
 from rapm.store import Store, Trajectory, verify
 from rapm.teacher import load_teacher
-from rapm.trajectories import noise, prepare, trajectory_seed
+from rapm.trajectories import noise, prepare, seed_for
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 PROMPTS = ["a red circle", "two small dogs on a hill", "night"]
@@ -156,11 +156,11 @@ def test_the_grid_is_checked_before_any_work(teacher, calls, tmp_path, steps, fi
 
 
 def test_seeds_are_distinct_and_noise_depends_on_nothing_else():
-    seeds = {trajectory_seed(seed, index) for seed in range(20) for index in range(200)}
+    seeds = {seed_for(seed, index) for seed in range(20) for index in range(200)}
     assert len(seeds) == 4000 and all(0 <= seed < 2**63 for seed in seeds)
     assert sum(seed >> 62 for seed in seeds) / 4000 == pytest.approx(0.5, abs=0.05)
     state = torch.random.get_rng_state()
-    a, b = noise(trajectory_seed(0, 1), (4, 8, 8)), noise(trajectory_seed(0, 1), (4, 8, 8))
+    a, b = noise(seed_for(0, 1), (4, 8, 8)), noise(seed_for(0, 1), (4, 8, 8))
     assert torch.equal(a, b) and a.dtype == torch.float32 and torch.equal(state, torch.random.get_rng_state())
 
 
@@ -174,7 +174,7 @@ def test_the_store_gives_back_what_was_solved(teachers, tmp_path, family):
     ]  # fmt: skip
     prompts = [PROMPTS[i % 3] for i in range(5)]
     text = teacher.encode(prompts, (96, 160))
-    seeds = [trajectory_seed(7, i) for i in range(5)]
+    seeds = [seed_for(7, i) for i in range(5)]
     positions, fine = solve(
         teacher.unet,
         teacher.schedule,
@@ -412,7 +412,7 @@ def test_resolutions_take_turns_and_a_shard_holds_one(teachers, tmp_path, family
     for i, trajectory in enumerate(store):
         bucket, (height, width) = i % 3, store.resolution(i)
         assert (height, width) == [(64, 64), (64, 96), (96, 64)][bucket]
-        assert (trajectory.prompt, trajectory.seed) == (PROMPTS[i % 3], trajectory_seed(7, i))
+        assert (trajectory.prompt, trajectory.seed) == (PROMPTS[i % 3], seed_for(7, i))
         assert torch.equal(trajectory.positions[0], noise(trajectory.seed, shapes[bucket]))
         if family == "sdxl":
             assert trajectory.text.time_ids.tolist() == [[height, width, 0, 0, height, width]]

@@ -10,6 +10,9 @@ import sys
 import pytest
 import tiny
 
+from rapm.errors import UserError
+from rapm.loading.weights import read_header
+
 MEASURE = """
 import gc, json, re, sys, torch
 from pathlib import Path
@@ -32,6 +35,11 @@ for job in sys.argv[3:]:
     print(json.dumps({"size": size, "peak": memory("VmHWM") - before}))
     del teacher
 """
+
+
+def test_a_file_that_cannot_be_opened(tmp_path):
+    with pytest.raises(UserError, match=r"gone.safetensors cannot be read \(.*\): check its path and rights"):
+        read_header(tmp_path / "gone.safetensors")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -22,15 +22,16 @@ from rapm.stacks import add_low_rank, product
 
 KERNELS = (
     "group_norm_silu", "layer_norm", "geglu", "geglu_linear", "lora_linear", "lora_conv", "frozen_conv", "attention",
-    "short_attention", "disc_head", "position_loss", "renoise", "guided_step", "int8_linear", "quantise",
+    "short_attention", "disc_head", "position_loss", "renoise", "guided_step", "int8_linear", "dequantise",
 )  # fmt: skip
 RANKS = 1, 64
+REFERENCE, COMPILE, RAPM = "reference", "compile", "rapm"  # providers of every operator
 WHOLE = "whole weight"  # a quantised layer's baseline: lora_linear with the weight that its codes stand for
 TWO_STEPS = "two steps"  # geglu_linear's: cuBLAS's product, and then geglu
 FROZEN = "frozen layer"  # a LoRA layer's baseline: the layer alone, forward and the gradient of x
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-Shapes = dict[str, Counter]  # kind of operation -> {shape: how often in one pass}, as run.unet_shapes finds them
+Shapes = dict[str, Counter]  # kind of operation -> {shape: how often in one pass}, as shapes.unet_shapes finds them
 
 
 class Provider(NamedTuple):
@@ -55,6 +56,15 @@ class Op(NamedTuple):
     compiled: Callable[[Callable], Callable] | None = None  # from the reference to its compiled form
     activations: int = 1
     slack: float = 2**-8  # errors beyond one and a half times the reference's: another order of rounding
+
+
+def providers_of(op: Op, compiled: bool) -> dict[str, Provider]:
+    """All that are timed for `op`; with torch.compile if `compiled`."""
+    out = {REFERENCE: Provider(op.reference, activations=op.activations, checked=False)}  # the measure of the others
+    if compiled and op.compiled:
+        torch._dynamo.reset()  # a shape is compiled for itself: too many others, and it would run eagerly
+        out[COMPILE] = Provider(op.compiled(op.reference), activations=op.activations)
+    return {**out, **op.others, RAPM: Provider(op.rapm, activations=op.activations)}
 
 
 def whole(reference: Callable) -> Callable:
@@ -241,7 +251,7 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
 
 def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
     """Layers of frozen weights in fewer bits, for the linear layers that a LoRA extends."""
-    linear, low, quantise = (kernels[name] for name in ("lora_linear", "int8_linear", "quantise"))
+    linear, low, stored = (kernels[name] for name in ("lora_linear", "int8_linear", "dequantise"))
 
     def shapes(found: Shapes) -> Counter:
         return Counter({shape[:-1]: n for shape, n in found["linear"].items() if shape[-1]})
@@ -250,7 +260,7 @@ def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
         return sum((Counter({(k, n): count}) for (_, k, n, *_), count in shapes(found).items()), Counter())
 
     def make(rank: int, rows: int, k: int, n: int, bias: bool, layers: int) -> list:
-        codes, scale, _ = quantise.int8(random_weight(n, k))
+        codes, scale, _ = stored.int8(random_weight(n, k))
         pair = random_weight(layers * rank, k, grad=True), random_weight(n, rank, grad=True)
         return [random(1, rows, k, grad=True), codes, scale, random(n) if bias else None, *pair]
 
@@ -264,7 +274,7 @@ def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
         return linear.lora_linear_ref(*whole(*args))
 
     def make_codes(k: int, n: int) -> list:
-        return [*quantise.nf4(random_weight(n, k)), torch.bfloat16]
+        return [*stored.nf4(random_weight(n, k)), torch.bfloat16]
 
     ops = {
         f"int8_linear rank {rank}": Op(
@@ -274,9 +284,9 @@ def low_precision_ops(kernels: dict[str, ModuleType]) -> dict[str, Op]:
         )
         for rank in RANKS
     }  # fmt: skip
-    ops["quantise"] = Op(  # half a byte and a 64th read, two written
-        weights, make_codes, lambda k, n: (k * n * (0.5 + 1 / 64 + 2), 0.0), quantise.dequantise_ref,
-        quantise.dequantise, {}, activations=0,
+    ops["dequantise"] = Op(  # half a byte and a 64th read, two written
+        weights, make_codes, lambda k, n: (k * n * (0.5 + 1 / 64 + 2), 0.0), stored.dequantise_ref,
+        stored.dequantise, {}, activations=0,
     )  # fmt: skip
     return ops
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rapm.errors import UserError
-from rapm.trajectories import trajectory_seed
+from rapm.trajectories import seed_for
 
 COLUMNS = ("caption", "prompt", "text")  # of a CSV, the first that is there
 SEED = 2014  # of the draw and of the noise; a protocol has one
@@ -31,12 +31,12 @@ def read_captions(path: Path, count: int) -> list[Caption]:
     """
     try:
         found = _coco(path) if path.suffix.lower() == ".json" else _csv(path)
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         what = "COCO's captions_val2014.json (images and annotations), or a CSV with a column `caption`"
         raise UserError(f"captions: {path} cannot be read ({type(error).__name__}: {error}): give {what}") from error
     if not found:
         raise UserError(f"captions: {path} holds no caption: give another file")
-    return sorted(found, key=lambda caption: trajectory_seed(SEED, f"image {caption.key}"))[:count]
+    return sorted(found, key=lambda caption: seed_for(SEED, f"image {caption.key}"))[:count]
 
 
 def _coco(path: Path) -> list[Caption]:
@@ -44,7 +44,7 @@ def _coco(path: Path) -> list[Caption]:
     chosen: dict[int, tuple[int, str]] = {}
     for annotation in json.loads(path.read_text("utf-8"))["annotations"]:
         image, text = annotation["image_id"], " ".join(annotation["caption"].split())
-        place = trajectory_seed(SEED, f"caption {annotation['id']}")
+        place = seed_for(SEED, f"caption {annotation['id']}")
         if image not in chosen or place < chosen[image][0]:
             chosen[image] = place, text
     return [Caption(str(image), text) for image, (_, text) in chosen.items()]

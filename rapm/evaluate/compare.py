@@ -9,7 +9,6 @@ left off.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from rapm import __version__
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
-from rapm.disk import write_atomic
+from rapm.disk import need_writable, write_atomic
 from rapm.errors import UserError
 from rapm.evaluate.captions import SEED, Caption, read_captions
 from rapm.evaluate.metrics import (
@@ -41,11 +40,12 @@ from rapm.evaluate.metrics import (
     versions,
 )
 from rapm.export.lora_file import WEIGHTS, read_lora, text_lora
-from rapm.sample import ENCODE, png, sample
-from rapm.stacks import Lora
-from rapm.store import Store
+from rapm.layers import Lora
+from rapm.pictures import png
+from rapm.sample import ENCODE, sample
+from rapm.store import Store, sha256
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import Negatives, noise, trajectory_seed
+from rapm.trajectories import Negatives, noise, seed_for
 from rapm.unet import Text
 
 SIDE = 256  # pixels, of the COCO protocol
@@ -112,6 +112,7 @@ def compare(
     if samples < 4 or batch < 1:
         raise UserError(f"samples {samples}, batch {batch}: at least 4, and at least 1")
     config = Config.of_run(folder)
+    need_writable(folder)
     drawn = read_captions(captions, samples) if captions else None
     store = None if captions else Store.open(config.store or folder / "trajectories")
     real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
@@ -125,7 +126,7 @@ def compare(
     subject = _subject(config, folder, lora, teacher)
     if captions:
         rows, protocol = _on_captions(folder, config, teacher, subject, drawn, real, measured, batch)
-        protocol["captions"] = f"{captions.name} sha256 {_sha256(captions.read_bytes())[:16]}"
+        protocol["captions"] = f"{captions.name} sha256 {sha256(captions.read_bytes())[:16]}"
         protocol["reference"] = "none" if real is None else f"{reference.name}, {_count(real)}"
     else:
         rows, protocol = _to_teacher(folder, config, teacher, subject, store, samples, measured, batch)
@@ -143,7 +144,7 @@ def _on_captions(
     real: list[Path] | tuple[Tensor, Tensor] | None, measured: Measures, batch: int,
 ) -> tuple[list[dict], dict]:  # fmt: skip
     resolution = config.resolution or teacher.default_resolution
-    keys = _sha256(json.dumps(drawn).encode())
+    keys = sha256(json.dumps(drawn).encode())
     protocol = {
         "protocol": f"COCO-2014 as in DMD2: a caption an image; central square, Lanczos to {SIDE}x{SIDE}",
         "samples": len(drawn), "seed": SEED, "drawn": keys[:16], "teacher": teacher.fingerprint[:16],
@@ -191,7 +192,7 @@ def _to_teacher(
         raise UserError(f"evaluate: {store.folder} holds {count} trajectories, too few for any distance: make more")
     protocol = {
         "protocol": "to the teacher's stored endpoints; the student draws the same prompts from other noise",
-        "samples": count, "seed": SEED, "store": _sha256(json.dumps(store.metadata).encode())[:16],
+        "samples": count, "seed": SEED, "store": sha256(json.dumps(store.metadata).encode())[:16],
         "precision": config.mixed_precision, **subject.settings,
         "prompts": f"the store's; all but the last {config.validation_prompts} were trained on", "bias": FID_BIAS,
     }  # fmt: skip
@@ -239,14 +240,14 @@ def _subject(config: Config, folder: Path, lora: Path | None, teacher: Teacher) 
     weights = read_lora(path, teacher.unet)
     file = path / WEIGHTS if path.is_dir() else path
     name = f"student, {config.steps} steps"
-    return Subject(name, weights, config.steps, 1.0, f"sha256 {_sha256(file.read_bytes())[:16]}", path)
+    return Subject(name, weights, config.steps, 1.0, f"sha256 {sha256(file.read_bytes())[:16]}", path)
 
 
 def _draw(
     teacher: Teacher, subject: Subject, text: Text, starts: Sequence[tuple[tuple[int, ...], int]], uncond: Text | None
 ) -> Tensor:
     """Latents from the noise of this protocol's pictures: (shape, number) each."""
-    start = torch.stack([noise(trajectory_seed(SEED, f"picture {i}"), shape) for shape, i in starts])
+    start = torch.stack([noise(seed_for(SEED, f"picture {i}"), shape) for shape, i in starts])
     return sample(
         teacher.unet, teacher.schedule, text, start, subject.steps, lora=subject.lora, guidance=subject.guidance,
         uncond=uncond,
@@ -276,7 +277,7 @@ def _of_one_shape(store: Store, indices: Sequence[int], batch: int):
 def _job(folder: Path, kind: str, protocol: Mapping[str, object]) -> Path:
     """The folder of this protocol's pictures: another LoRA, caption file or setting is another job."""
     text = json.dumps(protocol, indent=1)
-    job = folder / "evaluation" / f"{kind}-{_sha256(text.encode())[:12]}"
+    job = folder / "evaluation" / f"{kind}-{sha256(text.encode())[:12]}"
     try:
         (job / "pictures").mkdir(parents=True, exist_ok=True)
         write_atomic(job / "job.json", text.encode())
@@ -328,7 +329,3 @@ def _table(rows: list[dict]) -> str:
         cells = (row.get(column, "") for column in columns)
         lines.append([f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

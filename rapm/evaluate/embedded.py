@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from rapm.config import Config
 from rapm.device import DTYPES, pick_device
-from rapm.disk import write_atomic
+from rapm.disk import need_writable, write_atomic
 from rapm.errors import UserError
 from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.finite import finite
+from rapm.layers import Lora
 from rapm.sample import sample
-from rapm.stacks import Lora
 from rapm.teacher import Teacher, load_teacher
-from rapm.trajectories import noise, trajectory_seed
+from rapm.trajectories import noise, seed_for
 from rapm.unet import Text
 from rapm.zoo import JUDGE, scenes
 from rapm.zoo.judge import Judge, load_judge, mistakes
@@ -92,7 +92,7 @@ class Half:
     def __init__(self, teacher: Teacher, captions: list[int], seed: int) -> None:
         self.index = torch.tensor(captions).repeat_interleave(SEEDS_PER_CAPTION)
         shape = teacher.latent_shape()
-        self.noise = torch.stack([noise(trajectory_seed(seed, i), shape) for i in range(len(self.index))])
+        self.noise = torch.stack([noise(seed_for(seed, i), shape) for i in range(len(self.index))])
         text = teacher.encode([scenes.caption(i) for i in captions])
         self.text = Text(text.hidden.repeat_interleave(SEEDS_PER_CAPTION, 0))
 
@@ -184,9 +184,12 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
     """
     if pairs < 4 or pairs % 2 or batch < 1:
         raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
+    if pairs // SEEDS_PER_CAPTION > scenes.CAPTIONS // 20:
+        raise UserError(f"pairs {pairs}: at most {scenes.CAPTIONS // 20 * SEEDS_PER_CAPTION}")
     if str(lora) == "none":
         raise UserError("evaluate: this table has the embedded teacher in it already: leave out --lora none")
     config = Config.of_run(folder)
+    need_writable(folder)
     path = lora or folder / WEIGHTS
     dtype = DTYPES[config.mixed_precision]
     teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)

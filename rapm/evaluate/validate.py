@@ -26,11 +26,11 @@ from torch import Tensor
 from rapm.errors import RunError
 from rapm.evaluate.embedded import frechet_distance
 from rapm.finite import SIDES, finite
+from rapm.layers import Lora
 from rapm.sample import sample
-from rapm.stacks import Lora
 from rapm.step import Step
 from rapm.store import Store, Trajectory
-from rapm.trajectories import Negatives, noise, trajectory_seed
+from rapm.trajectories import Negatives, noise, seed_for
 from rapm.unet import Text
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Validation:
     def _closeness(self, weights: Lora) -> dict[str, float]:
         chosen, found = _spread(self.trained, self.config.fd_samples), []
         for indices, batch in self._batches(chosen):
-            seeds = [trajectory_seed(self.config.seed, f"fd {i}") for i in indices]
+            seeds = [seed_for(self.config.seed, f"fd {i}") for i in indices]
             start = torch.stack([noise(s, t.positions.shape[1:]) for s, t in zip(seeds, batch, strict=True)])
             text = Text.cat([t.text for t in batch])
             found.append(self._features(self._student(text, start, weights), text))
@@ -186,7 +186,7 @@ class Validation:
         config, found = self.config, []
         for i in self.held_out[:DIVERSE]:
             t = self.store[i]
-            start = noise(trajectory_seed(config.seed, f"second {i}"), t.positions.shape[1:])[None]
+            start = noise(seed_for(config.seed, f"second {i}"), t.positions.shape[1:])[None]
             other = self._teacher(t, start, config.steps * config.fine_steps)
             first, second = self._features(torch.cat([t.positions[-1:].to(other), other]), t.text.expand(2))
             found.append((t.text, start, float((first - second).norm())))

@@ -1,4 +1,4 @@
-"""The published models that plans and benchmarks know by name, so that nothing is downloaded for them."""
+"""What a plan needs to know of a teacher, without loading it: published, local, or guessed by name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rapm.architecture import MOST_LEVELS, complete, trained_size
 from rapm.errors import UserError
-from rapm.export.lora_file import text_encoders
-from rapm.loading.source import PICKLES, PIPELINES, Source, find
+from rapm.export.lora_file import PICKLES, text_encoders
+from rapm.loading.source import PIPELINES, Source, find
 from rapm.loading.weights import read_header, read_json
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def model_of(teacher: str) -> Model:
         return _published(NAMES[name])
     place = _cached(teacher) if _is_hub_id(teacher) else teacher
     if place is None:
-        return _published(_family_of(teacher))._replace(guessed=True)
+        return _published(guess_family(teacher))._replace(guessed=True)
     try:
         source = find(place)
         if source.location.is_dir():
@@ -78,7 +78,7 @@ def model_of(teacher: str) -> Model:
     except UserError:
         if place == teacher or read_json(Path(place, "model_index.json")).get("_class_name") not in list(PIPELINES):
             raise
-        return _published(_family_of(teacher))._replace(guessed=True)  # a snapshot that was cut off will be completed
+        return _published(guess_family(teacher))._replace(guessed=True)  # a snapshot that was cut off will be completed
     return _published(NAMES[source.family])._replace(unet=complete(source.parts["unet"]))
 
 
@@ -87,7 +87,8 @@ def _published(family: str) -> Model:
     return Model(family, complete(config), text, vae)
 
 
-def _family_of(name: str) -> str:
+def guess_family(name: str) -> str:
+    """ "sd15", "sd21" or "sdxl": what a hub id is taken for of which nothing is here."""
     name = name.lower()
     if "xl" in name:
         return "sdxl"

@@ -22,9 +22,10 @@ from rapm.loading.weights import Header
 
 BASES = Path(__file__).parent / "bases"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP = "cond_stage_model.transformer."  # of SD1's text encoder
 # What tells the families apart: the names of the (second) text encoder.
 FAMILIES = {
-    "conditioner.embedders.1.": "sdxl", "cond_stage_model.model.": "sd2", "cond_stage_model.transformer.": "sd1",
+    "conditioner.embedders.1.": "sdxl", "cond_stage_model.model.": "sd2", CLIP: "sd1",
 }  # fmt: skip
 # Stability's names for the architectures, in the header of newer files.
 ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl": "sdxl"}
@@ -51,6 +52,11 @@ def family_of(path: Path, header: Header) -> str:
         raise UserError(f"teacher: {path} is an EDM model (Playground, CosXL), not supported yet: {_SUPPORTED}")
     if not any(name.startswith(VAE) for name in names):
         raise UserError(f"teacher: {path} holds no VAE: give the version of the checkpoint with its VAE baked in")
+    if family == "sd1" and not any(name.startswith(f"{CLIP}text_model.") for name in names):
+        raise UserError(
+            f"teacher: {path} lacks `text_model` in the names of its text encoder ({CLIP}...), and diffusers does not "
+            "read it so: save it again with ComfyUI (CheckpointSave) or A1111 (Checkpoint Merger), which put it there"
+        )
     architecture = header.metadata.get("modelspec.architecture", "")
     for start, said in ARCHITECTURES.items():
         if architecture.startswith(start) and said != family:

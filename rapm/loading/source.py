@@ -7,6 +7,7 @@ other are an error that names both.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import textwrap
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import torch
 
 from rapm.architecture import complete, each, trained_size
 from rapm.errors import UserError
+from rapm.export.lora_file import PICKLES
 from rapm.loading.single_file import base_parts, family_of, header_statements, statements, unet_places
 from rapm.loading.weights import VARIANTS, folder_places, read_header, read_json, weight_files
 from rapm.schedule import recipe_scheduler
@@ -29,7 +31,6 @@ SUPPORTED = (
 )
 EXPECTED = "give a diffusers folder, a hub id (owner/name), a .safetensors file or `embedded`"
 PIPELINES = {"StableDiffusionPipeline": ("sd1", "sd2"), "StableDiffusionXLPipeline": ("sdxl",)}
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ def _locate(given: str) -> Path:
 
 def _fetch(hub_id: str) -> Path:
     """The hub's snapshot in the local cache: only what is needed, only safetensors; offline, what is there."""
+    import httpx
     from diffusers import DiffusionPipeline
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cache = constants.HF_HUB_CACHE
     try:
@@ -139,13 +141,28 @@ def _fetch(hub_id: str) -> Path:
             f"teacher: {hub_id} on the hub is no diffusers pipeline (no model_index.json): if it holds a checkpoint in "
             "one .safetensors, download that and give the file"
         ) from error
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(
-                f"teacher: {hub_id} cannot be stored, the hub's cache {cache} cannot be written ({error.strerror}): "
-                "set HF_HOME to a folder that can"
-            ) from error
-        raise UserError(f"teacher: no folder {hub_id}, nor on the hub ({first_line(error)}): {EXPECTED}") from error
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        raise UserError(f"teacher: {_failure(hub_id, cache, error)}") from error
+
+
+def _failure(hub_id: str, cache: str, error: Exception) -> str:
+    """What kept the hub's snapshot from coming, and what to do. hf_xet says all in words, and diffusers wraps some."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        why = f"the hub's cache {cache} cannot be written ({os.strerror(number)})"
+        return f"{hub_id} cannot be stored, {why}: set HF_HOME to a folder that can"
+    if number == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        why = f"the disk of the hub's cache {cache} is full"
+        return f"{hub_id} cannot be stored, {why}: free some of it, or set HF_HOME to a folder on another"
+    lost = (httpx.TransportError, ConnectionError, TimeoutError, RuntimeError)
+    for e in (error, error.__cause__):
+        refused = isinstance(e, HfHubHTTPError) and e.response.status_code < 500
+        if isinstance(e, (*lost, HfHubHTTPError)) and not refused and not isinstance(e, OfflineModeIsEnabled):
+            return f"the download of {hub_id} broke off ({first_line(error)}): the same command goes on"
+    return f"no folder {hub_id}, nor on the hub ({first_line(error)}): {EXPECTED}"
 
 
 def _folder(given: str, folder: Path, dtype: torch.dtype) -> Source:

@@ -54,14 +54,19 @@ class Digests:
         return digest
 
     def add_module(self, name: str, module: nn.Module) -> None:
-        """A text encoder's tensors. transformers 4 and 5 differ in the prefix of CLIP's names."""
+        """A text encoder's tensors."""
         for key, x in module.state_dict().items():
-            self.add(f"{name}.{key.removeprefix('text_model.')}", x)
+            self.add(f"{name}.{text_name(key)}", x)
 
     def hexdigest(self, *facts: object) -> str:
         """Of the tensors and of `facts`, which must be JSON."""
         found = {name: digest.result() for name, digest in self._digests.items()}
         return hashlib.sha256(json.dumps([found, *facts], sort_keys=True).encode()).hexdigest()
+
+
+def text_name(name: str) -> str:
+    """Of a text encoder's weight, without the prefix in which transformers 4 and 5 differ."""
+    return name.removeprefix("text_model.")
 
 
 def read_header(path: Path) -> Header:
@@ -70,7 +75,7 @@ def read_header(path: Path) -> Header:
         with safe_open(path, framework="pt") as file:
             return Header({name: file.get_slice(name).get_shape() for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): check its path and rights") from error
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from error
 

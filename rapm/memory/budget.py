@@ -5,23 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from rapm import distributed
 from rapm.config import Config, parse_vram
-from rapm.errors import UserError
+from rapm.device import DTYPES
+from rapm.errors import RunError, UserError
 from rapm.loading.families import Model
-from rapm.memory import cards
+from rapm.memory import cards, host
 from rapm.memory.cards import GIB, MIB, Card
-from rapm.memory.offload import Offload, Slab
-from rapm.memory.planner import Plan, grouped, planned, precision_words
+from rapm.memory.offload import CannotPin, Offload, Slab, slab_bytes
+from rapm.memory.planner import Plan, planned
+from rapm.memory.report import export_words, grouped, host_words, precision_words
 from rapm.memory.saved import Memory
 from rapm.step import SlotMemory
 from rapm.teacher import Teacher
 
 RUNG = 0.85  # of the bytes kept and under way, after an out-of-memory
-# What is said of memory without torch.OutOfMemoryError: by the driver, by cuBLAS and cuDNN, by Triton
-EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "[CUDA]: out of memory")
+# What is said of memory without torch.OutOfMemoryError: by the driver, by cuBLAS and cuDNN, by Triton, by the host
+EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "[CUDA]: out of memory",
+             "DefaultCPUAllocator: can't allocate memory")  # fmt: skip
 SLOT = "student", "encoder", "together", "beside", "window"  # what of a plan a slot depends on
+ELSEWHERE = "solve_batch", "aside", "apart", "tiled", "proven"  # and what other phases do
+MEND = "raise `ulimit -l` or free host memory"
 CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
 
 
@@ -31,16 +37,29 @@ class Budget:
     def __init__(self, model: Model, config: Config, device: torch.device, budget: int | None = None) -> None:
         """`budget` in bytes stands above that of `config`: what is free now is less once the weights are there."""
         self.device, self.stepped, self.corrected = device, False, False
-        cuda = device.type == "cuda"
-        self.bytes = budget or parse_vram(config.vram)
-        if self.bytes is None:  # auto
-            self.bytes = cards.automatic(device)
-        self.bytes = distributed.smallest(self.bytes)  # several ranks have one plan
-        card = Card(*distributed.from_first(cards.this_card(device))) if cuda else None
-        self.planner, self.plan = planned(model, config, card, self.bytes)
-        if cuda:
-            cards.cap(device, self.bytes, self.planner.context)
-            Slab(_slab(self.plan), device)  # what the host cannot pin is to be said before any work
+        self.most: int | None = None  # bytes that a slot may keep or have under way, after an out-of-memory
+        cuda, asked = device.type == "cuda", parse_vram(config.vram)
+        if budget is None:
+            budget = cards.granted(device, asked) if cuda else asked
+        self.bytes = distributed.smallest(budget)  # several ranks have one plan
+        card = Card(*distributed.from_first(cards.this_card(device, DTYPES[config.mixed_precision]))) if cuda else None
+        given = model, config, card, self.bytes, distributed.from_first(host.limit()) if cuda else None
+        self.planner, self.plan = planned(*given)
+        if not cuda:
+            return
+        problem = None
+        try:
+            Slab(slab_bytes(self.plan.moved), device)
+        except CannotPin as error:
+            problem = str(error)
+        if distributed.largest(int(problem is not None)):
+            problem = problem or "another rank's host cannot pin memory"
+            try:
+                self.planner, self.plan = planned(*given, copies=False)
+            except UserError as error:
+                raise UserError(f"{error}; {problem}: {MEND}") from error
+            print(f"note: {problem}, so nothing is moved there: {MEND}, if that is too slow")
+        cards.cap(device, self.bytes, self.planner.context)
 
     @staticmethod
     def wanted(config: Config, device: torch.device) -> bool:
@@ -49,7 +68,7 @@ class Budget:
 
     def apply(self, teacher: Teacher, config: Config) -> Config:
         """`config` with the plan's batch; the teacher's parts take turns where the plan says so."""
-        teacher.aside, teacher.apart = self.plan.aside, self.plan.apart
+        teacher.aside, teacher.apart, teacher.proven = self.plan.aside, self.plan.apart, self.plan.proven
         if self.plan.tiled:
             vae = teacher.pipe.vae
             vae.enable_tiling()
@@ -58,15 +77,35 @@ class Budget:
         return config.replace(solve_batch=self.plan.solve_batch, frozen_weights=teacher.frozen)
 
     def memory(self, unet: torch.nn.Module) -> SlotMemory:
-        """What a slot's passes keep, with a slab for what is moved."""
+        """What a slot's passes keep, with a slab for what is moved. RunError for a host that cannot pin it any more."""
+        moved = None
+        if self.plan.moved:
+            try:
+                size = slab_bytes(self.plan.moved)
+                moved = Offload(size, self.device, unet.parameters(), self.plan.window)
+            except CannotPin as error:
+                self._without_copies(str(error))
         plan = self.plan
-        moved = plan.moved and Offload(_slab(plan), self.device, unet.parameters(), plan.window)
-        return SlotMemory(Memory(plan.student, moved or None), Memory(plan.encoder), plan.together, plan.beside)
+        return SlotMemory(Memory(plan.student, moved), Memory(plan.encoder), plan.together, plan.beside)
+
+    def _without_copies(self, problem: str) -> None:
+        """In the middle of a run: the next plan moves nothing."""
+        self.planner.copies = False
+        try:
+            self._replan(self.planner.plan(self.bytes, self.most))
+        except UserError as error:
+            raise RunError(f"{error}; {problem}: {MEND}") from error
+        tqdm.write(f"note: {problem}, so nothing is moved there any more; the numbers stay the same")
+
+    def _replan(self, plan: Plan) -> None:
+        """`plan` for training; what the other phases go by stays."""
+        self.plan = replace(plan, **{name: getattr(self.plan, name) for name in ELSEWHERE})
 
     def step_down(self) -> str | None:
         """The next plan after an out-of-memory, and one line that says so, at the first; None where there is none."""
+        self.most = int(RUNG * (self.plan.kept + self.plan.window))
         try:
-            self.plan = self.planner.plan(self.bytes, most=int(RUNG * (self.plan.kept + self.plan.window)))
+            self.plan = self.planner.plan(self.bytes, self.most)
         except UserError:
             return None
         first, self.stepped = not self.stepped, True
@@ -101,15 +140,8 @@ class Budget:
             return None
         if all(getattr(plan, name) == getattr(before, name) for name in SLOT):
             return None
-        self.plan = replace(
-            plan, solve_batch=before.solve_batch, aside=before.aside, apart=before.apart, tiled=before.tiled
-        )  # fmt: skip
+        self._replan(plan)
         return f"the first iteration took {measured / GIB:.2f} GiB: {summary(self.plan)}"
-
-
-def _slab(plan: Plan) -> int:
-    """Bytes of host memory for what a slot moves: its tensors begin at whole lines."""
-    return plan.moved + plan.moved // 32
 
 
 def out_of_memory(error: RuntimeError) -> str | None:
@@ -144,14 +176,17 @@ def record(budget: Budget) -> dict[str, object]:
 
 
 def words(budget: Budget) -> str:
-    """What a run says of its plan: four lines at most."""
+    """What a run says of its plan, in a few lines."""
     plan = budget.plan
     peak = max(plan.phases, key=plan.phases.get)
     lines = [
         f"memory: {budget.bytes / GIB:.1f} GiB; training is to take {plan.phases['train'] / GIB:.1f}, "
         f"the most is {plan.phases[peak] / GIB:.1f} ({peak}); {plan.slowdown:.2f} times as long as without a limit",
         f"        {summary(plan)}",
+        f"        {host_words(budget.planner, plan)}",
     ]
+    if not plan.proven:
+        lines.append(f"note: at the export the files are {export_words(plan)}")
     if line := precision_words(budget.planner):
         lines.append(f"        {line}")
     if risk := cards.fallback_risk():

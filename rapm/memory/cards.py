@@ -19,7 +19,7 @@ GIB, MIB = 2**30, 2**20
 
 
 class Card(NamedTuple):
-    """Dense bf16 TFLOP/s with fp32 accumulation, GB/s of its memory, GB/s of pinned copies from or to the host."""
+    """Dense TFLOP/s (in the table of bf16), GB/s of its memory, GB/s of pinned copies from or to the host."""
 
     name: str
     gib: float
@@ -56,6 +56,10 @@ DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` wo
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled; of small pictures as many as have its pixels
 ENCODE = 0.1  # activations of the text encoders, of their bytes
+SLACK = 1.02  # of what is counted outside training, all of which is alive at once: segments that are not filled
+# Of the host: Python, PyTorch, diffusers and CUDA; a shard, prompts and pictures that are read, made or written
+HOST = int(1.5 * GIB)
+COPIES = 3  # of a checkpoint's numbers, on the host while it is written: as tensors, in the file's order, as its bytes
 # Speed. Calibrated on slots with everything kept and two streams: of SDXL and SD1.5 at their own size and at 768x768,
 # ranks 1 to 64, on an H100 (3,017 GB/s, 796 TFLOP/s) and an H200 (4,237, 758). COPY and INT8 are what rows of
 # results/memory.json for 16G and less took beyond the rest: 0 to 42 us a tensor, and some 13 ms of SDXL's slot.
@@ -68,6 +72,7 @@ UPDATE = 139  # bytes read and written for each of a LoRA's weights: gradients i
 COPY = 20e-6  # seconds that a tensor on its way to the host and back shows, even where its copies are hidden
 INT8 = 18e-6 * 3018  # seconds times GB/s: of a slot, for each linear layer that is multiplied in int8
 HIDDEN = 0.2  # of what launches take, that the second stream hides: of SDXL's 18%, of SD1.5's 31%
+ONE_BY_ONE = 1 / 12  # of what launches take, that real features one by one add: about one more pass of the encoder
 LAUNCHES = 12  # a slot's, for each layer that a LoRA may extend
 MADE = 2.1  # bytes read and written for each of a weight that is made for a product: 5 ms of an SD1.5 slot
 ELEMENTWISE = 0.6  # of `bandwidth`, where norms are computed again
@@ -78,10 +83,10 @@ def card_for(budget: int) -> Card:
     return next((card for card in CARDS if card.gib * GIB >= budget), CARDS[-1])
 
 
-def this_card(device: torch.device) -> Card:
-    """The rates of `device`, measured in about a second: a bf16 product, a copy, both ways to the host."""
+def this_card(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Card:
+    """The rates of `device`, measured in about a second: a product in `dtype`, a copy, both ways to the host."""
     properties = torch.cuda.get_device_properties(device)
-    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
     product = _seconds(lambda: a @ a, 20)
     source = torch.empty(64 * MIB, dtype=torch.uint8, device=device)
     copy = _seconds(lambda: source.clone(), 10)
@@ -113,6 +118,22 @@ def _seconds(run: Callable[[], object], times: int) -> float:
 def automatic(device: torch.device) -> int:
     """The budget of `--vram auto`: what is free or this process's already, less what a desktop may come to take."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CONTEXT - DISPLAY
+
+
+def most(device: torch.device) -> int:
+    """Bytes of `device` that a budget can have: what is free, and what this process holds already."""
+    held = process_memory() or torch.cuda.memory_reserved(device) + CONTEXT
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def granted(device: torch.device, asked: int | None) -> int:
+    """The budget for `asked` bytes (None: auto): no more than there is, which is said in a line."""
+    if asked is None:
+        return automatic(device)
+    if asked <= (there := most(device)):
+        return asked
+    print(f"note: vram {asked / GIB:.2f}G is more than this card has free: planned for {there / GIB:.2f}G")
+    return there
 
 
 def cap(device: torch.device, budget: int, context: int = CONTEXT) -> None:

@@ -21,6 +21,8 @@ from rapm.memory.sizes import Sizes, slot_seconds
 
 CELLS = 1200  # of the choice's table, over all that can be kept
 BEHIND = 12  # over the window, of what copies are behind
+# On a byte moved, in times what the link takes for it: the lowest is taken that keeps to what the host can pin
+PRICES = (0.0, *(2.0**i for i in range(-10, 7)))
 
 
 class Option(NamedTuple):
@@ -77,7 +79,7 @@ class Chooser:
         self.forward = {f"student/{name}": x.flops["checkpoint"] * per_flop for name, x in sizes.student.layers.items()}
         most = sum(max(o.kept for o in found) for found in self.options.values())
         self.grain = max(1, most // CELLS)
-        self._tables: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
+        self._tables: dict[tuple[int, float], tuple[np.ndarray, list[np.ndarray]]] = {}
 
     def seconds(self, chosen: Mapping[str, Option], window: int) -> float:
         """What the options of all layers add to a slot."""
@@ -96,10 +98,10 @@ class Chooser:
     def _cells(self, option: Option) -> int:
         return -(-option.kept // self.grain)
 
-    def _table(self, window: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _table(self, window: int, price: float) -> tuple[np.ndarray, list[np.ndarray]]:
         """Least seconds by bytes kept and copies behind, and how each layer came there: option and copies before it."""
-        if window in self._tables:
-            return self._tables[window]
+        if (window, price) in self._tables:
+            return self._tables[window, price]
         cell = window / self.link / BEHIND or 1.0
         shape = CELLS + len(self.options) + 1, BEHIND + 1 if window else 1
         best = np.full(shape, np.inf)
@@ -112,31 +114,42 @@ class Chooser:
                 if kept >= shape[0] or (option.moved and not window):
                     continue
                 behind, stall = self._after(name, option, before * cell, window)
+                stall += price * option.moved / self.link
                 to = min(math.ceil(behind / cell - 1e-9), shape[1] - 1)
                 candidate = best[: shape[0] - kept, before] + option.seconds + stall
                 better = candidate < after[kept:, to]
                 after[kept:, to][better], pick[kept:, to][better] = candidate[better], i * shape[1] + before
             best = after
             picks.append(pick)
-        self._tables[window] = best, picks
+        self._tables[window, price] = best, picks
         return best, picks
 
-    @property
-    def least(self) -> int:
-        """The fewest bytes that can be kept."""
-        return sum(min(map(self._cells, found)) for found in self.options.values()) * self.grain
+    def least(self, movable: int | None = None) -> int:
+        """The fewest bytes that can be kept; if not all that takes may be moved, then without moving any."""
+        every = list(self.options.values())
+        if movable is not None and sum(min(found, key=self._cells).moved for found in every) > movable:
+            every = [[option for option in found if not option.moved] for found in every]
+        return sum(min(map(self._cells, found)) for found in every) * self.grain
 
     def everything(self) -> Choice:
         """All is kept."""
         kept = sum(found[0].kept for found in self.options.values())
         return Choice({name: found[0].policy for name, found in self.options.items()}, kept, 0, 0.0)
 
-    def best(self, kept: int, window: int) -> Choice | None:
+    def best(self, kept: int, window: int, movable: int | None = None) -> Choice | None:
         """The fastest choice that keeps at most `kept` bytes, with `window` bytes under way; None if there is none.
 
-        Without a window nothing is moved.
+        Without a window nothing is moved, and never more than `movable` bytes: then it is nearly the fastest, with a
+        price on what is moved.
         """
-        best, picks = self._table(window)
+        for price in PRICES:
+            choice = self._priced(kept, window, price)
+            if choice is None or movable is None or choice.moved <= movable:
+                return choice
+        return None
+
+    def _priced(self, kept: int, window: int, price: float) -> Choice | None:
+        best, picks = self._table(window, price)
         total = best[: max(0, kept // self.grain + 1)]
         if not np.isfinite(total).any():
             return None

@@ -20,17 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from rapm.kernels.dequantise import Low, dequantise, int8, nf4
 from rapm.kernels.int8_linear import int8_linear
 from rapm.kernels.lora_linear import lora_linear
-from rapm.kernels.quantise import Low, dequantise, int8, nf4
-from rapm.stacks import Lora, Stack, together
-from rapm.unet import Conv2d, Deferred, Linear, UNet
+from rapm.layers import Conv2d, Deferred, Linear, Lora
+from rapm.stacks import Stack, together
+from rapm.unet import UNet
 
 MODES = ("full", "int8", "nf4")  # each takes less memory than the one before
 
 
 class LowPrecision(nn.Module):
-    """A layer that holds `codes`, `scale` and maybe `blocks` (kernels/quantise.py) where its like holds a weight."""
+    """A layer that holds `codes`, `scale` and maybe `blocks` (kernels/dequantise.py) where its like holds a weight."""
 
     name: str
     codes: Tensor
@@ -153,10 +154,10 @@ def _not_kept(weight: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
         yield
 
 
-def low_precision(unet: UNet, mode: str, dtype: torch.dtype | None = None) -> UNet:
+def low_precision(unet: UNet, mode: str) -> UNet:
     """`unet` with its weights as `mode` of MODES says, in place; one layer at a time is there twice.
 
-    `dtype` is that of the weights that are made, by default theirs now. On the meta device only the layers change, and
+    What is made of them for a product has the dtype that they have now. On the meta device only the layers change, and
     `LowPrecision.parts` makes of a weight what they hold.
     """
     for module in unet.modules():
@@ -165,7 +166,7 @@ def low_precision(unet: UNet, mode: str, dtype: torch.dtype | None = None) -> UN
             continue
         weight = module.weight.detach()
         del module.weight
-        module.__class__, module.dtype = kind, dtype or weight.dtype
+        module.__class__, module.dtype = kind, weight.dtype
         for name in Low._fields:
             module.register_parameter(name, None)
         for name, x in module.parts(weight).items():

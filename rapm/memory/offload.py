@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from rapm.errors import UserError
 
 SMALLEST = 2**20  # bytes: below, the copies cost more than they free
 WINDOWS = (256 * 2**20, 64 * 2**20)  # bytes under way each way, of which a plan takes one
@@ -80,10 +79,19 @@ def copy_async(target: Tensor, source: Tensor, stream: torch.cuda.Stream, before
     return done
 
 
+def slab_bytes(moved: int) -> int:
+    """Of the slab for a slot that moves so many: its tensors begin at whole lines."""
+    return moved + moved // 32
+
+
+class CannotPin(Exception):
+    """The host has not as much memory to pin as was asked for; the words say how much that is."""
+
+
 class Slab:
     """Host memory of `size` bytes, pinned for copies from and to `device`: registered with the driver, at its size.
 
-    (PyTorch's own pinned allocator rounds up to powers of two.) UserError where the host has not that much to pin.
+    (PyTorch's own pinned allocator rounds up to powers of two.) CannotPin where the driver refuses.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -91,13 +99,11 @@ class Slab:
         self.used = 0
         self._pinned = device.type == "cuda" and size > 0
         if self._pinned:
-            error = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0)
-            if int(error) != 0:
+            error = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
+            if error != 0:
                 self._pinned = False
-                raise UserError(
-                    f"offload: the host cannot pin {size / 2**30:.1f} GiB of memory (CUDA error {int(error)}): "
-                    "raise `ulimit -l`, free host memory, or give a larger --vram"
-                )
+                _forget_error(device)
+                raise CannotPin(f"the host cannot pin {size / 2**30:.1f} GiB of memory (CUDA error {error})")
 
     def take(self, size: int) -> Tensor | None:
         """The next `size` bytes; None where the slab ends."""
@@ -110,6 +116,12 @@ class Slab:
     def __del__(self) -> None:
         if getattr(self, "_pinned", False):
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps the last error until it is asked, and PyTorch asks after its next kernel, which it would blame."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 class Entry:

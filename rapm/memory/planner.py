@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from rapm import distributed
-from rapm.config import Config, parse_vram
+from rapm.config import Config
 from rapm.device import DTYPES
 from rapm.errors import UserError
-from rapm.loading.families import Model, model_of
+from rapm.loading.families import Model
 from rapm.memory import cards
-from rapm.memory.cards import GIB, MIB, Card
+from rapm.memory.cards import GIB, Card
 from rapm.memory.choice import Choice, Chooser
 from rapm.memory.low_precision import MODES
-from rapm.memory.offload import WINDOWS
+from rapm.memory.offload import WINDOWS, slab_bytes
 from rapm.memory.saved import Policy
 from rapm.memory.sizes import Sizes, forward_seconds, launch_seconds, sizes_of, slot_seconds
-from rapm.solver import check_grid
+from rapm.store import read_metadata
 
 PHASES = ("encode", "solve", "train", "validate", "export")
 
@@ -47,8 +46,10 @@ class Plan:
     beside: bool = True  # the passes without gradient on a stream of their own
     aside: bool = False  # the UNet waits on the host while text encoders or VAE work
     tiled: bool = False  # the VAE decodes tile by tile
-    apart: bool = False  # at the export, ours waits on the host, and the stock UNet's blocks take turns on the card
-    phases: dict[str, int] = field(default_factory=dict)  # bytes of the process, by phase
+    apart: bool = False  # at the export the stock UNet's blocks take turns on the card, for which ours waits if `aside`
+    proven: bool = True  # there the files are sampled in a stock pipeline, for which the host must have room
+    phases: dict[str, int] = field(default_factory=dict)  # bytes of the process on the card, by phase
+    host: dict[str, int] = field(default_factory=dict)  # and on the host
     seconds: float = 0.0  # an iteration
     slowdown: float = 1.0  # over the same card without a budget
     solve_seconds: float = 0.0  # a trajectory
@@ -59,16 +60,18 @@ class Planner:
 
     def __init__(
         self, model: Model, config: Config, card: Card | None = None, mode: str | None = None,
-        whole: Sizes | None = None,
+        whole: Sizes | None = None, host: int | None = None,
     ) -> None:  # fmt: skip
         """`mode` is that of the frozen weights, by default the settings', where auto is full; `whole` the sizes that
-        they would have without a budget, by default these."""
+        they would have without a budget, by default these; `host` the most that the process may hold there."""
         self.asked = config.frozen_weights
         self.model = model
         self.config = config.replace(frozen_weights=mode or self.asked.replace("auto", "full"))
         self.sizes = sizes_of(model, self.config)
         self.whole = whole or self.sizes
-        self.card = card
+        self.card, self.host = card, host
+        self.copies = True  # whether the host can pin memory for them
+        self.stored = False  # whether the mode is that of trajectories that are there
         self.graph = cards.GRAPH * cards.LAUNCHES * self.sizes.targets
         self.context = cards.CONTEXT + self.graph  # bytes of the process outside the allocator
         self.correction = 0  # bytes that a dry slot took beyond what was predicted
@@ -76,11 +79,11 @@ class Planner:
     def plan(self, budget: int | None, most: int | None = None) -> Plan:
         """The fastest plan for `budget` bytes of the card, of which at most `most` are kept for backward or under way.
 
-        UserError for a budget that cannot work, with the smallest that would.
+        UserError for a budget that cannot work, with the smallest that would, and for a host with too little memory.
         """
         sizes, card, fitting = self.sizes, self.card or cards.card_for(budget or 0), []
-        adversarial = sizes.heads > 0
-        chooser = Chooser(sizes, card, adversarial)
+        chooser, movable = Chooser(sizes, card, sizes.heads > 0), self._movable()
+        self._ways(Plan(budget, card))  # or what the host lacks would look like the card's
         if budget is None:
             return self._finish(Plan(None, card), chooser.everything())
         # What costs no time comes first: a second stream, copies further ahead, both real features in one pass.
@@ -90,31 +93,34 @@ class Planner:
         ):
             plan = Plan(budget, card, together=together, beside=beside, window=window)
             room = min(self._room(plan), 2**62 if most is None else most - window)
-            choice = chooser.best(room, window)
+            choice = chooser.best(room, window, movable)
             if choice is not None and (window == 0 or choice.moved):
-                # With one real position at a time, about one more pass of the encoder's launches
-                more = launch_seconds(sizes, card) * ((not together) / 12 + (not beside) * cards.HIDDEN)
+                more = launch_seconds(sizes, card) * ((not together) * cards.ONE_BY_ONE + (not beside) * cards.HIDDEN)
                 choice = choice._replace(seconds=choice.seconds + more)
                 fitting.append((choice.seconds, len(fitting), plan, choice))
         if not fitting:
-            raise UserError(
-                f"vram {budget / GIB:.2f}G is too little for {self.model.name} at rank {self.config.lora_rank}: "
-                f"at least --vram {self.smallest_words()}"
-            )
+            raise self._too_little(budget, f"for {self.model.name} at rank {self.config.lora_rank}")
         _, _, plan, choice = min(fitting)
         return self._finish(plan, choice)
 
     def smallest(self) -> int:
         """Bytes of the least budget that works."""
-        card = self.card or cards.CARDS[0]
-        plan = Plan(0, card, together=False, beside=False, window=WINDOWS[-1])
+        card, movable = self.card or cards.CARDS[0], self._movable()
+        plan = Plan(0, card, together=False, beside=False, window=0 if movable == 0 else WINDOWS[-1])
         chooser = Chooser(self.sizes, card, self.sizes.heads > 0)
-        train = self._train(plan, chooser.least)
-        return max(train, *(self._phase(phase, plan, 1, True, True, True) for phase in PHASES if phase != "train"))
+        others = min(max(self._others(way).values()) for way in self._ways(plan))
+        return max(self._train(plan, chooser.least(movable)), others)
 
     def smallest_words(self) -> str:
         """`smallest` as --vram takes it, rounded up."""
         return f"{math.ceil(self.smallest() / GIB * 10) / 10:.1f}G"
+
+    def _too_little(self, budget: int, what: str) -> UserError:
+        least, free = self.smallest_words(), copy(self)
+        free.host = None
+        if self.host is not None and free.smallest_words() != least:
+            what += f", where the host has {self.host / GIB:.1f} GiB"
+        return UserError(f"vram {budget / GIB:.2f}G is too little {what}: at least --vram {least}")
 
     def _parts(self, plan: Plan, extra: int | None) -> tuple[float, float, float]:
         """Bytes of training: what is always there, a slot that keeps nothing, and its end, when its graphs are gone."""
@@ -158,53 +164,111 @@ class Planner:
         free = plan.budget - fixed
         return int(free - slot) if free >= max(slot, end) else -1
 
-    def _phase(self, phase: str, plan: Plan, batch: int, aside: bool, tiled: bool, apart: bool) -> int:
-        """Bytes of the process in a phase other than training."""
-        sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
+    def _others(self, plan: Plan) -> dict[str, int]:
+        """Bytes of the process on the card in the phases other than training."""
+        live = {
+            "encode": self._encode(plan),
+            "solve": self._solve(plan),
+            "validate": self._validate(plan),
+            "export": self._export(plan),
+        }
+        return {phase: int(self.context + cards.SLACK * size) for phase, size in live.items()}
+
+    def _forward(self, rows: int) -> float:
+        """Bytes alive in a pass without gradient of so many rows, beside what is made for one product."""
         inputs, ups = cards.FORWARD
-        forward = inputs * sizes.student.widest + ups * sizes.student.up  # a row
-        forward += sizes.keys  # there twice where they change
-        guided = (2 * batch * forward if self.config.guidance > 1 else batch * forward) + sizes.largest
-        state = sizes.state + self._replay()
-        if phase == "encode":
-            live = sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights)
-        elif phase == "solve":
-            live = sizes.weights + guided + cards.WORKSPACE
-        elif phase == "validate":
-            together = min(cards.TILE**2 // sizes.pixels, self.config.validation_prompts)  # of small pictures
-            pixels = min(sizes.pixels, cards.TILE**2) if tiled else sizes.pixels * max(1, together)
-            walk = sizes.weights + state + cards.WORKSPACE + max(guided, 3 * batch * forward + sizes.largest)
-            decode = sizes.vae + cards.DECODE * pixels + state + (0 if aside else sizes.weights)
-            live = max(walk, decode)
-        else:
-            stock = (sizes.block if apart else sizes.whole) + (sizes.text + sizes.vae) * size // 4
-            live = stock + 2 * forward + (0 if apart else sizes.weights)
-            live = max(live, sizes.weights + 2 * forward + sizes.largest) + cards.WORKSPACE  # our own sampler, before
-            live = max(live, sizes.text * (1 + cards.ENCODE) + (0 if aside else sizes.weights))  # and the prompts
-            live += state + (2 - apart) * size * sizes.lora  # in our sampler, and in the stock UNet
-        return int(self.context + live * 1.02)
+        student = self.sizes.student
+        return rows * (inputs * student.widest + ups * student.up + self.sizes.keys)  # keys: twice where they change
+
+    def _encode(self, plan: Plan) -> float:
+        """Bytes alive while prompts are encoded."""
+        return self.sizes.text * (1 + cards.ENCODE) + (0 if plan.aside else self.sizes.weights)
+
+    def _solve(self, plan: Plan) -> float:
+        """Bytes alive while trajectories are solved."""
+        rows = plan.solve_batch * (2 if self.config.guidance > 1 else 1)
+        return self.sizes.weights + self._forward(rows) + self.sizes.largest + cards.WORKSPACE
+
+    def _validate(self, plan: Plan) -> float:
+        """Bytes alive at a validation: while the student walks and the heads look, or while the VAE decodes."""
+        sizes, state = self.sizes, self.sizes.state + self._replay()
+        together = min(cards.TILE**2 // sizes.pixels, self.config.validation_prompts)  # of small pictures
+        pixels = min(sizes.pixels, cards.TILE**2) if plan.tiled else sizes.pixels * max(1, together)
+        looks = sizes.weights + self._forward(3 * plan.solve_batch) + sizes.largest + cards.WORKSPACE
+        decodes = sizes.vae + cards.DECODE * pixels + (0 if plan.aside else sizes.weights)
+        return state + max(self._solve(plan), looks, decodes)
+
+    def _export(self, plan: Plan) -> float:
+        """Bytes alive at the export: the prompts first, then our own sampler, then the stock pipeline."""
+        sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
+        ours = sizes.weights + self._forward(2) + sizes.largest + cards.WORKSPACE
+        stock = (sizes.block if plan.apart else sizes.whole) + sizes.parts * size // 4 + self._forward(2)
+        stock += (0 if plan.apart and plan.aside else sizes.weights) + cards.WORKSPACE
+        stock *= plan.proven
+        lora = (2 - plan.apart) * size * sizes.lora  # in our sampler, and in the stock UNet
+        return max(ours, stock, self._encode(plan)) + sizes.state + self._replay() + lora
+
+    def _on_host(self, plan: Plan) -> dict[str, int]:
+        """Bytes of the process on the host, by phase: what waits for its turn, is pinned, or is to be written."""
+        sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
+        base = cards.HOST + sizes.parts
+        unet = sizes.weights if plan.aside else 0
+        saved = cards.COPIES * (sizes.state + distributed.world() * self._replay())
+        stock = sizes.whole + sizes.parts * size // 4 + (unet if plan.apart else 0) if plan.proven else 0
+        live = {
+            "encode": unet,
+            "solve": 0,
+            "train": slab_bytes(plan.moved) + saved,
+            "validate": unet + saved,
+            "export": max(unet, stock),
+        }
+        return {phase: base + live[phase] for phase in PHASES}
+
+    def _movable(self) -> int | None:
+        """Bytes that a slot may move, as far as the host can pin them; None for no limit."""
+        if not self.copies:
+            return 0
+        if self.host is None:
+            return None
+        left = self.host - self._on_host(Plan(None, cards.CARDS[0]))["train"]
+        return max(0, left * 32 // 33)  # the slab is larger
+
+    def _ways(self, plan: Plan) -> list[Plan]:
+        """How the phases beside training may go for which the host has room, the better first.
+
+        UserError where it has none for any.
+        """
+        ways = [
+            replace(plan, proven=proven, tiled=tiled, aside=aside, apart=apart)
+            for proven, tiled, aside, apart in itertools.product((True, False), *[(False, True)] * 3)
+        ]
+        peaks = [max(self._on_host(way).values()) for way in ways]
+        room = [self.host is None or peak <= self.host for peak in peaks]
+        half = len(ways) // 2  # the latter proves nothing, which the host alone may ask for
+        found = [way for i, way in enumerate(ways) if room[i] and (i < half or not room[i - half])]
+        if not found:
+            raise UserError(
+                f"host memory: {self.model.name} takes {min(peaks) / GIB:.1f} GiB, of which {self.host / GIB:.1f} are "
+                "there: close other programs, or raise the container's limit (WSL: `memory` in .wslconfig)"
+            )
+        return found
 
     def _finish(self, plan: Plan, choice: Choice) -> Plan:
         """The other phases, and the seconds."""
         budget, config, sizes = plan.budget or 2**62, self.config, self.sizes
-
-        def fits(phase: str, batch: int = 1, aside=False, tiled=False, apart=False) -> bool:
-            return self._phase(phase, plan, batch, aside, tiled, apart) <= budget
-
         # Halves of what is asked for: a shard's last batch of another size would have a graph of its own
         halves = [config.solve_batch >> i for i in range(config.solve_batch.bit_length())]
-        batch = next((n for n in halves if fits("solve", n) and fits("validate", n, True)), 1)
-        aside = not (fits("encode") and fits("validate", batch) and fits("export", apart=True))
-        tiled = not fits("validate", batch, aside)
-        apart = not fits("export", aside=aside)
-        for phase in ("encode", "solve", "validate", "export"):
-            need = self._phase(phase, plan, batch, aside, tiled, apart)
-            if need > budget:
-                raise UserError(
-                    f"vram {budget / GIB:.2f}G is too little to {phase} with {self.model.name}: "
-                    f"at least --vram {self.smallest_words()}"
-                )
-        phases = {phase: self._phase(phase, plan, batch, aside, tiled, apart) for phase in PHASES if phase != "train"}
+
+        def fits(n: int) -> bool:
+            need = self._others(replace(plan, solve_batch=n, aside=True))
+            return max(need["solve"], need["validate"]) <= budget
+
+        batch = next(filter(fits, halves), 1)
+        ways = [replace(way, solve_batch=batch) for way in self._ways(plan)]
+        plan = next((way for way in ways if max(self._others(way).values()) <= budget), ways[-1])
+        phases = self._others(plan)
+        if phases[phase := max(phases, key=phases.__getitem__)] > budget:
+            raise self._too_little(budget, f"to {phase} with {self.model.name}")
         slot = slot_seconds(sizes, plan.card)
         solve = 2 * config.steps * config.fine_steps * forward_seconds(sizes, plan.card, 2 * batch)
         policies: dict[str, dict[str, Policy]] = {"student": {}, "encoder": {}}
@@ -214,12 +278,12 @@ class Planner:
                 policies[kind][layer] = policy
         extra = max(sizes.student.extra(policies["student"]), sizes.encoder.extra(policies["encoder"]))
         phases["train"] = self._train(plan, choice.kept, extra)
-        return replace(
+        plan = replace(
             plan, **policies, kept=choice.kept, moved=choice.moved, window=plan.window if choice.moved else 0,
-            solve_batch=batch, aside=aside, tiled=tiled, apart=apart,
             phases={phase: phases[phase] for phase in PHASES}, seconds=config.steps * (slot + choice.seconds),
             slowdown=(slot + choice.seconds) / slot_seconds(self.whole, plan.card), solve_seconds=solve,
         )  # fmt: skip
+        return replace(plan, host=self._on_host(plan))
 
     def disk(self) -> int:
         """Bytes of the store, whose trajectories take each size in turn."""
@@ -227,117 +291,36 @@ class Planner:
         return sum(each[i % len(each)] for i in range(count))
 
 
-def planned(model: Model, config: Config, card: Card | None, budget: int | None) -> tuple[Planner, Plan]:
-    """The planner and its plan. With `frozen_weights` auto in fewer bits only if no plan fits without.
+def planned(
+    model: Model, config: Config, card: Card | None, budget: int | None, host: int | None = None, copies: bool = True
+) -> tuple[Planner, Plan]:
+    """The planner and its plan, for `budget` bytes of the card and `host` of the host, which `copies` asks to pin some.
 
-    UserError for a budget that cannot work, with the smallest that would.
+    `frozen_weights` auto is what the trajectories in config's store were made with, else full, else, only if no plan
+    fits, fewer bits. UserError for what cannot work, with the smallest budget that would.
     """
-    modes, whole = MODES if config.frozen_weights == "auto" else (config.frozen_weights,), None
-    for mode in modes:
-        planner = Planner(model, config, card, mode, whole)
-        whole = planner.whole
+    auto, errors = config.frozen_weights == "auto", {}
+    stored = _stored_mode(config) if auto else None
+    full = Planner(model, config, card, host=host) if auto else None
+    for mode in sorted(MODES, key=lambda mode: mode != stored) if auto else [config.frozen_weights]:
+        if full and mode == "full":
+            planner = full
+        else:
+            planner = Planner(model, config, card, mode, full and full.sizes, host)
+        planner.copies, planner.stored = copies, mode == stored
         try:
             return planner, planner.plan(budget)
-        except UserError:
-            if mode == modes[-1]:
-                raise
-    raise AssertionError("there is no mode")
+        except UserError as error:
+            errors[mode] = error
+    raise errors[max(errors, key=MODES.index)]
 
 
-def precision_words(planner: Planner) -> str | None:
-    """What becomes of the frozen weights, and why; None where they stay whole."""
-    words = {"int8": "linear layers in int8", "nf4": "linear layers in nf4 (4 bits), convolutions in int8"}
-    if (mode := planner.config.frozen_weights) == "full":
+def _stored_mode(config: Config) -> str | None:
+    """The frozen weights of the trajectories that `config` would go on with; None where there are none to be read."""
+    folder = Path(config.store or Path(config.output_dir) / "trajectories")
+    if not any(folder.glob("shard-*")):
         return None
-    why = ", as no plan fits this budget without: the teacher is a near one" if planner.asked == "auto" else ""
-    return f"frozen weights: {words[mode]}{why}"
-
-
-def grouped(policies: dict[str, Policy]) -> list[tuple[str, str]]:
-    """(policy, its layers), runs of layers of a block joined: "up_blocks.0.0-2"."""
-    by_policy: dict[str, list[str]] = {}
-    for name, policy in policies.items():
-        by_policy.setdefault(str(policy), []).append(name)
-    lines = []
-    for policy, names in by_policy.items():
-        blocks: dict[str, list[int]] = {}
-        for name in names:
-            block, _, i = name.rpartition(".")
-            blocks.setdefault(block, []).append(int(i))
-        parts = []
-        for block, found in blocks.items():
-            run = found == list(range(found[0], found[-1] + 1)) and len(found) > 1
-            parts.append(f"{block}.{found[0]}-{found[-1]}" if run else ", ".join(f"{block}.{i}" for i in found))
-        lines.append((policy, ", ".join(parts)))
-    return lines
-
-
-def report(planner: Planner, plan: Plan) -> str:
-    """What `rapm plan` prints."""
-    config, model, card = planner.config, planner.model, plan.card
-    resolutions = ", ".join(f"{height}x{width}" for height, width in config.resolutions or (model.resolution,))
-    budget = "no limit" if plan.budget is None else f"{plan.budget / GIB:.1f} GiB"
-    rates = f"{card.tflops:.0f} TFLOP/s, {card.bandwidth:.0f} GB/s, {card.link:.0f} GB/s to the host"
-    hours = config.max_train_steps * plan.seconds / 3600
-    count = config.trajectories + config.validation_prompts
-    solve = count * plan.solve_seconds / 3600
-    precision = config.mixed_precision.replace("no", "fp32")
-    batch = f"{plan.solve_batch} trajectories at a time"
-    notes = {
-        "encode": "the UNet waits on the host" if plan.aside else "beside the UNet",
-        "solve": batch,
-        "train": ", ".join(["targets on a second stream"] * plan.beside
-                           + ["real features one by one"] * (not plan.together)),
-        "validate": ", ".join([batch, *(["the UNet waits on the host while the VAE decodes"] if plan.aside else []),
-                               *(["decoded in tiles"] if plan.tiled else [])]),
-        "export": "ours waits on the host, the stock UNet comes by blocks" if plan.apart else "beside the stock UNet",
-    }  # fmt: skip
-    lines = [
-        f"{model.name}, {resolutions}, LoRA rank {config.lora_rank}, {precision}, budget {budget}",
-        f"card: {card.name} ({'measured' if card.measured else 'data sheet'}: {rates})",
-        *filter(None, [precision_words(planner)]),
-        "",
-        "memory of the process, GiB (predicted)",
-        *(f"  {phase:<9}{plan.phases[phase] / GIB:6.2f}  {notes[phase]}".rstrip() for phase in PHASES),
-        "",
-        "kept for backward, by layer",
-    ]
-    for kind, policies in (("student", plan.student), ("encoder", plan.encoder)):
-        lines += [f"  {kind:<9}{policy:<22}{names}" for policy, names in grouped(policies)]
-    if plan.moved:
-        lines.append(f"  {plan.moved / MIB:.0f} MiB a slot go to pinned host memory and back")
-    lines += [
-        "",
-        f"{plan.seconds:.2f} s an iteration, {plan.slowdown:.2f} times that of this card without a budget",
-        f"{hours:.1f} h for {config.max_train_steps} iterations, {solve:.1f} h for {count} trajectories",
-        f"{planner.disk() / GIB:.2f} GiB of disk for the trajectories",
-    ]
-    return "\n".join(lines)
-
-
-def plan_for(config: Config) -> str:
-    """The report for `config`: on this machine's GPU, else on the smallest card of the table that has the budget.
-
-    UserError for a teacher or steps that `rapm train` refuses, a budget that cannot work, and `auto` without a GPU.
-    """
-    budget, card, model = parse_vram(config.vram), None, model_of(config.teacher)
-    check_grid(model.timesteps, config.steps, config.fine_steps)
-    if torch.cuda.is_available() and config.device in ("auto", "cuda"):
-        device = torch.device("cuda", torch.cuda.current_device())
-        card = cards.this_card(device)
-        budget = budget or cards.automatic(device)
-    elif budget is None:
-        raise UserError("plan: there is no GPU here, so say for which budget: --vram 12G")
-    planner, plan = planned(model, config, card, budget)
-    free = shutil.disk_usage(_existing(Path(config.output_dir))).free
-    lines = [report(planner, plan)]
-    if model.guessed:
-        lines.append(f"note: {config.teacher} is not here: taken for {model.name} by its name")
-    if planner.disk() > free:
-        lines.append(f"warning: the disk of {config.output_dir} has only {free / GIB:.2f} GiB free")
-    return "\n".join(lines)
-
-
-def _existing(path: Path) -> Path:
-    """The path or its nearest parent that is there."""
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    with suppress(UserError):  # whoever opens it says what is wrong
+        mode: str = read_metadata(folder).get("frozen_weights", "full")
+        return mode
+    return None

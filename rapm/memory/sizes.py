@@ -40,6 +40,11 @@ class Sizes(NamedTuple):
     trajectories: tuple[int, ...]  # bytes of one in the store, for each size
 
     @property
+    def parts(self) -> int:
+        """Of the teacher's pipeline but for the UNet, in fp32."""
+        return self.text + self.vae
+
+    @property
     def state(self) -> int:
         """LoRA and heads: fp32 weights and two moments."""
         return 12 * (self.lora + self.heads)
@@ -85,13 +90,25 @@ def sizes_of(model: Model, config: Config) -> Sizes:
     hidden = unet.config["cross_attention_dim"]
     text = TOKENS * (max(hidden) if isinstance(hidden, (list, tuple)) else hidden) * 4
     return Sizes(
-        sum(p.nbytes for p in unet.parameters()), whole, block,
-        sum(size for m, size in made.items() if isinstance(m, Transient)),
-        sum(isinstance(m, Int8Linear) for m in made), max(made.values(), default=0), config.lora_rank, lora,
-        len(targets), heads, features, keys, 4 * model.text, 4 * model.vae, h * w * model.factor**2,
-        count_student(unet, latents, config.lora_rank), count_encoder(unet, latents),
-        tuple(positions_nbytes(shape, config) + text for shape in shapes),
-    )  # fmt: skip
+        weights=sum(p.nbytes for p in unet.parameters()),
+        whole=whole,
+        block=block,
+        made=sum(size for m, size in made.items() if isinstance(m, Transient)),
+        int8=sum(isinstance(m, Int8Linear) for m in made),
+        largest=max(made.values(), default=0),
+        rank=config.lora_rank,
+        lora=lora,
+        targets=len(targets),
+        heads=heads,
+        features=features,
+        keys=keys,
+        text=4 * model.text,
+        vae=4 * model.vae,
+        pixels=h * w * model.factor**2,
+        student=count_student(unet, latents, config.lora_rank),
+        encoder=count_encoder(unet, latents),
+        trajectories=tuple(positions_nbytes(shape, config) + text for shape in shapes),
+    )
 
 
 def launch_seconds(sizes: Sizes, card: Card) -> float:

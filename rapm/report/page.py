@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -56,14 +57,13 @@ MACHINE = (
     Chart("Skipped updates", "Losses or gradients that were not finite, so far.", {"skipped": "updates"}),
 )
 Series = dict[str, list[tuple[int, float]]]  # figure -> (iteration, value)
-HIDDEN = {"iteration", "warning", "seconds"}
 
 
 def write_report(folder: Path) -> Path:
     """`report.html` in a run's folder. UserError where there is no run."""
     folder = Path(folder)
     config, lines = Config.of_run(folder), read_metrics(folder / "metrics.jsonl")
-    write_atomic(folder / REPORT, page(folder, config, lines).encode())
+    write_atomic(folder / REPORT, page(folder, config, lines).encode(errors="replace"))
     return folder / REPORT
 
 
@@ -81,11 +81,11 @@ def page(folder: Path, config: Config, lines: list[dict[str, Any]]) -> str:
     last = {name: points[-1][1] for name, points in series.items()}
     name = Path(config.teacher).name if config.teacher != "embedded" else "the embedded teacher"
     best = min(series.get("val_fd", []), key=lambda point: point[1], default=None)
-    known = {figure for chart in CLOSENESS + TRAINING + MACHINE for figure in chart.figures}
     slots = _slot_charts(series, config.steps)
-    known |= {figure for chart in slots for figure in chart.figures}
-    rest = [Chart(figure, "", {figure: figure}) for figure in series if figure not in known | HIDDEN]
+    known = {figure for chart in CLOSENESS + TRAINING + MACHINE + slots for figure in chart.figures} | {"seconds"}
+    rest = [Chart(figure, "", {figure: figure}) for figure in series if figure not in known]
     state = "finished" if done >= config.max_train_steps else "not finished"
+    state = ", ".join(filter(None, (state, _time(last.get("seconds")))))
     sections = [
         _tiles(series, last, best, done, config),
         _warnings(lines),
@@ -113,7 +113,7 @@ def page(folder: Path, config: Config, lines: list[dict[str, Any]]) -> str:
 <header>
 <p class="kicker">RAPM report · {escape(folder.resolve().name)}</p>
 <h1>A {config.steps}-step LoRA of {escape(name)}</h1>
-<p>{done:,} of {config.max_train_steps:,} iterations, {state}{_time(last.get("seconds"))}.</p>
+<p>{done:,} of {config.max_train_steps:,} iterations, {state}.</p>
 </header>
 <main>
 {"".join(sections)}
@@ -219,7 +219,7 @@ def _use(folder: Path, config: Config) -> str:
         f"<p><code>{WEIGHTS}</code>{_steps(folder / WEIGHTS)} goes into the client's folder of LoRAs, strength 1.0. "
         f"<b>DDIM</b>, <b>{config.steps} steps</b>, <b>CFG 1</b>: trailing timesteps in diffusers; the model card "
         "says how in ComfyUI, A1111 and Forge.</p>"
-        f'<p>From here: <code>rapm sample "a prompt" --lora {escape(str(folder))}</code></p>'
+        f'<p>From here: <code>rapm sample "a prompt" --lora {escape(shlex.quote(str(folder)))}</code></p>'
     )
     return text + (f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else "")
 
@@ -264,7 +264,7 @@ def _plan(folder: Path, config: Config, last: dict[str, Any], done: int) -> str:
         ]
     if last.get("iterations_per_second"):
         left = (config.max_train_steps - done) / last["iterations_per_second"]
-        rows.append(("time", f"{_time(last.get('seconds'))[2:]} so far, {_time(left)[2:] or 'nothing'} to go"))
+        rows.append(("time", f"{_time(last.get('seconds'))} so far, {_time(left) or 'nothing'} to go"))
     return _table(rows, ("", ""))
 
 
@@ -298,5 +298,5 @@ def _time(seconds: float | None) -> str:
         return ""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size:
-            return f", {seconds / size:.1f} {unit}"
-    return f", {seconds:.0f} s"
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections import deque
 from collections.abc import Mapping
@@ -132,5 +133,5 @@ def best_line(folder: Path, done: int, fd: float | None, best: tuple[int, float]
         return f"the files are iteration {done}'s, the closest to the teacher of all validations (FD {fd:.2f})"
     return (
         f"the files are iteration {done}'s (FD {fd:.2f}); iteration {best[0]} was closer to the teacher "
-        f"(FD {best[1]:.2f}): `rapm export --run {folder} --checkpoint best` writes that one instead"
+        f"(FD {best[1]:.2f}): `rapm export --run {shlex.quote(str(folder))} --checkpoint best` writes that one instead"
     )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapm.errors import UserError
+
 SIZE = 64
 COLOURS = {
     "red": (0.90, 0.12, 0.15), "green": (0.15, 0.78, 0.20), "blue": (0.20, 0.32, 1.00), "yellow": (0.95, 0.90, 0.12),
@@ -92,10 +94,10 @@ def held_out(text: str) -> bool:
 def draw_captions(count: int, *, seed: int, unseen: bool = False) -> list[int]:
     """`count` distinct caption numbers, of the training or the held-out ones; a third single objects, if so many exist.
 
-    ValueError for more than a twentieth of all: the draw would not end soon.
+    UserError for more than a twentieth of all: the draw would not end soon.
     """
     if count > CAPTIONS // 20:
-        raise ValueError(f"{count} captions: at most {CAPTIONS // 20}")
+        raise UserError(f"{count} captions: the embedded teacher has at most {CAPTIONS // 20}: ask for fewer")
     generator = torch.Generator().manual_seed(seed)
     chosen: dict[int, None] = {}
     while len(chosen) < count:

@@ -152,8 +152,8 @@ def main() -> int:
         settings = CHECK if arguments.check else SETTINGS
         for found in campaign(Path(folder), arguments.spares[:1] if arguments.check else arguments.spares, settings):
             if arguments.output:
+                from rapm.bench.measure import card
                 from rapm.bench.results import keep
-                from rapm.bench.run import card
 
                 keep(arguments.output, {"card": card(), "cases": found})
     return 0

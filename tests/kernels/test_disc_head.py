@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rapm.kernels import disc_head as module
-from rapm.kernels import runtime
+from rapm.kernels import disc_head_plan, runtime
 from rapm.kernels.disc_head import _disc_head, disc_head, disc_head_ref, layout, logits_ref, views
 
 # Of a gradient: dh2, da1, dh1 and the result, or an operand of the product
@@ -346,6 +346,25 @@ def test_layout_and_views():
     assert row.max() == 1 and size % 16 == 0 and row.sum() == sum(2 * c * c + 7 * c + 1 for c in (48, 40))
     assert [name for name, *_ in entries[10:]] == [name.replace("0.", "1.") for name, *_ in entries[:10]]
     assert all(at % 16 == 0 for name, at, _ in layout([320, 640])[0])
+    starts = {name: at for name, at, _ in entries}
+    for tap, c in enumerate((48, 40)):
+        for k in (1, 2):
+            names = [f"conv{k}.weight", f"conv{k}.bias", f"norm{k}.weight", f"norm{k}.bias", "out.weight", "out.bias"]
+            places = disc_head_plan.parameters(starts[f"{tap}.conv1.weight"], c, k == 2)
+            assert list(places) == [starts[f"{tap}.{name}"] for name in names]
+
+
+def test_a_kernel_reads_the_columns_that_are_written():
+    strip = disc_head_plan.STRIP.split()
+    tables = ("Conv", "Input", "Weight", "Activate", "Chain", "Reduce")
+    written = {name.upper(): [*enumerate(getattr(disc_head_plan, name)._fields)] for name in tables}
+    written["STRIP"] = [*enumerate(strip)]
+    for name in ("ACTIVATE", "CHAIN"):
+        assert written[name][: len(strip)] == written["STRIP"]
+        written[name] = written[name][len(strip) :]
+    for name, columns in written.items():
+        read = {key: int(at) for key, at in vars(disc_head_plan).items() if key.startswith(f"{name}_")}
+        assert read == {f"{name}_{field.upper()}": at for at, field in columns}
 
 
 def test_the_reference_where_kernels_are_off(monkeypatch: pytest.MonkeyPatch):

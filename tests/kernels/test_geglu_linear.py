@@ -15,8 +15,9 @@ from rapm.kernels import geglu_linear as module
 from rapm.kernels import runtime
 from rapm.kernels.geglu import geglu
 from rapm.kernels.geglu_linear import _geglu_linear, faster, geglu_linear, geglu_linear_ref
+from rapm.layers import Linear
 from rapm.memory.saved import KEEP
-from rapm.unet import FeedForward, Linear
+from rapm.unet import FeedForward
 
 HALVES = [dtype for dtype in runtime.DTYPES if dtype != torch.float32]
 ROUNDINGS = 2  # the output's is at most two of ops.ROUNDOFF, and there is no other

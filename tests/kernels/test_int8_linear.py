@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rapm.kernels import int8_linear, low_rank, runtime
+from rapm.kernels.dequantise import int8
 from rapm.kernels.int8_linear import _int8_linear, _int8_linear_backward, int8_linear_ref, quantise_rows
 from rapm.kernels.int8_linear import quantise_rows_ref as rows_ref
-from rapm.kernels.quantise import int8
 
 op = int8_linear.int8_linear
 # The low-rank update, its sum with the product, and g or h, an operand of a product; ddown and dup have no more.

@@ -8,8 +8,9 @@ from launches import launched
 from ops import DEVICE, ROUNDOFF, error, tensor
 from torch import Tensor
 
-from rapm.kernels import quantise, runtime
-from rapm.kernels.quantise import BLOCK, LEVELS, Low, _dequantise, dequantise, dequantise_ref, int8, nf4
+from rapm.kernels import dequantise as module
+from rapm.kernels import runtime
+from rapm.kernels.dequantise import BLOCK, LEVELS, Low, _dequantise, dequantise, dequantise_ref, int8, nf4
 
 # A normal number's largest of 1,000 is some 3.2 deviations: 127 steps to it, and the error of rounding is a step's
 # 12th part's root: 3.2 / 127 / sqrt(12) = 0.73%. NF4 is 9% at a block's largest of 64 (QLoRA, table 2: measured).
@@ -24,7 +25,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def packed(name: str, weight: Tensor) -> Low:
-    return getattr(quantise, name)(weight)
+    return getattr(module, name)(weight)
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -93,5 +94,5 @@ def test_an_odd_width_is_refused() -> None:
 def test_opcheck_and_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     low = packed(name, normal(6, 128))
     torch.library.opcheck(_dequantise, (*low, torch.bfloat16))
-    names = launched(monkeypatch, quantise, lambda: _dequantise._init_fn(*low, torch.bfloat16))
+    names = launched(monkeypatch, module, lambda: _dequantise._init_fn(*low, torch.bfloat16))
     assert names == ["_dequantise_kernel"]
