@@ -44,10 +44,10 @@ what the plan said of the time and of the memory. `stock` is diffusers, peft and
 of the student, as one CUDA graph, under the same cap.
 """
 MOVED = """
-SDXL under the {budget} plan of that card, of which {mib:,.0f} MiB of a slot go to pinned host memory: moved by ours, by
-others, or not at all, in turns in one process, eager (where the host's Python takes most of the time) and as CUDA
-graphs. save_on_cpu waits for the host and can be no graph: its copies stand there for it, of activations only, where it
-moves the frozen weights too. `more` is over an iteration of the same kind that moves nothing.
+SDXL under the {budget} plan of one {card[device]}, of which {mib:,.0f} MiB of a slot go to pinned host memory: moved by
+ours, by others, or not at all, in turns in one process, eager (where the host's Python takes most of the time) and as
+CUDA graphs. save_on_cpu waits for the host and can be no graph: its copies stand there for it, of activations only,
+where it moves the frozen weights too. `more` is over an iteration of the same kind that moves nothing.
 """
 JOB = """
 The paper's SDXL job, {trajectories[count]:,} trajectories and {training[count]:,} iterations at rank 1, takes
@@ -219,7 +219,7 @@ def memory(report: Mapping) -> str:
             still = report["rows"].get(f"{key.removesuffix(budget)}{_still(budget)}", {})
             moved.append((budget, _moved_cells(row, still)))
             mib = row.get("moved_mib", mib)
-    last = [fill(MOVED.format(budget="8G", mib=mib)), rows_table(moved)] if moved else []
+    last = [fill(MOVED.format(budget="8G", mib=mib, card=report["card"])), rows_table(moved)] if moved else []
     return "\n\n".join(_tables(report, beside=False) + last)
 
 

@@ -26,10 +26,10 @@ STATE = "state.safetensors"
 BEST = "checkpoint-best"
 FORMAT = "3"  # of the state: raised whenever a tensor's layout changes
 # Settings that a resumed run may change: they decide where, how far and how often, not what is computed. The prompts'
-# words are in the store, which refuses others.
+# words and the teacher's fingerprint, with its LoRAs, are in the store, which refuses others.
 FREE = {
     "output_dir", "store", "device", "vram", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "log_steps", "report_to", "solve_batch", "prompts",
+    "log_steps", "report_to", "solve_batch", "prompts", "teacher", "teacher_lora",
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def make_writable(folder: Path) -> None:
     """`folder`, made if it is not there. OSError if it cannot be, or nothing can be written in it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".writable").touch()
-    (folder / ".writable").unlink()
+    (folder / ".writable").unlink(missing_ok=True)  # another process may be at the same
 
 
 def need_writable(folder: Path) -> None:

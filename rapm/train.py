@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ def run(training: Training, folder: Path) -> None:
     figures, saved = Figures(training, log, bar), time.perf_counter()
     with stop_signals() as stopped, cores(step.z for step in training.steps.values()), bar, log or nullcontext():
         while training.done < config.max_train_steps:
-            iterate(training, folder)
+            iterate(training, folder, figures)
             figures.read()
             stop = distributed.largest(max(stopped, default=0))
             done, last = training.done, training.done == config.max_train_steps
@@ -241,11 +241,13 @@ def run(training: Training, folder: Path) -> None:
                 raise Interrupted(stop, "--resume_from_checkpoint latest goes on")
 
 
-def iterate(training: Training, folder: Path) -> None:
+def iterate(training: Training, folder: Path, figures: Figures) -> None:
     """One iteration; where none is possible, a checkpoint of those that were before it goes up."""
     try:
         training.iterate()
     except (RunError, UserError):  # no memory under any plan, a shard that is damaged
+        with suppress(RunError):
+            figures.read()
         if distributed.world() == 1 and training.done:  # else the others are inside a slot
             save_checkpoint(folder, training.state(), training.done, training.config)
         raise
@@ -374,7 +376,8 @@ def _stored_prompts(config: Config, count: int) -> Prompts | None:
         return None
     if len(store) < count:
         return None
-    rows = list(dict.fromkeys(Row(*row) for row in store.rows()))
+    own = config.negative_prompt  # which a shard has in the place of none
+    rows = list(dict.fromkeys(Row(text, "" if negative == own else negative) for text, negative in store.rows()))
     return Prompts(f"{store.folder}, as {config.prompts} cannot be read", rows, len(rows), len(rows))
 
 

@@ -81,6 +81,8 @@ class Training:
         else:
             self._walk_within(self.budget, trajectory, size, before)
         self.done += 1
+        if self._dry and self.budget is not None:
+            self._settle(self.budget)
 
     def _walk(self, trajectory: Trajectory, size: tuple[int, int], before: int) -> None:
         step = self.steps[size]
@@ -99,7 +101,7 @@ class Training:
             self._slots[size]()
 
     def _walk_within(self, budget: Budget, trajectory: Trajectory, size: tuple[int, int], before: int) -> None:
-        """`_walk`, until it fits; after the first iteration on a card what that took decides the plan."""
+        """`_walk`, until it fits."""
         if self._dry and self.step.z.is_cuda:  # what earlier phases took does not count
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -118,7 +120,10 @@ class Training:
                 )
             as_it_was.restore()
             self._step_down(budget, message)
-        if self._dry and self.step.z.is_cuda and (line := budget.correct()):
+
+    def _settle(self, budget: Budget) -> None:
+        """What the first iteration has taken decides the plan of the others."""
+        if self.step.z.is_cuda and (line := budget.correct()):
             tqdm.write(line)
             self.release()
             self._eager = dict.fromkeys(self.steps, EAGER)  # what is to be captured must have run
@@ -134,21 +139,31 @@ class Training:
             )
         if line:
             tqdm.write(f"note: {line}")
+        self._let_go()
         self.release()
         self._eager = dict.fromkeys(self.steps, EAGER)
         self._replan()
 
     def _replan(self) -> None:
-        for memory in (SlotMemory(), self.budget.memory(self.teacher.unet)):  # lets go of the old slab first
-            for step in self.steps.values():
-                step.memory = memory
+        self._let_go()  # or the host would hold two slabs
+        memory = self.budget.memory(self.teacher.unet)
+        for step in self.steps.values():
+            step.memory = memory
         self._paused = False
+
+    def _let_go(self) -> None:
+        """Of the slab, and of what an iteration that broke off has under way there: it holds itself."""
+        if self.step.z.is_cuda:
+            torch.cuda.synchronize()
+        for step in self.steps.values():
+            if (offload := step.memory.student.offload) is not None:
+                offload.begin()
+            step.memory = SlotMemory()
 
     def pause(self) -> None:
         """`release`, and let go of the host's memory that is pinned for slots: the next iteration takes it again."""
         self.release()
-        for step in self.steps.values():
-            step.memory = SlotMemory()
+        self._let_go()
         self._paused = self.budget is not None
 
     def release(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from rapm.loading.families import Model, model_of
 from rapm.memory import cards, host
 from rapm.memory.budget import Budget
 from rapm.memory.cards import GIB, MIB
-from rapm.memory.offload import CannotPin, Offload
+from rapm.memory.offload import CannotPin, Entry, Offload, Slab, _streams
 from rapm.memory.planner import Plan, Planner, planned
 from rapm.memory.saved import Policy
 from rapm.step import SlotMemory, Step
@@ -216,7 +218,7 @@ def test_a_budget_above_what_is_free_is_cut_down_to_it(gpu, monkeypatch, capsys)
     assert not capsys.readouterr().out
     monkeypatch.setattr(cards, "process_memory", lambda: None)  # as in containers and WSL
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
-    assert cards.most(gpu) == FREE + 3 * GIB + cards.CONTEXT
+    assert cards.most(gpu) == cards.automatic(gpu) == FREE + 3 * GIB + cards.CONTEXT - cards.DISPLAY
 
 
 def test_plan_and_doctor_say_it_too(gpu, monkeypatch, capsys):
@@ -269,6 +271,54 @@ def test_in_the_middle_of_a_run_too(teacher, store, free, monkeypatch, capsys):
     assert len(kept) == 4 and kept[0] > kept[1] == kept[2] > kept[3]
     captured = capsys.readouterr()
     assert (captured.out + captured.err).count("cannot pin") == 1
+
+
+def test_the_host_never_holds_two_slabs(teacher, store, monkeypatch):
+    """Not after an out-of-memory in the middle of a slot either, whose tensors under way hold the slab in a circle."""
+    plan, offload, slabs = Planner.plan, Offload, []
+    monkeypatch.setattr(Planner, "plan", lambda *given: replace(plan(*given), moved=2**20))
+
+    def made(*given: object) -> Offload:
+        assert not any(slab() for slab in slabs)
+        found = offload(*given)
+        slabs.append(weakref.ref(found.slab))
+        return found
+
+    monkeypatch.setattr("rapm.memory.budget.Offload", made)
+    call, failing = Step.__call__, [2, 1]
+
+    def step(self: Step) -> None:
+        if failing and self.slot == 1:
+            failing.pop()
+            mover = self.memory.student.offload
+            mover.entries.append(Entry(mover, 0, torch.zeros(1), torch.zeros(1)))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        call(self)
+
+    monkeypatch.setattr(Step, "__call__", step)
+    gc.disable()
+    try:
+        training = Training(teacher, store, CONFIG, budget_of(teacher))
+        training.iterate()
+        training.pause()
+        training.iterate()
+    finally:
+        gc.enable()
+    assert len(slabs) == 4 and not failing
+
+
+def test_copies_of_all_slabs_have_the_same_streams(monkeypatch):
+    """PyTorch has 32: ever new ones would come to be the stream of a capture."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    _streams.cache_clear()
+    assert _streams(torch.device("cuda", 0)) is _streams(torch.device("cuda", 0))
+    assert len({*_streams(torch.device("cuda", 0)), *_streams(torch.device("cuda", 1))}) == 4
+    _streams.cache_clear()
+
+
+def test_a_host_without_the_memory_cannot_pin_it():
+    with pytest.raises(CannotPin, match=r"the host has no .* GiB"):
+        Slab(2**60, CPU)
 
 
 def test_where_no_plan_is_left_without_copies_it_is_one_line(monkeypatch):

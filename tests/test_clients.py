@@ -257,10 +257,10 @@ def test_the_workflow_holds_any_prompt(tiny_teacher: Callable, tmp_path: Path) -
 
 def test_brackets_are_no_emphasis(tiny_teacher: Callable) -> None:
     """These programs read them so, training does not."""
-    prompt = r"a (red) [hat] \o/"
+    prompt = r"a (red) [hat] {1} \o/"
     workflow = comfyui_workflow(tiny_teacher("sd1"), CONFIG, prompt)
-    assert [r"a \(red\) [hat] \o/"] in [node["widgets_values"] for node in workflow["nodes"]]
-    assert webui_text(prompt) == r"a \(red\) \[hat\] \\o/"
+    assert [r"a \(red\) [hat] \{1\} \o/"] in [node["widgets_values"] for node in workflow["nodes"]]
+    assert webui_text(prompt) == r"a \(red\) \[hat\] {1} \\o/"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "sd2, zero terminal SNR"])
@@ -327,7 +327,7 @@ def test_zero_terminal_snr_is_said(tiny_teacher: Callable) -> None:
 
 def styled(teacher: Teacher, folder: Path) -> Teacher:
     """The teacher as if two LoRAs had been fused into it."""
-    styles = (Style(folder / "ink.safetensors", 0.7, {}), Style(folder / "blue" / WEIGHTS, 1.0, {}))  # of a run
+    styles = (Style(folder / "ink (v1).safetensors", 0.7, {}), Style(folder / "blue" / WEIGHTS, 1.0, {}))  # of a run
     return dataclasses.replace(teacher, loras=styles)
 
 
@@ -337,7 +337,7 @@ def test_the_teachers_own_loras_come_first(tiny_teacher: Callable, tmp_path: Pat
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = {link[0]: link for link in workflow["links"]}
 
-    styles = [["ink.safetensors", 0.7, 0.7], ["blue.safetensors", 1.0, 1.0]]
+    styles = [["ink (v1).safetensors", 0.7, 0.7], ["blue.safetensors", 1.0, 1.0]]
     (node,) = (node for node in nodes.values() if node["type"] == "LoraLoaderModelOnly")
     chain = []
     while node["inputs"]:  # up to the checkpoint
@@ -347,7 +347,7 @@ def test_the_teachers_own_loras_come_first(tiny_teacher: Callable, tmp_path: Pat
     texts = [node for node in nodes.values() if node["type"] == "CLIPTextEncode"]
     assert {links[node["inputs"][0]["link"]][1:3] == [3, 1] for node in texts} == {True}
     assert nodes[3]["widgets_values"] == styles[1]
-    assert webui_settings(teacher, CONFIG).startswith("your prompt <lora:ink:0.7> <lora:blue:1> <lora:demo:1>\n")
+    assert webui_settings(teacher, CONFIG).startswith("your prompt <lora:ink (v1):0.7> <lora:blue:1> <lora:demo:1>\n")
 
 
 @pytest.mark.parametrize("folder, name", [("runs/a b:c>d", "a_b_c_d"), ("runs/4-step.v2", "4-step.v2"), ("x/é", "é")])

@@ -118,8 +118,9 @@ def test_an_iteration_that_cannot_be_costs_none_before_it(place, tmp_path, monke
 def test_a_run_is_understood_from_anywhere(place, tmp_path, monkeypatch, capsys) -> None:
     """Made of relative paths and of the standard input, then moved: exported and resumed from another folder."""
     monkeypatch.chdir(place)
+    (place / "own.toml").write_text(SETTINGS + "negative_prompt = 'blurred'\n")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"a tree\na hill\na (red) house\n")))
-    words = ["train", "--teacher", "teacher", "--prompts", "-", "--output_dir", "own", "--config", "settings.toml",
+    words = ["train", "--teacher", "teacher", "--prompts", "-", "--output_dir", "own", "--config", "own.toml",
              "--report_to", "none", "--lora_rank", "2", "--max_train_steps", "2"]  # fmt: skip
     assert main(words) == 0
     monkeypatch.chdir(tmp_path)

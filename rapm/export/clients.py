@@ -68,8 +68,8 @@ def sampled_elsewhere(teacher: Teacher) -> bool:
 
 
 def comfyui_text(prompt: str) -> str:
-    """`prompt` as ComfyUI's text box must have it to read it literally: its brackets mean emphasis."""
-    return re.sub(r"([()])", r"\\\1", prompt)
+    """`prompt` as ComfyUI's text box must have it to read it literally: brackets mean emphasis, braces a choice."""
+    return re.sub(r"([(){}])", r"\\\1", prompt)
 
 
 def webui_text(prompt: str) -> str:

@@ -148,6 +148,7 @@ def _fetch(hub_id: str) -> Path:
 def _failure(hub_id: str, cache: str, error: Exception) -> str:
     """What kept the hub's snapshot from coming, and what to do. hf_xet says all in words, and diffusers wraps some."""
     import httpx
+    import requests  # of huggingface_hub before its version 1
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     number = error.errno if isinstance(error, OSError) else None
@@ -157,7 +158,7 @@ def _failure(hub_id: str, cache: str, error: Exception) -> str:
     if number == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
         why = f"the disk of the hub's cache {cache} is full"
         return f"{hub_id} cannot be stored, {why}: free some of it, or set HF_HOME to a folder on another"
-    lost = (httpx.TransportError, ConnectionError, TimeoutError, RuntimeError)
+    lost = (httpx.TransportError, requests.RequestException, ConnectionError, TimeoutError, RuntimeError)
     for e in (error, error.__cause__):
         refused = isinstance(e, HfHubHTTPError) and e.response.status_code < 500
         if isinstance(e, (*lost, HfHubHTTPError)) and not refused and not isinstance(e, OfflineModeIsEnabled):

@@ -32,8 +32,8 @@ class Style:
 
     @property
     def name(self) -> str:
-        """What it is called in ComfyUI and A1111, where all LoRAs share a folder: a run's has the name of its own."""
-        return client_name(self.path.resolve().parent if self.path.name == WEIGHTS else self.path.with_suffix(""))
+        """What ComfyUI and A1111, which have one folder for all LoRAs, call it: as its file, or as its run's folder."""
+        return client_name(self.path.resolve().parent) if self.path.name == WEIGHTS else self.path.stem
 
     @property
     def digest(self) -> str:

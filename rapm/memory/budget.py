@@ -28,7 +28,15 @@ EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCAT
 SLOT = "student", "encoder", "together", "beside", "window"  # what of a plan a slot depends on
 ELSEWHERE = "solve_batch", "aside", "apart", "tiled", "proven"  # and what other phases do
 MEND = "raise `ulimit -l` or free host memory"
+NO_LIMIT = 2**62
 CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
+
+
+def _host_limit() -> int | None:
+    """Of several ranks' hosts the smallest."""
+    limit = host.limit()
+    limit = distributed.smallest(NO_LIMIT if limit is None else limit)
+    return None if limit == NO_LIMIT else limit
 
 
 class Budget:
@@ -43,7 +51,7 @@ class Budget:
             budget = cards.granted(device, asked) if cuda else asked
         self.bytes = distributed.smallest(budget)  # several ranks have one plan
         card = Card(*distributed.from_first(cards.this_card(device, DTYPES[config.mixed_precision]))) if cuda else None
-        given = model, config, card, self.bytes, distributed.from_first(host.limit()) if cuda else None
+        given = model, config, card, self.bytes, _host_limit() if cuda else None
         self.planner, self.plan = planned(*given)
         if not cuda:
             return

@@ -122,8 +122,8 @@ def automatic(device: torch.device) -> int:
 
 def most(device: torch.device) -> int:
     """Bytes of `device` that a budget can have: what is free, and what this process holds already."""
-    held = process_memory() or torch.cuda.memory_reserved(device) + CONTEXT
-    return torch.cuda.mem_get_info(device)[0] + held
+    held = process_memory()
+    return automatic(device) if held is None else torch.cuda.mem_get_info(device)[0] + held
 
 
 def granted(device: torch.device, asked: int | None) -> int:

@@ -11,6 +11,7 @@ operators keep, or keep parts of, moves once; small parts of one, parameters and
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -91,11 +92,14 @@ class CannotPin(Exception):
 class Slab:
     """Host memory of `size` bytes, pinned for copies from and to `device`: registered with the driver, at its size.
 
-    (PyTorch's own pinned allocator rounds up to powers of two.) CannotPin where the driver refuses.
+    (PyTorch's own pinned allocator rounds up to powers of two.) CannotPin where the host or the driver refuses.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.bytes = torch.empty(size, dtype=torch.uint8)
+        try:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise CannotPin(f"the host has no {size / 2**30:.1f} GiB of memory to pin") from error
         self.used = 0
         self._pinned = device.type == "cuda" and size > 0
         if self._pinned:
@@ -149,6 +153,12 @@ class Entry:
         return x.view(dtype).as_strided(*geometry)
 
 
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Out and in, for good: PyTorch has 32 in all, and a run that makes ever new ones comes to share a busy one."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
 class Offload:
     """The host's part of one pass: `begin` it, run forward and backward, `finish` it."""
 
@@ -156,8 +166,7 @@ class Offload:
         """`size`: bytes of the slab. `parameters` are never moved."""
         self.slab, self.window = Slab(size, device), window
         self.parameters = list(parameters)
-        cuda = device.type == "cuda"
-        self.out, self.back = (torch.cuda.Stream(device) if cuda else None for _ in range(2))
+        self.out, self.back = _streams(device) if device.type == "cuda" else (None, None)
         self.moved_out = self.moved_in = 0  # bytes, ever
         self.begin()
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from rapm.config import PRESETS, Config
 from rapm.disk import write_atomic
+from rapm.export.clients import WORKFLOW
 from rapm.export.lora_file import WEIGHTS
 from rapm.report.chart import Chart, svg
 
@@ -215,10 +216,11 @@ def _use(folder: Path, config: Config) -> str:
         return "<p>Not exported yet.</p>"
     card = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
     snippet = card.partition("```python\n")[2].partition("```")[0]
+    known = (folder / WORKFLOW).is_file()
+    elsewhere = "the model card says how in ComfyUI, A1111 and Forge" if known else "others do not know its base model"
     text = (
-        f"<p><code>{WEIGHTS}</code>{_steps(folder / WEIGHTS)} goes into the client's folder of LoRAs, strength 1.0. "
-        f"<b>DDIM</b>, <b>{config.steps} steps</b>, <b>CFG 1</b>: trailing timesteps in diffusers; the model card "
-        "says how in ComfyUI, A1111 and Forge.</p>"
+        f"<p><code>{WEIGHTS}</code>{_steps(folder / WEIGHTS)}: strength 1.0, <b>DDIM</b>, <b>{config.steps} steps</b>, "
+        f"<b>CFG 1</b>, trailing timesteps in diffusers; {elsewhere}.</p>"
         f'<p>From here: <code>rapm sample "a prompt" --lora {escape(shlex.quote(str(folder)))}</code></p>'
     )
     return text + (f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else "")
