@@ -9,7 +9,7 @@ import json
 import shutil
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -26,10 +26,10 @@ STATE = "state.safetensors"
 BEST = "checkpoint-best"
 FORMAT = "3"  # of the state: raised whenever a tensor's layout changes
 # Settings that a resumed run may change: they decide where, how far and how often, not what is computed. The prompts'
-# words and the teacher's fingerprint, with its LoRAs, are in the store, which refuses others.
+# words are in the store, which refuses others.
 FREE = {
     "output_dir", "store", "device", "vram", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "log_steps", "report_to", "solve_batch", "prompts", "teacher", "teacher_lora",
+    "log_steps", "report_to", "solve_batch", "prompts",
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     # A decaying rate depends on where it ends.
     free = FREE | ({"max_train_steps"} if config.lr_schedule == "constant" else set())
     for name, value in asdict(config).items():
-        if name not in free and then.get(name) != json.loads(json.dumps(value)):
+        if name not in free and _known_by(name, then.get(name)) != _known_by(name, json.loads(json.dumps(value))):
             raise UserError(
                 f"checkpoint {path} was made with {name} = {then.get(name)!r}, not {value!r}: go on with "
                 f"{name} = {toml(then.get(name))} in a file for --config, or leave this checkpoint out"
@@ -99,6 +99,12 @@ def load_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], int]
     if bad := next((name for name, x in state.items() if not finite(x)), None):
         raise UserError(f"checkpoint: {path}: {bad} holds numbers that are not finite: give an earlier checkpoint")
     return state, done
+
+
+def _known_by(name: str, value: Any) -> Any:
+    """What of a setting must stay: the last part of a teacher's path, which may move. The store has its fingerprint."""
+    given = {"teacher": [value], "teacher_lora": value}.get(name)
+    return value if given is None else [PurePath(path).name for path in given]
 
 
 def ranks(path: Path) -> int:

@@ -125,10 +125,12 @@ def test_a_run_is_understood_from_anywhere(place, tmp_path, monkeypatch, capsys)
     assert main(words) == 0
     monkeypatch.chdir(tmp_path)
     (place / "own").rename(tmp_path / "moved")
+    (tmp_path / "models").mkdir()
+    shutil.copytree(place / "teacher", tmp_path / "models/teacher")
     capsys.readouterr()
     assert main(["export", "--run", "moved"]) == 0
     assert "prompts: 3 in moved/trajectories, as " in capsys.readouterr().out
-    config = ["--config", "moved/config.toml", "--output_dir", "moved"]
+    config = ["--config", "moved/config.toml", "--output_dir", "moved", "--teacher", "models/teacher"]
     assert main(["train", *config, "--resume_from_checkpoint", "latest"]) == 0
     assert main(["sample", "a tree", "--lora", str(tmp_path / "moved"), "--output", "tree.png"]) == 0
     shutil.rmtree(tmp_path / "moved/trajectories")
