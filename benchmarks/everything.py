@@ -1,4 +1,4 @@
-"""Every figure that the README has from a GPU, and the GPU tests, in the time there is: python benchmarks/everything.py
+"""Every figure that README and docs/results.md have from a GPU, and the GPU tests, in the time there is:
 
     python benchmarks/everything.py --list                                the jobs; seconds are an H100's
     python benchmarks/everything.py --seconds 570 --output DIR            as many as fit, on all GPUs of this machine

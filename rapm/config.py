@@ -94,7 +94,8 @@ class Config:
     adversarial_absolute: float = 0.1  # [lambda_a]
 
     # The discriminators
-    # An update moves a logit by some rate x width: at 1e-3 heads of SD's widths are worse than chance at first
+    # An update moves a logit by some rate x width: at 1e-3 heads of SD's widths were worse than chance at first, on
+    # synthetic features; on a real teacher's it is not known
     head_learning_rate: float = 1e-4
     renoise: float = 1.0  # share of a slot over which u is drawn: u in [t_n, t_n + renoise * (t_{n+1} - t_n))
     # Iterations before the generator terms count: heads that have learned nothing only add noise.

@@ -131,7 +131,7 @@ def _check_writable(path: Path, output: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
         temporary = path.with_name(path.name + TEMPORARY)
         temporary.touch()
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)  # another process may be at the same
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror}): choose another") from error
 
