@@ -22,11 +22,10 @@ from torch import Tensor
 
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
-# A tile of 15 KB in bf16, four programs a processor forward and two backward: 60 KB a processor are in flight.
-TILE_VALUES, MAX_WARPS, FORWARD_VALUES, BACKWARD_VALUES = 8192, 16, 64, 32  # the last two: of a thread
+TILE_VALUES, MAX_WARPS, THREAD_VALUES = 8192, 16, 64  # of a tile; warps of a program; numbers of a thread
 MAX_SPLITS = 128  # runs of a map, more where they would be short: every program of SECOND reads the results of all
 FILL = 1  # programs a processor: with fewer, runs are shorter
-WHOLE_FORWARD, WHOLE_BACKWARD = 32768, 16384  # the tile of one group up to which one launch does both stages
+WHOLE = 16384  # the tile of one group up to which one launch does both stages
 PDL = False  # sm_90 and newer: a launch may be scheduled while the one before it runs (programmatic dependent launch)
 
 
@@ -224,7 +223,7 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return x, x.stride(3 if width > 1 else 2), x.stride(0)
 
 
-def _plan(x: Tensor, groups: int, whole: int, values: int) -> tuple[tuple[int, int, int], list[dict[str, int]]]:
+def _plan(x: Tensor, groups: int, whole: int) -> tuple[tuple[int, int, int], list[dict[str, int]]]:
     """The grid (blocks of channels, runs, B) and the options of each launch."""
     batch, channels, height, width = x.shape
     cdiv, power = triton.cdiv, triton.next_power_of_2
@@ -239,7 +238,7 @@ def _plan(x: Tensor, groups: int, whole: int, values: int) -> tuple[tuple[int, i
     splits = cdiv(positions, rows)
     options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, SPLITS=power(splits))
     options["EVEN"] = positions % rows == 0
-    options |= dict(num_warps=min(MAX_WARPS, max(4, rows * tile // (32 * values))), PDL=PDL)
+    options |= dict(num_warps=min(MAX_WARPS, max(4, rows * tile // (32 * THREAD_VALUES))), PDL=PDL)
     options |= dict(launch_pdl=True) if PDL else {}  # Triton's interpreter does not know this one
     stages = [(True, True)] if splits == 1 else [(True, False), (False, True)]
     return (cdiv(groups, own), splits, batch), [options | dict(FIRST=a, SECOND=b) for a, b in stages]
@@ -258,7 +257,7 @@ def _op(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, v, stats = _outputs(x, groups, residual)
-    grid, launches = _plan(x, groups, WHOLE_FORWARD, FORWARD_VALUES)
+    grid, launches = _plan(x, groups, WHOLE)
     partial = stats.new_empty((*stats.shape, grid[1]))
     results = weight, bias, None if residual is None else v, y, y.stride(0), stats, partial, eps
     inputs = *_rows(x), *_rows(residual), None if shift is None else shift.contiguous()
@@ -272,7 +271,7 @@ def _op(
 @torch.library.custom_op("rapm::group_norm_silu_again", mutates_args=())
 def _again_op(v: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, silu: bool, shift: Tensor | None) -> Tensor:
     y = torch.empty_like(v, memory_format=torch.channels_last)
-    grid, launches = _plan(v, stats.shape[2], 0, FORWARD_VALUES)
+    grid, launches = _plan(v, stats.shape[2], 0)
     inputs = *_rows(v), None, 0, 0, None if shift is None else shift.contiguous(), weight, bias
     options = launches[-1] | dict(FIRST=False, SECOND=True, SILU=silu)
     results = None, y, y.stride(0), stats, None, 0.0
@@ -293,7 +292,7 @@ def _backward_op(
     silu: bool, of_v: bool, of_shift: bool, of_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dshift, affine = _gradients(v, of_v, of_shift, of_affine)
-    grid, launches = _plan(v, stats.shape[2], WHOLE_BACKWARD, BACKWARD_VALUES)
+    grid, launches = _plan(v, stats.shape[2], WHOLE)
     sums = stats.new_empty((grid[2], 3, grid[1], v.shape[1])) if of_affine or (of_shift and grid[1] > 1) else None
     inputs = *_rows(dy), *_rows(dv), *_rows(v), None if shift is None else shift.contiguous(), weight, bias, stats
     results = sums, dx if of_v else None, v[0].numel(), dshift if of_shift else None, v.shape[2] * v.shape[3], grid[1]

@@ -77,7 +77,7 @@ def gradients(function: Callable, inputs: list, cotangents: list[Tensor | None])
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Both ways on any map, with tiles so small that a small map has several."""
     one = request.param == "one launch"
-    for name, value in (("WHOLE_FORWARD", one << 20), ("WHOLE_BACKWARD", one << 20), ("TILE_VALUES", 1024)):
+    for name, value in (("WHOLE", one << 20), ("TILE_VALUES", 1024)):
         monkeypatch.setattr(module, name, value)
     return 1 if one else 2
 
@@ -99,7 +99,7 @@ def test_shapes(launches: int, shape: tuple[int, ...], groups: int) -> None:
 
 def test_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of many positions have runs twice as long by half the channels; too few programs make runs short."""
-    for name, value in (("WHOLE_FORWARD", 0), ("WHOLE_BACKWARD", 0), ("TILE_VALUES", 2048)):
+    for name, value in (("WHOLE", 0), ("TILE_VALUES", 2048)):
         monkeypatch.setattr(module, name, value)
     inputs = make(1, 160, 11, 7, torch.float32, True, False)
     for name, value, grid, rows in (
@@ -107,18 +107,18 @@ def test_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(module, "processors", lambda device: 4)
-        actual, launches = module._plan(inputs[0], 16, 0, module.FORWARD_VALUES)
+        actual, launches = module._plan(inputs[0], 16, 0)
         assert (actual, launches[0]["ROWS"]) == (grid, rows)
         compare(inputs, torch.float32, 16)
 
 
 @pytest.mark.parametrize(("channels", "size"), SD15 + SDXL)
-@pytest.mark.parametrize("whole", [0, module.WHOLE_FORWARD, module.WHOLE_BACKWARD])
+@pytest.mark.parametrize("whole", [0, module.WHOLE])
 def test_plans(channels: int, size: int, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the H200's 132 processors: registers and partial results are bounded, and every channel is covered."""
     monkeypatch.setattr(module, "processors", lambda device: 132)
     x = torch.empty(1, channels, size, size, device="meta")
-    (blocks, splits, _), launches = module._plan(x, 32, whole, module.FORWARD_VALUES)
+    (blocks, splits, _), launches = module._plan(x, 32, whole)
     options = launches[0]
     assert options["ROWS"] * splits >= size * size > options["ROWS"] * (splits - 1) and splits <= 128
     assert (
