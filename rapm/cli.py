@@ -170,7 +170,7 @@ def build_parser() -> Parser:
     sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="each prompt is drawn with each")
     sub.add_argument("--resolution", metavar="HxW", help="in pixels; without it the run's, or the teacher's own")
     sub.add_argument("--mixed_precision", metavar="no|fp16|bf16", help="without it the run's; fp16 on a GPU")
-    sub.add_argument("--batch", type=int, default=4, help="pictures drawn together: fewer need less memory")
+    sub.add_argument("--batch", type=int, default=4, help="pictures drawn together at the most: fewer need less memory")
     sub.add_argument(
         "--output", type=Path, default=Path("samples.png"), metavar="FILE.png|FOLDER",
         help="a grid; or a folder: a PNG for each picture, its settings inside as A1111 reads them, beside grid.png",

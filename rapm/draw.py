@@ -13,14 +13,15 @@ from torch import Tensor
 
 from rapm import __version__
 from rapm.config import RESOLVED, Config
-from rapm.device import DTYPES, pick_device
+from rapm.device import pick_device
 from rapm.disk import TEMPORARY, make_writable, write_atomic
 from rapm.errors import UserError
 from rapm.export.clients import run_name, style_tags, webui_settings, webui_text
 from rapm.export.files import base_name
+from rapm.memory.drawing import teacher_to_draw
 from rapm.pictures import grid, grid_size, packed, png
 from rapm.sample import sample_batches
-from rapm.teacher import Teacher, load_teacher
+from rapm.teacher import Teacher
 
 GRID_MAX = 100  # pictures beyond which nobody looks at a grid; it is also all that is held in memory
 # What an output that is no folder ends with, and how many pixels a side of such a file may have.
@@ -66,8 +67,7 @@ def draw(
     folder = output if output.suffix.lower() not in IMAGES else None
     sheet_path = folder / "grid.png" if folder else output
     _check_writable(sheet_path, output)
-    dtype = DTYPES[config.mixed_precision]
-    loaded = load_teacher(config.teacher, device=device, dtype=dtype, loras=config.teacher_lora)
+    loaded = teacher_to_draw(config, device, batch=batch, lora=lora)
     count = len(prompts) * len(seeds)
     size = grid_size(config.resolution or loaded.default_resolution, count, columns=len(seeds))
     if folder is None and max(size) > IMAGES[output.suffix.lower()]:

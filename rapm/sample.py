@@ -44,6 +44,36 @@ def sample(
     return last
 
 
+def sample_with(
+    teacher: Teacher,
+    text: Text,
+    noise: Tensor,
+    steps: int,
+    *,
+    lora: Lora = None,
+    guidance: float = 1.0,
+    uncond: Text | None = None,
+) -> Tensor:
+    """`sample` with the teacher's UNet: latents B C h w, of as many at a time as there is room for; `uncond` B or 1."""
+    most, parts = teacher.together or len(noise), []
+    for start in range(0, len(noise), most):
+        stop = start + most
+        other = uncond.rows(start, stop) if uncond is not None and len(uncond.hidden) > 1 else uncond
+        parts.append(
+            sample(
+                teacher.unet,
+                teacher.schedule,
+                text.rows(start, stop),
+                noise[start:stop],
+                steps,
+                lora=lora,
+                guidance=guidance,
+                uncond=other,
+            )
+        )
+    return torch.cat(parts)
+
+
 def sample_batches(
     teacher: Teacher,
     prompts: list[str],
@@ -76,9 +106,8 @@ def sample_batches(
             pairs = [(first + i, seed) for i in range(len(text.hidden)) for seed in seeds]
             for start in range(0, len(pairs), batch):
                 some = pairs[start : start + batch]
-                z = sample(
-                    teacher.unet,
-                    teacher.schedule,
+                z = sample_with(
+                    teacher,
                     Text.cat([text.rows(i - first, i - first + 1) for i, _ in some]),
                     torch.stack([noise(seed, shape) for _, seed in some]),
                     steps,

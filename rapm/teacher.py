@@ -55,6 +55,7 @@ class Teacher:
     aside: bool = False  # the UNet waits on the CPU while another part visits its device: both would not fit
     apart: bool = False  # of a second UNet, the stock pipeline's, only blocks are on the device
     proven: bool = True  # whether the export samples in the stock pipeline at all: the host may have no room for one
+    together: int | None = None  # pictures that one walk draws at the most: more would not fit
 
     @property
     def location(self) -> Path:
@@ -71,6 +72,12 @@ class Teacher:
         """H, W in pixels of what the teacher was trained on."""
         return trained_size(self.unet.config, self.pipe.vae_scale_factor)
 
+    @property
+    def shortcuts(self) -> dict[str, str]:
+        """What figures say of a teacher that is only nearly the whole one, as its device has no room for that."""
+        bits = {} if self.frozen == "full" else {"frozen_weights": self.frozen}
+        return bits | ({"decoded": "in tiles"} if self.pipe.vae.use_tiling else {})
+
     def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(C, h, w) of an image of H W pixels. UserError for a resolution that the latents cannot tile."""
         return latent_shape(self.unet.config, self.pipe.vae_scale_factor, resolution)
@@ -81,7 +88,7 @@ class Teacher:
 
         RunError for one that is not finite in the UNet's dtype.
         """
-        with self._visiting(*self._text_encoders.values()):
+        with self.visiting(*self._text_encoders.values()):
             batches = [prompts[i : i + ENCODE_BATCH] for i in range(0, len(prompts), ENCODE_BATCH)]
             encoded = [self._encode_prompt(batch, do_classifier_free_guidance=False) for batch in batches]
             return self._proven(Text.cat([self._text(resolution, *out[::2]) for out in encoded]), prompts)
@@ -93,7 +100,7 @@ class Teacher:
         An empty prompt is the stock pipeline's `negative_prompt=None`: zeros where an SDXL teacher asks for them.
         RunError as in `encode`.
         """
-        with self._visiting(*self._text_encoders.values()):
+        with self.visiting(*self._text_encoders.values()):
             out = self._encode_prompt("", do_classifier_free_guidance=True, negative_prompt=prompt or None)
             return self._proven(self._text(resolution, *out[1::2]), [prompt])
 
@@ -108,12 +115,19 @@ class Teacher:
         vae = self.pipe.vae
         pixels = latents.shape[2] * latents.shape[3] * self.pipe.vae_scale_factor**2
         images = []
-        with self._visiting(vae):
+        with self.visiting(vae):
             for z in latents.split(max(1, DECODE_PIXELS // pixels)):
                 x = vae.decode(z.to(vae.device, torch.float32) / vae.config.scaling_factor).sample
                 x = (x / 2 + 0.5).clamp(0, 1) * 255
                 images.append(x.round().to("cpu", torch.uint8).permute(0, 2, 3, 1))  # B H W 3
         return torch.cat(images)
+
+    def decode_in_tiles(self) -> None:
+        """From now on the VAE decodes a large picture in parts, the seams blended: in less memory, nearly the same."""
+        vae = self.pipe.vae
+        vae.enable_tiling()
+        vae.tile_sample_min_size = TILE  # by default the size that the VAE was trained on: no tile at all
+        vae.tile_latent_min_size = TILE // self.pipe.vae_scale_factor
 
     def stock_pipeline(self) -> DiffusionPipeline:
         """This teacher afresh as a diffusers pipeline with its own UNet and the recipe's DDIM scheduler.
@@ -174,7 +188,7 @@ class Teacher:
         return text
 
     @contextmanager
-    def _visiting(self, *modules: nn.Module) -> Iterator[None]:
+    def visiting(self, *modules: nn.Module) -> Iterator[None]:
         """`modules` on the UNet's device for a while: between uses they would only take its memory."""
         device = self.unet.device
         with self.waiting(self.aside, device):
@@ -274,7 +288,9 @@ def _settle_prediction(teacher: Teacher) -> None:
     unet, schedule = teacher.unet, teacher.schedule
     generator = torch.Generator().manual_seed(0)
     z = torch.randn((1, unet.config["in_channels"], PROBE, PROBE), generator=generator).to(unet.device)
-    text = teacher.encode([""], (8 * PROBE, 8 * PROBE)).to(unet.device, unet.dtype)
+    # On the CPU: beside the UNet the text encoders may not fit, and no plan has said so yet
+    encoded = teacher._encode_prompt([""], do_classifier_free_guidance=False)
+    text = teacher._text((8 * PROBE, 8 * PROBE), *encoded[::2]).to(unet.device, unet.dtype)
     out = unet(z.to(unet.dtype), torch.tensor(len(schedule) - 1, device=unet.device), text).float()
     likeness = torch.cosine_similarity(out.flatten(), z.flatten(), dim=0).item()
     found = teacher.found.predicting("epsilon" if likeness > 0.5 else "v_prediction")

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import rapm.sample
 from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import UserError
@@ -24,9 +25,12 @@ from rapm.evaluate.captions import read_captions
 from rapm.evaluate.compare import compare
 from rapm.evaluate.metrics import fid, kid, square
 from rapm.export.files import export_lora
+from rapm.loading.families import model_of
 from rapm.lora import LoRA
+from rapm.memory import cards, host
+from rapm.memory.planner import Planner
 from rapm.store import Store
-from rapm.teacher import load_teacher
+from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import prepare
 
 PROMPTS = [f"a picture of {i} things" for i in range(8)]
@@ -206,6 +210,36 @@ def test_a_kill_costs_a_batch_and_the_same_command_goes_on(folder, tmp_path, mon
         assert again["rows"][0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
     features = [load_file(p)["values"] for p in (folder / "evaluation").glob("*/features/*.safetensors")]
     assert sorted(len(x) for x in features) == [1, 7]  # FID's for each picture, CLIP's sum of the chunk
+
+
+@pytest.mark.parametrize("mode", ["full", "int8"])
+def test_on_a_small_card_the_parts_take_turns(folder, tmp_path, monkeypatch, clip, mode):
+    """The networks that look at pictures too; figures say where the weights have fewer bits."""
+    job = dict(captions=coco(tmp_path / "captions.json", 5), clip=clip, batch=4)
+    np.savez(tmp_path / "stats.npz", mu=np.full(6, 0.5), sigma=np.eye(6))
+    compare(folder, reference=tmp_path / "stats.npz", network=Network(), **job)
+    shutil.rmtree(folder / "evaluation")
+    for name, value in (("CONTEXT", 0), ("WORKSPACE", 0), ("DECODE", 8)):
+        monkeypatch.setattr(cards, name, value)
+    config = Config.of_run(folder)
+    planner = Planner(model_of(config.teacher), config, mode=mode)
+    walks = planner.sizes.weights + planner.sizes.largest + 2.5 * planner._forward(1)
+    monkeypatch.setattr(cards, "allowed", lambda device: int(cards.SLACK * walks))
+    monkeypatch.setattr(host, "limit", lambda: None)
+    waiting, walked, seen = [], [], []
+    wait, sample, see = Teacher.waiting, rapm.sample.sample, module.clip_score
+    monkeypatch.setattr(Teacher, "waiting", lambda *given: waiting.append(given[1]) or wait(*given))
+    monkeypatch.setattr(
+        rapm.sample, "sample", lambda *given, **more: walked.append(len(given[3])) or sample(*given, **more)
+    )
+    monkeypatch.setattr(module, "clip_score", lambda *given, **more: seen.append(len(waiting)) or see(*given, **more))
+    compare(folder, reference=tmp_path / "stats.npz", network=Network(), **job)
+    assert len(waiting) == 1 + 2 + 2 and all(waiting) and walked == [2, 2, 1] and seen == [5]  # text, VAE, networks
+    figures = json.loads((folder / "evaluation.json").read_text())["figures"]
+    if mode == "full":  # the same protocol, and the same pictures
+        assert len(figures) == 1 and "frozen_weights" not in figures[0]["protocol"]
+    else:
+        assert figures[1]["protocol"]["frozen_weights"] == "int8" and len(figures) == 2
 
 
 def test_a_disk_too_small_is_known_before_a_picture_is_drawn(folder, tmp_path, monkeypatch):

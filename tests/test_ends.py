@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path, monkeypatc
     monkeypatch.setattr("rapm.disk.make_writable", refused)
     monkeypatch.setattr("rapm.train.make_writable", refused)
     monkeypatch.setattr("rapm.disk.open", refused, raising=False)
-    monkeypatch.setattr("rapm.evaluate.compare.load_teacher", None)
+    monkeypatch.setattr("rapm.evaluate.compare.teacher_to_draw", None)
     capsys.readouterr()
     place_of = [str(tmp_path / "run")] if command[0] == "report" else ["--run", str(tmp_path / "run")]
     extra = ["--samples", "4"] if command[0] == "evaluate" else []

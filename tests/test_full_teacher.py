@@ -11,6 +11,7 @@ a GPU does.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import sys
@@ -34,6 +35,7 @@ from rapm.export.lora_file import WEIGHTS  # noqa: E402
 from rapm.loading import single_file  # noqa: E402
 from rapm.loading.single_file import base_parts, config_folder  # noqa: E402
 from rapm.loading.weights import Header  # noqa: E402
+from rapm.memory import cards  # noqa: E402
 from rapm.teacher import load_teacher  # noqa: E402
 
 FAMILIES = {"sd15": "sd1", "sdxl": "sdxl"}
@@ -166,6 +168,25 @@ def test_the_whole_way_on_a_tiny_teacher(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("model", FAMILIES)
 def test_the_whole_way_at_full_size(model, tmp_path):
     print(table(model, run(model, tmp_path, "cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model, gib", [("sd15", 4), ("sdxl", 8), ("sdxl", 6)])
+def test_pictures_at_full_size_on_a_small_card(model, gib, tmp_path, capsys):
+    """The first time, with the defaults, in what the allocator may take: a whole UNet but on the smallest."""
+    folder, device = random_pipeline(model, tmp_path / "teacher", "cuda"), torch.device("cuda", 0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    cards.cap(device, gib * cards.GIB)
+    command = ["sample", "--teacher", str(folder), "--mixed_precision", "bf16", "--output", str(tmp_path / "a.png")]
+    try:
+        for guidance in ("1", "5"):
+            assert main([*command, "--guidance", guidance, *PROMPTS]) == 0
+    finally:
+        cards.cap(device, torch.cuda.get_device_properties(device).total_memory + cards.CONTEXT)
+    assert torch.cuda.max_memory_reserved() <= gib * cards.GIB - cards.CONTEXT
+    assert ("int8" in capsys.readouterr().err) == (model == "sdxl" and gib == 6)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rapm.store import METADATA
 @pytest.fixture
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(draw, "load_teacher", None)  # not reached
+    monkeypatch.setattr(draw, "teacher_to_draw", None)  # not reached
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 import scipy.linalg
 import torch
 
+import rapm.sample
 from rapm.evaluate.embedded import Evaluation, Row, Sampler, frechet_distance, table, teacher_samplers
+from rapm.memory import cards
+from rapm.memory.planner import Planner
 from rapm.sample import sample
 from rapm.teacher import Teacher, load_teacher
 from rapm.trajectories import noise
@@ -166,9 +170,16 @@ def test_evaluation(teacher):
     assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") for line in lines)
 
 
-def test_evaluate_command(tmp_path, capsys):
+def test_evaluate_command(tmp_path, monkeypatch, capsys):
+    """On a card where a walk has three pictures, and the UNet waits."""
     from rapm.cli import main
 
+    draw, sample, walked = Planner.draw, rapm.sample.sample, []
+    monkeypatch.setattr(cards, "allowed", lambda device: 3 * cards.GIB)
+    monkeypatch.setattr(Planner, "draw", lambda *given: replace(draw(*given), aside=True, solve_batch=3))
+    monkeypatch.setattr(
+        rapm.sample, "sample", lambda *given, **more: walked.append(len(given[3])) or sample(*given, **more)
+    )
     (tmp_path / "tiny.toml").write_text(
         "trajectories = 2\nvalidation_prompts = 1\nfine_steps = 2\nmax_train_steps = 1\nlora_rank = 1\n"
     )
@@ -176,6 +187,7 @@ def test_evaluate_command(tmp_path, capsys):
     assert main(["train", "--output_dir", str(run), "--config", str(tmp_path / "tiny.toml")]) == 0
     assert main(["evaluate", "--run", str(run), "--pairs", "4", "--batch", "4"]) == 0
     report = json.loads((run / "evaluation.json").read_text())
+    assert walked == [3, 1] * 8  # the halves of the teacher's many steps, and six more rows
     names = ["teacher 8", "teacher 4 guided", "teacher 4 unguided", "student 4", "student 1", "student 2", "student 8"]
     assert [row["name"] for row in report["rows"]] == names
     assert set(report["rows"][0]) == set(Row.__dataclass_fields__)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rapm import __version__
 from rapm.config import Config
-from rapm.device import DTYPES, pick_device
+from rapm.device import pick_device
 from rapm.disk import need_writable, write_atomic
 from rapm.errors import UserError
 from rapm.evaluate.captions import SEED, Caption, read_captions
@@ -41,10 +41,12 @@ from rapm.evaluate.metrics import (
 )
 from rapm.export.lora_file import WEIGHTS, read_lora, text_lora
 from rapm.layers import Lora
+from rapm.memory import cards
+from rapm.memory.drawing import teacher_to_draw
 from rapm.pictures import png
-from rapm.sample import ENCODE, sample
+from rapm.sample import ENCODE, sample_with
 from rapm.store import Store, sha256
-from rapm.teacher import Teacher, load_teacher
+from rapm.teacher import Teacher
 from rapm.trajectories import Negatives, noise, seed_for
 from rapm.unet import Text
 
@@ -79,15 +81,25 @@ class Measures:
         self.network_name = "none" if not fid else "inception-v3-compat" if network is None else type(network).__name__
         self.clip_name, self.clip = clip, clip_metric(clip) if clip else None
 
-    def features(self, paths: Sequence[Path], cache: Path, side: int | None, device: torch.device) -> Tensor:
-        """The FID network's features of the pictures, n F, kept in `cache`."""
-        return features(paths, self.network, cache, name=self.network_name, side=side, device=device)
+    @property
+    def nbytes(self) -> int:
+        """Of the larger network with what it makes of a few pictures: no more than the VAE does of a tile's pixels."""
+        sizes = [sum(p.nbytes for p in x.parameters()) for x in (self.network, self.clip) if x is not None]
+        return max(sizes, default=0) + cards.DECODE * cards.TILE**2
 
-    def clip_score(self, paths, captions, cache: Path, side: int | None, device: torch.device) -> float | None:
-        """The mean over pictures and their captions; None without a CLIP."""
+    def features(self, paths: Sequence[Path], cache: Path, side: int | None, teacher: Teacher) -> Tensor:
+        """The FID network's features of the pictures, n F, kept in `cache`; it visits the teacher's device."""
+        device = teacher.unet.device
+        with teacher.visiting(self.network):
+            return features(paths, self.network, cache, name=self.network_name, side=side, device=device)
+
+    def clip_score(self, paths, captions, cache: Path, side: int | None, teacher: Teacher) -> float | None:
+        """The mean over pictures and their captions; None without a CLIP, which visits the teacher's device."""
         if self.clip is None:
             return None
-        return clip_score(paths, captions, self.clip, cache, name=self.clip_name, side=side, device=device)
+        device = teacher.unet.device
+        with teacher.visiting(self.clip):
+            return clip_score(paths, captions, self.clip, cache, name=self.clip_name, side=side, device=device)
 
 
 def compare(
@@ -121,9 +133,10 @@ def compare(
     measured = Measures(not captions or real is not None, clip, weights, network)
     if isinstance(real, tuple):
         _check_width(measured, real[0])
-    dtype = DTYPES[config.mixed_precision]
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
-    subject = _subject(config, folder, lora, teacher)
+    bare = lora is not None and str(lora) == "none"
+    guided, path = (config, None) if bare else (config.replace(guidance=1.0), lora or folder)
+    teacher = teacher_to_draw(guided, pick_device(config), batch=batch, lora=path, visitor=measured.nbytes)
+    subject = _subject(config, path, teacher)
     if captions:
         rows, protocol = _on_captions(folder, config, teacher, subject, drawn, real, measured, batch)
         protocol["captions"] = f"{captions.name} sha256 {sha256(captions.read_bytes())[:16]}"
@@ -148,8 +161,8 @@ def _on_captions(
     protocol = {
         "protocol": f"COCO-2014 as in DMD2: a caption an image; central square, Lanczos to {SIDE}x{SIDE}",
         "samples": len(drawn), "seed": SEED, "drawn": keys[:16], "teacher": teacher.fingerprint[:16],
-        "precision": config.mixed_precision, **subject.settings, "resolution": "x".join(map(str, resolution)),
-        "negative_prompt": config.negative_prompt,
+        "precision": config.mixed_precision, **teacher.shortcuts, **subject.settings,
+        "resolution": "x".join(map(str, resolution)), "negative_prompt": config.negative_prompt,
     }  # fmt: skip
     job = _job(folder, "captions", protocol)
     shape = teacher.latent_shape(resolution)
@@ -157,9 +170,8 @@ def _on_captions(
     paths = [job / "pictures" / f"{i:05d}.png" for i in range(len(drawn))]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     _check_room(job, len(todo) * SIDE * SIDE)
-    device = teacher.unet.device
     if isinstance(real, list):  # first: a picture that cannot be read is to cost no hour
-        theirs = measured.features(real, folder / "evaluation" / "reference", SIDE, device)
+        theirs = measured.features(real, folder / "evaluation" / "reference", SIDE, teacher)
     with _progress(len(drawn), todo) as bar:
         for first in range(0, len(todo), ENCODE):
             some = todo[first : first + ENCODE]
@@ -173,12 +185,12 @@ def _on_captions(
     captions = [caption.text for caption in drawn]
     row = {"name": subject.name, "samples": len(drawn)}
     if real is not None:
-        mine = measured.features(paths, job / "features", None, device)
+        mine = measured.features(paths, job / "features", None, teacher)
         if isinstance(real, list):
             row |= {"FID": fid(mine, theirs), "KID x1000": kid(mine, theirs)}
         else:
             row["FID"] = fid(mine, real)
-    if (score := measured.clip_score(paths, captions, job / "features", None, device)) is not None:
+    if (score := measured.clip_score(paths, captions, job / "features", None, teacher)) is not None:
         row["CLIP"] = score
     return [row], protocol
 
@@ -193,7 +205,7 @@ def _to_teacher(
     protocol = {
         "protocol": "to the teacher's stored endpoints; the student draws the same prompts from other noise",
         "samples": count, "seed": SEED, "store": sha256(json.dumps(store.metadata).encode())[:16],
-        "precision": config.mixed_precision, **subject.settings,
+        "precision": config.mixed_precision, **teacher.shortcuts, **subject.settings,
         "prompts": f"the store's; all but the last {config.validation_prompts} were trained on", "bias": FID_BIAS,
     }  # fmt: skip
     jobs = _job(folder, "teacher", {"store": protocol["store"]}), _job(folder, "student", protocol)
@@ -213,8 +225,8 @@ def _to_teacher(
             starts = [(tuple(t.positions.shape[1:]), i) for i, t in zip(part, trajectories, strict=True)]
             _save([mine[i] for i in part], teacher.decode(_draw(teacher, subject, text, starts, uncond)))
             bar.update(len(part))
-    device, captions = teacher.unet.device, [store[i].prompt for i in range(count)]
-    x, y = (measured.features(p, job / "features", None, device) for p, job in zip((mine, theirs), jobs, strict=True))
+    captions = [store[i].prompt for i in range(count)]
+    x, y = (measured.features(p, job / "features", None, teacher) for p, job in zip((mine, theirs), jobs, strict=True))
     rows = [{"name": subject.name, "samples": count, "FID": fid(x, y), "KID x1000": kid(x, y)}]
     # The teacher against itself needs two sets of pictures: halves of the prompts, and the student's half beside them.
     for name, half in (
@@ -224,7 +236,7 @@ def _to_teacher(
         rows.append({"name": name, "samples": len(half), "FID": fid(half, y[1::2]), "KID x1000": kid(half, y[1::2])})
     if measured.clip is not None:
         scores = [
-            measured.clip_score(p, captions, job / "features", None, device)
+            measured.clip_score(p, captions, job / "features", None, teacher)
             for p, job in zip((mine, theirs), jobs, strict=True)
         ]
         rows[0]["CLIP"] = scores[0]
@@ -232,11 +244,10 @@ def _to_teacher(
     return rows, protocol
 
 
-def _subject(config: Config, folder: Path, lora: Path | None, teacher: Teacher) -> Subject:
-    if lora is not None and str(lora) == "none":
+def _subject(config: Config, path: Path | None, teacher: Teacher) -> Subject:
+    if path is None:
         steps = config.steps * config.fine_steps
         return Subject(f"teacher, {steps} steps", None, steps, config.guidance, "none", None)
-    path = lora or folder / WEIGHTS
     weights = read_lora(path, teacher.unet)
     file = path / WEIGHTS if path.is_dir() else path
     name = f"student, {config.steps} steps"
@@ -248,9 +259,8 @@ def _draw(
 ) -> Tensor:
     """Latents from the noise of this protocol's pictures: (shape, number) each."""
     start = torch.stack([noise(seed_for(SEED, f"picture {i}"), shape) for shape, i in starts])
-    return sample(
-        teacher.unet, teacher.schedule, text, start, subject.steps, lora=subject.lora, guidance=subject.guidance,
-        uncond=uncond,
+    return sample_with(
+        teacher, text, start, subject.steps, lora=subject.lora, guidance=subject.guidance, uncond=uncond
     )  # fmt: skip
 
 

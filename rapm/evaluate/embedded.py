@@ -21,14 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rapm.config import Config
-from rapm.device import DTYPES, pick_device
+from rapm.device import pick_device
 from rapm.disk import need_writable, write_atomic
 from rapm.errors import UserError
 from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.finite import finite
 from rapm.layers import Lora
-from rapm.sample import sample
-from rapm.teacher import Teacher, load_teacher
+from rapm.memory.drawing import teacher_to_draw
+from rapm.sample import sample_with
+from rapm.teacher import Teacher
 from rapm.trajectories import noise, seed_for
 from rapm.unet import Text
 from rapm.zoo import JUDGE, scenes
@@ -158,9 +159,9 @@ class Evaluation:
         starts = range(0, len(half.index), self.batch)
         for start in tqdm(starts, desc=sampler.name, leave=False, disable=None):
             stop = start + self.batch
-            z = sample(
-                self.teacher.unet, self.teacher.schedule, half.text.rows(start, stop), half.noise[start:stop],
-                sampler.steps, lora=sampler.lora, guidance=sampler.guidance, uncond=self.uncond,
+            z = sample_with(
+                self.teacher, half.text.rows(start, stop), half.noise[start:stop], sampler.steps, lora=sampler.lora,
+                guidance=sampler.guidance, uncond=self.uncond,
             )  # fmt: skip
             images.append(self.teacher.decode(z))
         return torch.cat(images)
@@ -191,8 +192,7 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
     config = Config.of_run(folder)
     need_writable(folder)
     path = lora or folder / WEIGHTS
-    dtype = DTYPES[config.mixed_precision]
-    teacher = load_teacher(config.teacher, device=pick_device(config), dtype=dtype, loras=config.teacher_lora)
+    teacher = teacher_to_draw(config, pick_device(config), batch=batch, lora=path)
     weights = read_lora(path, teacher.unet)
     whole = config.steps * config.fine_steps
     evaluation = Evaluation(
@@ -202,7 +202,8 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
     students = [Sampler(f"student {n}", n, lora=weights) for n in dict.fromkeys((config.steps, 1, 2, 8))]
     rows = [evaluation.floor, *map(evaluation.row, [*teacher_samplers(config.guidance, config.steps), *students])]
     protocol = {"pairs": pairs, "reference_steps": whole, "guidance": config.guidance, "torch": torch.__version__}
-    save_rows(folder / "evaluation.json", rows, {**protocol, "device": str(teacher.unet.device)})
+    protocol |= {"device": str(teacher.unet.device), **teacher.shortcuts}
+    save_rows(folder / "evaluation.json", rows, protocol)
     return table(rows)
 
 

@@ -78,10 +78,7 @@ class Budget:
         """`config` with the plan's batch; the teacher's parts take turns where the plan says so."""
         teacher.aside, teacher.apart, teacher.proven = self.plan.aside, self.plan.apart, self.plan.proven
         if self.plan.tiled:
-            vae = teacher.pipe.vae
-            vae.enable_tiling()
-            vae.tile_sample_min_size = cards.TILE  # by default the size that the VAE was trained on: no tile at all
-            vae.tile_latent_min_size = cards.TILE // teacher.pipe.vae_scale_factor
+            teacher.decode_in_tiles()
         return config.replace(solve_batch=self.plan.solve_batch, frozen_weights=teacher.frozen)
 
     def memory(self, unet: torch.nn.Module) -> SlotMemory:

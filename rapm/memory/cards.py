@@ -136,6 +136,17 @@ def granted(device: torch.device, asked: int | None) -> int:
     return there
 
 
+def allowed(device: torch.device) -> int | None:
+    """Bytes that this process, with its context, can have of `device`: what is free, within the allocator's cap.
+
+    None for a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(automatic(device), int(torch.cuda.get_per_process_memory_fraction(device) * total) + CONTEXT)
+
+
 def cap(device: torch.device, budget: int, context: int = CONTEXT) -> None:
     """The allocator's part of `budget`: the process with its context of `context` bytes stays within it."""
     total = torch.cuda.get_device_properties(device).total_memory

@@ -103,6 +103,37 @@ class Planner:
         _, _, plan, choice = min(fitting)
         return self._finish(plan, choice)
 
+    def draw(self, budget: int, batch: int, lora: int = 0, visitor: int = 0) -> Plan:
+        """How pictures are drawn within `budget` bytes of the card: at most `batch` by one walk, with `lora` numbers in
+        the LoRA, and `visitor` bytes of whatever else looks at them.
+
+        UserError where there is no way, with the least that would do.
+        """
+        ways = [
+            Plan(budget, cards.CARDS[0], tiled=tiled, aside=aside)
+            for tiled, aside in itertools.product(*[(False, True)] * 2)
+        ]
+        if self.host is not None:
+            ways = [way for way in ways if not way.aside or self._on_host(way)["encode"] <= self.host]
+
+        def need(way: Plan) -> int:
+            walks = self._solve(way) + lora * DTYPES[self.config.mixed_precision].itemsize
+            visits = visitor + (0 if way.aside else self.sizes.weights)
+            live = max(walks, self._encode(way), self._decode(way, batch), visits)
+            return int(cards.CONTEXT + cards.SLACK * live)
+
+        found = next((way for way in ways if need(way) <= budget), None)
+        if found is None:
+            least = math.ceil(min(map(need, ways)) / GIB * 10) / 10
+            height, width = max(self.config.resolutions or (self.model.resolution,), key=math.prod)
+            raise UserError(
+                f"the card has {budget / GIB:.2f} GiB for this process, too little to draw {height}x{width} with "
+                f"{self.model.name}, for which {least:.1f} would do: close what else uses it, draw smaller pictures, "
+                "or use another card"
+            )
+        most = next(n for n in range(batch, 0, -1) if need(replace(found, solve_batch=n)) <= budget)
+        return replace(found, solve_batch=most)
+
     def smallest(self) -> int:
         """Bytes of the least budget that works."""
         card, movable = self.card or cards.CARDS[0], self._movable()
@@ -192,11 +223,16 @@ class Planner:
     def _validate(self, plan: Plan) -> float:
         """Bytes alive at a validation: while the student walks and the heads look, or while the VAE decodes."""
         sizes, state = self.sizes, self.sizes.state + self._replay()
-        together = min(cards.TILE**2 // sizes.pixels, self.config.validation_prompts)  # of small pictures
-        pixels = min(sizes.pixels, cards.TILE**2) if plan.tiled else sizes.pixels * max(1, together)
         looks = sizes.weights + self._forward(3 * plan.solve_batch) + sizes.largest + cards.WORKSPACE
-        decodes = sizes.vae + cards.DECODE * pixels + (0 if plan.aside else sizes.weights)
-        return state + max(self._solve(plan), looks, decodes)
+        return state + max(self._solve(plan), looks, self._decode(plan, self.config.validation_prompts))
+
+    def _decode(self, plan: Plan, count: int) -> float:
+        """Bytes alive while the VAE decodes `count` pictures."""
+        sizes = self.sizes
+        pixels = sizes.pixels * max(1, min(cards.TILE**2 // sizes.pixels, count))  # of small pictures some together
+        if plan.tiled:
+            pixels = min(pixels, cards.TILE**2)
+        return sizes.vae + cards.DECODE * pixels + (0 if plan.aside else sizes.weights)
 
     def _export(self, plan: Plan) -> float:
         """Bytes alive at the export: the prompts first, then our own sampler, then the stock pipeline."""
