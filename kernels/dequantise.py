@@ -11,6 +11,7 @@ codes: as W in int8, N K/2 in nf4; scale: N in fp32; blocks: N B, bytes.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -54,10 +55,16 @@ def nf4(weight: Tensor) -> Low:
     scale = most.amax(1)
     blocks = torch.ceil(most / scale.where(scale > 0, 1.0)[:, None] * 255).clamp(1, 255)
     step = scale[:, None] * blocks / 255
-    levels = torch.tensor(LEVELS, device=w.device)
+    levels = _levels(w.device)
     codes = torch.bucketize(w / step.where(step > 0, 1.0)[..., None], (levels[1:] + levels[:-1]) / 2)
     codes = codes.view(n, -1)[:, :k].to(torch.uint8)
     return Low(codes[:, ::2] | codes[:, 1::2] << 4, scale, blocks.to(torch.uint8))
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """LEVELS on `device`, once: a graph under capture cannot fetch them."""
+    return torch.tensor(LEVELS, device=device)
 
 
 def dequantise_ref(codes: Tensor, scale: Tensor, blocks: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -65,7 +72,7 @@ def dequantise_ref(codes: Tensor, scale: Tensor, blocks: Tensor | None, dtype: t
         return (codes.float() * scale.view(-1, *(1 for _ in codes.shape[1:]))).to(dtype)
     both = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1).long()
     steps = (scale[:, None] * (blocks.float() / 255)).repeat_interleave(BLOCK, 1)[:, : both.shape[1]]
-    return (steps * torch.tensor(LEVELS, device=codes.device)[both]).to(dtype)
+    return (steps * _levels(codes.device)[both]).to(dtype)
 
 
 @jit

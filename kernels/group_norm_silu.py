@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapm.kernels.runtime import enabled, jit, processors, tl, triton
+from rapm.kernels.runtime import architecture, enabled, jit, processors, tl, triton
 
-TILE_VALUES, MAX_WARPS, THREAD_VALUES = 8192, 16, 64  # of a tile; warps of a program; numbers of a thread
-MAX_SPLITS = 128  # runs of a map, more where they would be short: every program of SECOND reads the results of all
+TILE_VALUES, THREAD_VALUES = 4096, 64  # numbers of a tile, and of a thread
+MAX_SPLITS = 128  # runs of a map; with more, a program has half the channels in runs twice as long
 FILL = 1  # programs a processor: with fewer, runs are shorter
 WHOLE = 16384  # the tile of one group up to which one launch does both stages
-PDL = False  # sm_90 and newer: a launch may be scheduled while the one before it runs (programmatic dependent launch)
+PDL = 90  # compute capability from which a launch begins while the one before it ends (programmatic dependent launch)
 
 
 def group_norm_silu_ref(
@@ -238,8 +238,9 @@ def _plan(x: Tensor, groups: int, whole: int) -> tuple[tuple[int, int, int], lis
     splits = cdiv(positions, rows)
     options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, SPLITS=power(splits))
     options["EVEN"] = positions % rows == 0
-    options |= dict(num_warps=min(MAX_WARPS, max(4, rows * tile // (32 * THREAD_VALUES))), PDL=PDL)
-    options |= dict(launch_pdl=True) if PDL else {}  # Triton's interpreter does not know this one
+    options["num_warps"] = max(4 if splits == 1 else 2, rows * tile // (32 * THREAD_VALUES))
+    options["PDL"] = architecture(x.device) >= PDL
+    options |= dict(launch_pdl=True) if options["PDL"] else {}  # Triton's interpreter does not know this one
     stages = [(True, True)] if splits == 1 else [(True, False), (False, True)]
     return (cdiv(groups, own), splits, batch), [options | dict(FIRST=a, SECOND=b) for a, b in stages]
 

@@ -167,11 +167,13 @@ def width_of(rank: int) -> int:
     return 1 if rank == 1 else max(16, triton.next_power_of_2(rank))
 
 
-def tile_of(m: int, rank: int, x: Tensor) -> dict[str, int]:
-    """Rows, columns read and columns written at a time, for a product of `rank` over m rows."""
+def tile_of(m: int, rank: int, x: Tensor, k: int | None = None) -> dict[str, int]:
+    """Rows, columns read and columns written at a time, for a product of `rank` over m rows, and k columns if any."""
     width, size = width_of(rank), x.element_size()
-    if width == 1:  # few rows: each of them whole, two at a time
+    if width == 1:  # few or short rows: each of them whole
         tile = dict(BM=8, BK=1024 // size, BN=512) if m >= 2048 else dict(BM=2, BK=4096 // size, BN=1024)
+        if m >= 2048 and k is not None and k * size <= 2048:
+            tile = dict(BM=4, BK=2048 // size, BN=512)
         return dict(tile, num_warps=4)
     wide = 8192 // (width * size)  # 8 KiB of a or b in each stage, and at most 8 of the rows
     return dict(BM=16 if width == 16 else 32, BK=wide, BN=wide, num_warps=4)
@@ -186,7 +188,8 @@ def rows(
     With `groups_a`, a (K R/groups) are the blocks of a diagonal, and with `groups_b` b (R/groups N) are.
     """
     m, k, rank, n = *x.shape, a.shape[1] * groups_a, 0 if y is None else y.shape[1]
-    tile = tile_of(m, rank, x)
+    tile = tile_of(m, rank, x, k)
+    stages = STAGES if k > tile["BK"] else 1  # one tile waits for nothing: it needs no place in shared memory
     blocks = triton.cdiv(m, tile["BM"])
     # Programs that share rows each compute h: only as many as would be idle, and as y is worth
     share = max(1, min(processors(x.device) // blocks, 2 * n // k))
@@ -195,7 +198,7 @@ def rows(
     _rows_kernel[(blocks, triton.cdiv(max(n, 1), span))](
         x, x.stride(0), a, *a.stride(), h, b, *((0, 0) if b is None else b.stride()), bias, y, m, k, n, rank,
         rank // max(groups_a, groups_b), span, 0 if groups_a == 1 else k // groups_a,
-        0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=STAGES, **tile,
+        0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=stages, **tile,
     )  # fmt: skip
     return h
 
@@ -239,7 +242,8 @@ def sums(
     for t, v, o in zip((g, h), (x, dy), found, strict=True):
         args += [t, v, v.stride(0), o, len(v), triton.cdiv(len(v), parts), v.shape[1], t.shape[1]]
     seg = 0 if groups == 1 else dy.shape[1] // groups
-    _sums_kernel[(blocks, parts)](*args, rank, seg, BG=widths[0], BH=widths[1], STAGES=STAGES, **tile)
+    stages = min(STAGES, triton.cdiv(triton.cdiv(longest, parts), tile["BM"]))
+    _sums_kernel[(blocks, parts)](*args, rank, seg, BG=widths[0], BH=widths[1], STAGES=stages, **tile)
     if parts > 1:
         sizes, pad = [o.numel() for o in out], triton.next_power_of_2(parts)
         grid = (triton.cdiv(sum(sizes), 4096 // pad),)
