@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rapm.kernels.geglu import geglu_ref
 from rapm.kernels.low_rank import matrix
-from rapm.kernels.runtime import architecture, enabled, jit, processors, tl, triton
+from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 if triton:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -99,6 +99,12 @@ def _geglu_linear_kernel(
         else:
             mask = (row < M) & (n < F)[None, :]
             tl.store(y + row.to(tl.int64) * F + n[None, :], out.to(y.dtype.element_ty), mask=mask)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability, 90 on Hopper; 0 off CUDA."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

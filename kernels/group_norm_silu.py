@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapm.kernels.runtime import architecture, enabled, jit, processors, tl, triton
+from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 TILE_VALUES, THREAD_VALUES = 4096, 64  # numbers of a tile, and of a thread
 MAX_SPLITS = 128  # runs of a map; with more, a program has half the channels in runs twice as long
 FILL = 1  # programs a processor: with fewer, runs are shorter
 WHOLE = 16384  # the tile of one group up to which one launch does both stages
-PDL = 90  # compute capability from which a launch begins while the one before it ends (programmatic dependent launch)
 
 
 def group_norm_silu_ref(
@@ -46,10 +45,8 @@ def _load(x, mask):
 
 
 @jit
-def _partial(x, splits, group, in_g, GROUPS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+def _partial(x, splits, group, in_g, GROUPS: tl.constexpr, SPLITS: tl.constexpr):
     """Both partial results of every group and run, each (OWN_PAD SPLITS), 0 where nothing exists."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     tl.debug_barrier()  # what follows waits for loads: by now those of the tile are on their way
     s = tl.arange(0, SPLITS)[None, :]
     at, mask = x + group[:, None] * splits + s, in_g[:, None] & (s < splits)
@@ -81,12 +78,8 @@ def _forward_kernel(
     x, x_row, x_batch, residual, r_row, r_batch, shift, weight, bias, v, y, y_batch, stats, partial, eps, positions,
     splits, C: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, OWN_PAD: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr,
-    SECOND: tl.constexpr, PDL: tl.constexpr,
+    SECOND: tl.constexpr,
 ):  # fmt: skip
-    # Else the tile is from before FIRST, which is over once the wait below is
-    if PDL and (FIRST or v is not None or partial is None):
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     GROUPS: tl.constexpr = C // WIDTH
     b, block, k, g = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.arange(0, TILE), tl.arange(0, OWN_PAD)
     split = tl.program_id(1) if FIRST else splits - 1 - tl.program_id(1)  # from the end, where L2 is surest to have it
@@ -102,7 +95,7 @@ def _forward_kernel(
     add = _load(shift + b * C + c, in_c) if shift is not None else None
     z = tl.load(x + (b * x_batch + start * x_row) + (r * x_row + c), mask=mask, other=0.0)
     if not FIRST and partial is not None:
-        s_mean, s_m2 = _partial(partial, splits, group, in_g, GROUPS, SPLITS, PDL)
+        s_mean, s_m2 = _partial(partial, splits, group, in_g, GROUPS, SPLITS)
     z = z.to(tl.float32)  # 0 where nothing exists, in padding channels as the loads left it
     if shift is not None:
         z += add
@@ -148,11 +141,8 @@ def _backward_kernel(
     dy, dy_row, dy_batch, dv, dv_row, dv_batch, x, x_row, x_batch, shift, weight, bias, stats, partial, sums,
     dx, dx_batch, dshift, positions, splits, C: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr,
     OWN_PAD: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, SILU: tl.constexpr,
-    EVEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    if PDL and FIRST:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     GROUPS: tl.constexpr = C // WIDTH
     b, block, k, g = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.arange(0, TILE), tl.arange(0, OWN_PAD)
     split = tl.program_id(1) if FIRST else splits - 1 - tl.program_id(1)
@@ -170,7 +160,7 @@ def _backward_kernel(
     if SECOND and dv is not None:
         stream = tl.load(dv + (b * dv_batch + start * dv_row) + (r * dv_row + c), mask=mask, other=0.0)
     if not FIRST:
-        s_a, s_b = _partial(partial, splits, group, in_g, GROUPS, SPLITS, PDL)
+        s_a, s_b = _partial(partial, splits, group, in_g, GROUPS, SPLITS)
         sum_a, sum_b = tl.sum(s_a, axis=1), tl.sum(s_b, axis=1)
     xhat, d = (xhat.to(tl.float32) - center) * rstd, d.to(tl.float32)  # 0 in padding channels, as center and rstd
     if not EVEN:
@@ -239,8 +229,6 @@ def _plan(x: Tensor, groups: int, whole: int) -> tuple[tuple[int, int, int], lis
     options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, SPLITS=power(splits))
     options["EVEN"] = positions % rows == 0
     options["num_warps"] = max(4 if splits == 1 else 2, rows * tile // (32 * THREAD_VALUES))
-    options["PDL"] = architecture(x.device) >= PDL
-    options |= dict(launch_pdl=True) if options["PDL"] else {}  # Triton's interpreter does not know this one
     stages = [(True, True)] if splits == 1 else [(True, False), (False, True)]
     return (cdiv(groups, own), splits, batch), [options | dict(FIRST=a, SECOND=b) for a, b in stages]
 

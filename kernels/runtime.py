@@ -62,12 +62,6 @@ def launch_problem() -> tuple[str, str] | None:
 
 
 @functools.cache
-def architecture(device: torch.device) -> int:
-    """Compute capability, 90 on Hopper; 0 off CUDA."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return 10 * major + minor
-
-
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`; off CUDA (interpreter, compiling without a GPU) a few, to serve tests."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -7,7 +7,6 @@ again under a driver that compiles for the given architectures and launches noth
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import re
@@ -23,9 +22,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from rapm.kernels import runtime
+from rapm.kernels import geglu_linear, runtime
 from rapm.kernels.disc_head import disc_head, layout
-from rapm.kernels.geglu_linear import geglu_linear
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
 from rapm.kernels.renoise import renoise
@@ -129,7 +127,7 @@ def feed_forward(config: dict, dtype: torch.dtype) -> None:
         ups = [m.net[0]["proj"] for m in UNet(config).to(dtype).requires_grad_(False).modules()
                if isinstance(m, FeedForward)]  # fmt: skip
         for up in ups:
-            geglu_linear(torch.empty(16, 1024, up.in_features, dtype=dtype), up.weight, up.bias)
+            geglu_linear.geglu_linear(torch.empty(16, 1024, up.in_features, dtype=dtype), up.weight, up.bias)
 
 
 def slot(channels: list[int], side: int, dtype: torch.dtype) -> None:
@@ -202,8 +200,7 @@ def main(archs: list[int]) -> None:
     triton.runtime.jit.JITFunction.run = compiled
     for arch in archs:
         triton.runtime.driver.set_active(Offline(arch))
-        for name in ("geglu_linear", "group_norm_silu"):
-            importlib.import_module(f"rapm.kernels.{name}").architecture = lambda device, arch=arch: arch
+        geglu_linear.architecture = lambda device, arch=arch: arch
         with torch.no_grad():  # as below autograd, where operators run
             for name, args in calls[arch in LIKE_80]:
                 OPDEFS[name]._init_fn(*args)
