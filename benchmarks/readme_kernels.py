@@ -9,7 +9,8 @@ from tables import NONE, fill, rows_table, table
 
 MODELS = {"sd15": "SD1.5, 512x512", "sdxl": "SDXL, 1024x1024"}
 SHORT = {model: name.partition(",")[0] for model, name in MODELS.items()}
-OURS = ("reference", "compile", "rapm", "frozen layer")  # providers of rapm/bench/ops.py that are no library
+# Providers of rapm/bench/ops.py that are no library; the last two are what a layer costs without LoRA, or in bf16.
+OURS = ("reference", "compile", "rapm", "frozen layer", "whole weight")
 LARGEST = 5  # rapm/bench/run.py
 RANKS = 1, 64  # rapm/bench/ops.py
 
@@ -35,6 +36,7 @@ OPERATORS_TEXT = """
 Milliseconds, forward and backward together, of all calls in one pass of the UNet (the last four: in one slot), batch 1,
 bf16, on one {card[device]}, torch {card[torch]}: plain PyTorch, torch.compile, the fastest library that does the same,
 and ours. {none}: there is none. `failed`: it gave no result, or one too far from the fp64 reference.
+`int8_linear` is there for memory: with whole weights its layers are `lora_linear`'s.
 """
 SLOWER = "Ours is not the fastest at {cases}."
 KERNELS = """
@@ -85,7 +87,7 @@ def operators(report: Mapping) -> str:
                 for who in ("reference", "compile", "library", "rapm"):
                     absent = "failed" if (model, name, who) in failed else NONE
                     cells.append(number(shown[who]) if who in shown else absent)
-                others = {who: ms for who, ms in done.items() if who not in ("rapm", "frozen layer")}
+                others = {who: ms for who, ms in done.items() if who not in OURS[2:]}
                 best = min(others, key=others.__getitem__, default=None)
                 if best and done.get("rapm", 0.0) > others[best]:
                     who = {"reference": "PyTorch", "compile": "torch.compile"}.get(best, best)
