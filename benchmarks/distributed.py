@@ -179,7 +179,7 @@ def stand_in(unet: torch.nn.Module, side: int) -> SimpleNamespace:
     text = example_text(unet.config, side, "cpu")
     text = Text(*(None if x is None else x.float() for x in text))
     return SimpleNamespace(
-        unet=unet, schedule=Schedule.from_config(SCHEDULE), default_resolution=(8 * side, 8 * side), aside=False,
+        unet=unet, schedule=Schedule.from_config(SCHEDULE), default_resolution=(8 * side, 8 * side), unet_waits=False,
         fingerprint="random", frozen="full", latent_shape=lambda resolution: (4, side, side),
         encode_negative=lambda words: text, encode=lambda prompts, resolution: text.expand(len(prompts)),
     )  # fmt: skip

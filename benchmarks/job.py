@@ -72,7 +72,7 @@ def teacher_of(unet: UNet, side: int, mode: str) -> SimpleNamespace:
         return Text.cat([example_text(unet.config, side, "cpu") for _ in prompts])
 
     return SimpleNamespace(
-        unet=unet, schedule=Schedule.from_config(SCHEDULE), aside=False, apart=False, frozen=mode,
+        unet=unet, schedule=Schedule.from_config(SCHEDULE), unet_waits=False, stock_by_blocks=False, frozen=mode,
         fingerprint="random", default_resolution=(8 * side, 8 * side),
         latent_shape=lambda resolution=None: (4, side, side), encode=encode,
         encode_negative=lambda words="": encode([words]),

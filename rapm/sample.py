@@ -55,7 +55,7 @@ def sample_with(
     uncond: Text | None = None,
 ) -> Tensor:
     """`sample` with the teacher's UNet: latents B C h w, of as many at a time as there is room for; `uncond` B or 1."""
-    most, parts = teacher.together or len(noise), []
+    most, parts = teacher.walk_batch or len(noise), []
     for start in range(0, len(noise), most):
         stop = start + most
         other = uncond.rows(start, stop) if uncond is not None and len(uncond.hidden) > 1 else uncond

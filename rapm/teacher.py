@@ -52,10 +52,10 @@ class Teacher:
     digests: Digests  # of the UNet and the text encoders, as the files have them
     loras: tuple[Style, ...] = ()  # fused into both
     frozen: str = "full"  # the mode of its UNet's weights, of memory/low_precision.py
-    aside: bool = False  # the UNet waits on the CPU while another part visits its device: both would not fit
-    apart: bool = False  # of a second UNet, the stock pipeline's, only blocks are on the device
+    unet_waits: bool = False  # the UNet waits on the CPU while another part visits its device: both would not fit
+    stock_by_blocks: bool = False  # of a second UNet, the stock pipeline's, only blocks are on the device
     proven: bool = True  # whether the export samples in the stock pipeline at all: the host may have no room for one
-    together: int | None = None  # pictures that one walk draws at the most: more would not fit
+    walk_batch: int | None = None  # pictures that one walk draws at the most: more would not fit
 
     @property
     def location(self) -> Path:
@@ -144,7 +144,7 @@ class Teacher:
             for name, encoder in self._text_encoders.items():
                 getattr(pipe, name).load_state_dict(encoder.state_dict())
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to("cpu" if self.apart else self.unet.device)
+        return pipe.to("cpu" if self.stock_by_blocks else self.unet.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,7 +191,7 @@ class Teacher:
     def visiting(self, *modules: nn.Module) -> Iterator[None]:
         """`modules` on the UNet's device for a while: between uses they would only take its memory."""
         device = self.unet.device
-        with self.waiting(self.aside, device):
+        with self.waiting(self.unet_waits, device):
             for module in modules:
                 module.to(device)
             yield
@@ -199,14 +199,14 @@ class Teacher:
                 module.to("cpu")
 
     @contextmanager
-    def waiting(self, aside: bool, device: torch.device) -> Iterator[None]:
-        """The UNet on the CPU for a while, if `aside`. A captured graph that reads it must be given back before."""
-        if aside:
+    def waiting(self, away: bool, device: torch.device) -> Iterator[None]:
+        """The UNet on the CPU for a while, if `away`. A captured graph that reads it must be given back before."""
+        if away:
             self.unet.lay("cpu")
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # or a visitor would take a part of its place, which must come back whole
         yield
-        if aside:
+        if away:
             self.unet.lay(device)
 
 

@@ -173,7 +173,7 @@ def test_the_unet_waits_while_another_part_visits(teacher, monkeypatch):
     wanted, moves = teacher.encode(["a cat"]), []
     lay = type(teacher.unet).lay
     monkeypatch.setattr(type(teacher.unet), "lay", lambda self, device: moves.append(device) or lay(self, device))
-    monkeypatch.setattr(teacher, "aside", True)
+    monkeypatch.setattr(teacher, "unet_waits", True)
     assert torch.equal(teacher.encode(["a cat"]).hidden, wanted.hidden)
     assert moves == ["cpu", torch.device("cpu")]  # away, and back to where it was
 

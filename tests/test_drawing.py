@@ -78,7 +78,7 @@ def pixels(path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "gib, mode, aside, tiled, batch",
+    "gib, mode, unet_waits, tiled, batch",
     [
         (16, "full", False, False, 4),
         (10, "full", True, False, 4),  # the decoding would not fit beside it
@@ -88,10 +88,11 @@ def pixels(path: Path) -> torch.Tensor:
         (4.8, "int8", True, True, 2),
     ],
 )
-def test_what_gives_way_on_sdxl(monkeypatch, gib, mode, aside, tiled, batch) -> None:
+def test_what_gives_way_on_sdxl(monkeypatch, gib, mode, unet_waits, tiled, batch) -> None:
     monkeypatch.setattr(host, "limit", lambda: None)
     planner, plan = drawn(model_of("sdxl"), SDXL, int(gib * GIB), 4, NUMBERS)
-    assert (planner.config.frozen_weights, plan.aside, plan.tiled, plan.solve_batch) == (mode, aside, tiled, batch)
+    found = planner.config.frozen_weights, plan.unet_waits, plan.tiled, plan.solve_batch
+    assert found == (mode, unet_waits, tiled, batch)
 
 
 @pytest.mark.parametrize("name, side", [("sdxl", 1024), ("sdxl", 768), ("sd21", 768), ("sd15", 512), ("sd15", 1024)])
@@ -110,24 +111,24 @@ def test_every_card_from_the_smallest_on_draws(monkeypatch, name, side, guidance
     for budget in range(int(smallest * GIB), 18 * GIB, GIB):
         planner, plan = drawn(model_of(name), config, budget, 4)
         sizes, rows = planner.sizes, plan.solve_batch * (1 + (guidance > 1))
-        beside = cards.CONTEXT + sizes.weights * (not plan.aside)
+        beside = cards.CONTEXT + sizes.weights * (not plan.unet_waits)
         assert beside + sizes.text <= budget
         assert beside + sizes.vae + cards.DECODE * (cards.TILE**2 if plan.tiled else side**2) <= budget
         assert cards.CONTEXT + sizes.weights + planner._forward(rows) <= budget and 1 <= plan.solve_batch <= 4
         order.append(["nf4", "int8", "full"].index(planner.config.frozen_weights))
-    assert order == sorted(order) and order[-1] == 2 and not plan.aside and plan.solve_batch == 4
+    assert order == sorted(order) and order[-1] == 2 and not plan.unet_waits and plan.solve_batch == 4
 
 
 def test_a_host_without_room_keeps_the_unet_on_the_card(monkeypatch) -> None:
     monkeypatch.setattr(host, "limit", lambda: 8 * GIB)
     planner, plan = drawn(model_of("sdxl"), SDXL, 10 * GIB, 4)
-    assert planner.config.frozen_weights == "full" and plan.tiled and not plan.aside
+    assert planner.config.frozen_weights == "full" and plan.tiled and not plan.unet_waits
 
 
 def test_what_looks_at_pictures_is_a_visitor_too(monkeypatch) -> None:
     monkeypatch.setattr(host, "limit", lambda: None)
-    assert not drawn(model_of("sdxl"), SDXL, 12 * GIB, 4)[1].aside
-    assert drawn(model_of("sdxl"), SDXL, 12 * GIB, 4, visitor=8 * GIB)[1].aside
+    assert not drawn(model_of("sdxl"), SDXL, 12 * GIB, 4)[1].unet_waits
+    assert drawn(model_of("sdxl"), SDXL, 12 * GIB, 4, visitor=8 * GIB)[1].unet_waits
 
 
 def test_what_is_allowed_is_free_and_within_the_cap(monkeypatch) -> None:
@@ -178,7 +179,7 @@ def test_a_file_that_says_nothing_is_planned_for_at_its_size(card, moves, tiny_f
     teacher = teacher_to_draw(config, CPU, batch=64)
     assert teacher.default_resolution == (80, 80) and not moves
     plan = drawn(model_of(str(tiny_folders["sd2"])), config.replace(resolution=(80, 80)), budget, 64)[1]
-    assert (teacher.aside, teacher.together) == (plan.aside, plan.solve_batch) and plan.solve_batch > 2
+    assert (teacher.unet_waits, teacher.walk_batch) == (plan.unet_waits, plan.solve_batch) and plan.solve_batch > 2
 
 
 def test_fewer_bits_are_said(card, tiny_folders, tmp_path, capsys) -> None:
@@ -208,7 +209,7 @@ def test_tiles_are_those_of_a_run(card, tiny_folders, monkeypatch, capsys) -> No
     monkeypatch.setattr("rapm.teacher.TILE", 32)
     monkeypatch.setattr(cards, "DECODE", 2**11)  # 8 MiB for a picture, 2 for a tile
     teacher = teacher_to_draw(config, CPU, batch=1)
-    assert teacher.aside and teacher.pipe.vae.use_tiling and teacher.pipe.vae.tile_latent_min_size == 4
+    assert teacher.unet_waits and teacher.pipe.vae.use_tiling and teacher.pipe.vae.tile_latent_min_size == 4
     assert "decoded in tiles" in capsys.readouterr().err
     assert teacher.decode(torch.randn(1, 4, 8, 8)).shape == (1, 64, 64, 3)
     assert teacher.shortcuts == {"decoded": "in tiles"}

@@ -117,7 +117,7 @@ def test_what_the_host_holds(planner):
     """Bytes of the parts, the UNet that waits, the slab, and at the export a whole stock pipeline beside them."""
     planner.host, sizes = None, planner.sizes
     plan = planner.plan(9 * GIB)
-    assert plan.aside and plan.apart and plan.proven and plan.moved > 4 * GIB
+    assert plan.unet_waits and plan.stock_by_blocks and plan.proven and plan.moved > 4 * GIB
     parts = sizes.text + sizes.vae
     assert plan.host["encode"] >= parts + sizes.weights
     assert plan.host["train"] >= parts + plan.moved + sizes.state
@@ -132,7 +132,7 @@ def test_where_only_the_export_is_too_large_the_proof_is_left_out(planner):
     planner.host = int(13.5 * GIB)
     tight, wide = planner.plan(9 * GIB), planner.plan(12 * GIB)
     assert not tight.proven and tight.host["export"] < 13.5 * GIB
-    assert wide.proven and wide.apart and not wide.aside  # ours stays on the card, where it has room
+    assert wide.proven and wide.stock_by_blocks and not wide.unet_waits  # ours stays on the card, where it has room
     planner.host = 64 * GIB
     assert planner.smallest() == smallest and planner.plan(9 * GIB).proven
     planner.host = None

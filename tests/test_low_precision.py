@@ -280,7 +280,7 @@ def test_the_proof_takes_the_stock_unet_block_by_block(
 ) -> None:
     """Where not both fit; a student of another strength is caught then too."""
     teacher = load_teacher(str(tiny_folders["sd1"]), device="cpu", dtype=torch.float32, frozen=mode)
-    teacher.apart, moved = True, []
+    teacher.stock_by_blocks, moved = True, []
     monkeypatch.setattr(export, "_move", lambda place, module, *_: moved.append((str(place), type(module).__name__)))
     lora, proof = trained(teacher.unet), dict(prompts=PROMPTS, noise=latents(teacher), steps=4)
     export_lora(tmp_path, lora, teacher, config=CONFIG, steps_done=7)

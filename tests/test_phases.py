@@ -83,8 +83,8 @@ def test_small_pictures_are_counted_as_many_as_are_decoded_together() -> None:
     assert need[2] == need[1]  # of 512 x 512 pixels there are no more
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_the_text_encoders_come_when_no_solver_is_there(teacher, tmp_path, monkeypatch, aside) -> None:
+@pytest.mark.parametrize("unet_waits", [False, True])
+def test_the_text_encoders_come_when_no_solver_is_there(teacher, tmp_path, monkeypatch, unet_waits) -> None:
     """For several shards at a time, of which each is what it would be alone."""
     made, visits, encode = [], [], Teacher.encode
 
@@ -104,7 +104,7 @@ def test_the_text_encoders_come_when_no_solver_is_there(teacher, tmp_path, monke
     monkeypatch.setattr(rapm.trajectories, "ENCODED", 4)
     monkeypatch.setattr(rapm.trajectories, "Solver", Noted)
     monkeypatch.setattr(Teacher, "encode", visited)
-    monkeypatch.setattr(teacher, "aside", aside)
+    monkeypatch.setattr(teacher, "unet_waits", unet_waits)
     store = prepare(tmp_path / "store", teacher, ["a cat", "a dog", "a cow"], config, progress=False)
     assert visits == [(2, [])] * 5 + [(1, [])] and len(made) == 2
     for i in range(11):
@@ -135,20 +135,20 @@ def test_the_prompts_are_encoded_before_the_stock_pipeline_is_there(teacher, tmp
     assert plan.phases["export"] >= planner.context + most + sizes.state + 4 * sizes.lora
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_by_blocks_ours_waits_only_where_it_must(teacher, tmp_path, monkeypatch, aside) -> None:
+@pytest.mark.parametrize("unet_waits", [False, True])
+def test_by_blocks_ours_waits_only_where_it_must(teacher, tmp_path, monkeypatch, unet_waits) -> None:
     """Each time the stock UNet samples, and while the prompts are encoded."""
     moves, lay = [], type(teacher.unet).lay
     monkeypatch.setattr(type(teacher.unet), "lay", lambda self, device: moves.append(str(device)) or lay(self, device))
-    monkeypatch.setattr(teacher, "apart", True)
-    monkeypatch.setattr(teacher, "aside", aside)
+    monkeypatch.setattr(teacher, "stock_by_blocks", True)
+    monkeypatch.setattr(teacher, "unet_waits", unet_waits)
     lora = LoRA(teacher.unet, 2).export()
     export_lora(tmp_path, lora, teacher, config=Config(lora_rank=2), steps_done=1)
     found = verify_export(tmp_path, teacher, lora, prompts=["a cat"], noise=torch.randn(1, 4, 16, 16), steps=2)
-    assert len(found) == 2 and moves == ["cpu", "cpu"] * 3 * aside
+    assert len(found) == 2 and moves == ["cpu", "cpu"] * 3 * unet_waits
     planner = Planner(model_of("sdxl"), Config.preset("sdxl"), cards.CARDS[-1])
-    need = planner._export(Plan(None, cards.CARDS[-1], apart=True, aside=aside))
-    assert need >= planner.sizes.block + planner.sizes.weights * (not aside)
+    need = planner._export(Plan(None, cards.CARDS[-1], stock_by_blocks=True, unet_waits=unet_waits))
+    assert need >= planner.sizes.block + planner.sizes.weights * (not unet_waits)
 
 
 def test_without_room_for_a_stock_pipeline_the_files_are_read_back(teacher, tmp_path, monkeypatch) -> None:

@@ -176,7 +176,7 @@ def test_evaluate_command(tmp_path, monkeypatch, capsys):
 
     draw, sample, walked = Planner.draw, rapm.sample.sample, []
     monkeypatch.setattr(cards, "allowed", lambda device: 3 * cards.GIB)
-    monkeypatch.setattr(Planner, "draw", lambda *given: replace(draw(*given), aside=True, solve_batch=3))
+    monkeypatch.setattr(Planner, "draw", lambda *given: replace(draw(*given), unet_waits=True, solve_batch=3))
     monkeypatch.setattr(
         rapm.sample, "sample", lambda *given, **more: walked.append(len(given[3])) or sample(*given, **more)
     )

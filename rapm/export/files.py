@@ -104,9 +104,9 @@ def verify_export(
     Each file is read back and must equal `lora` bit for bit (rounded to the file's dtype). Each is loaded by a fresh
     stock pipeline: every layer must be there, at strength exactly 1, and `prompts` from `noise` (B C h w, one a prompt)
     in `steps` steps without guidance must give the latents of our sampler, within TOLERANCE. ExportError names the file
-    and what differs; the files stay. Needs memory for a second UNet on the device, or, where the teacher is `apart`,
-    for its largest block. For a teacher that is not `proven` the files are read back, and that is all: nothing is
-    returned.
+    and what differs; the files stay. Needs memory for a second UNet on the device, or, for a teacher with
+    `stock_by_blocks`, for its largest block. For one that is not `proven` the files are read back, and that is all:
+    nothing is returned.
     """
     folder, unet = Path(folder), teacher.unet
     noise = noise.to(unet.device, unet.dtype)
@@ -156,8 +156,8 @@ def compare(
     height, width = (side * teacher.pipe.vae_scale_factor for side in noise.shape[2:])
     with _exact_products():
         ours = sample(teacher.unet, teacher.schedule, text, noise, steps, lora=lora)
-        ours_waits = teacher.aside and teacher.apart
-        with teacher.waiting(ours_waits, noise.device), _visiting(pipe, noise.device, by_block=teacher.apart):
+        ours_waits = teacher.unet_waits and teacher.stock_by_blocks
+        with teacher.waiting(ours_waits, noise.device), _visiting(pipe, noise.device, by_block=teacher.stock_by_blocks):
             theirs = pipe(
                 prompts,
                 height=height,

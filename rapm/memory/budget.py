@@ -26,7 +26,7 @@ RUNG = 0.85  # of the bytes kept and under way, after an out-of-memory
 EXHAUSTED = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "[CUDA]: out of memory",
              "DefaultCPUAllocator: can't allocate memory")  # fmt: skip
 SLOT = "student", "encoder", "together", "beside", "window"  # what of a plan a slot depends on
-ELSEWHERE = "solve_batch", "aside", "apart", "tiled", "proven"  # and what other phases do
+ELSEWHERE = "solve_batch", "unet_waits", "stock_by_blocks", "tiled", "proven"  # and what other phases do
 MEND = "raise `ulimit -l` or free host memory"
 NO_LIMIT = 2**62
 CHANGE = 64 * MIB  # between predicted and measured, from which on it is worth another plan
@@ -76,7 +76,8 @@ class Budget:
 
     def apply(self, teacher: Teacher, config: Config) -> Config:
         """`config` with the plan's batch; the teacher's parts take turns where the plan says so."""
-        teacher.aside, teacher.apart, teacher.proven = self.plan.aside, self.plan.apart, self.plan.proven
+        for name in ("unet_waits", "stock_by_blocks", "proven"):
+            setattr(teacher, name, getattr(self.plan, name))
         if self.plan.tiled:
             teacher.decode_in_tiles()
         return config.replace(solve_batch=self.plan.solve_batch, frozen_weights=teacher.frozen)

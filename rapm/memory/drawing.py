@@ -53,7 +53,7 @@ def teacher_to_draw(
     if not config.resolution and planner.sizes.pixels != math.prod(size):  # its own may be known only now
         planned(planner.model, config.replace(resolution=size), [teacher.frozen])
         planner, plan = found[0]
-    teacher.aside, teacher.together = plan.aside, plan.solve_batch
+    teacher.unet_waits, teacher.walk_batch = plan.unet_waits, plan.solve_batch
     if plan.tiled:
         teacher.decode_in_tiles()
     words = [*filter(None, [precision_words(planner)]), *["decoded in tiles"] * plan.tiled]

@@ -44,9 +44,9 @@ class Plan:
     solve_batch: int = 1
     together: bool = True  # both real features in one pass of two rows, or one after the other
     beside: bool = True  # the passes without gradient on a stream of their own
-    aside: bool = False  # the UNet waits on the host while text encoders or VAE work
+    unet_waits: bool = False  # the UNet waits on the host while text encoders or VAE work
     tiled: bool = False  # the VAE decodes tile by tile
-    apart: bool = False  # at the export the stock UNet's blocks take turns on the card, for which ours waits if `aside`
+    stock_by_blocks: bool = False  # at the export its blocks take turns on the card; if `unet_waits`, ours waits then
     proven: bool = True  # there the files are sampled in a stock pipeline, for which the host must have room
     phases: dict[str, int] = field(default_factory=dict)  # bytes of the process on the card, by phase
     host: dict[str, int] = field(default_factory=dict)  # and on the host
@@ -110,15 +110,15 @@ class Planner:
         UserError where there is no way, with the least that would do.
         """
         ways = [
-            Plan(budget, cards.CARDS[0], tiled=tiled, aside=aside)
-            for tiled, aside in itertools.product(*[(False, True)] * 2)
+            Plan(budget, cards.CARDS[0], tiled=tiled, unet_waits=unet_waits)
+            for tiled, unet_waits in itertools.product(*[(False, True)] * 2)
         ]
         if self.host is not None:
-            ways = [way for way in ways if not way.aside or self._on_host(way)["encode"] <= self.host]
+            ways = [way for way in ways if not way.unet_waits or self._on_host(way)["encode"] <= self.host]
 
         def need(way: Plan) -> int:
             walks = self._solve(way) + lora * DTYPES[self.config.mixed_precision].itemsize
-            visits = visitor + (0 if way.aside else self.sizes.weights)
+            visits = visitor + (0 if way.unet_waits else self.sizes.weights)
             live = max(walks, self._encode(way), self._decode(way, batch), visits)
             return int(cards.CONTEXT + cards.SLACK * live)
 
@@ -213,7 +213,7 @@ class Planner:
 
     def _encode(self, plan: Plan) -> float:
         """Bytes alive while prompts are encoded."""
-        return self.sizes.text * (1 + cards.ENCODE) + (0 if plan.aside else self.sizes.weights)
+        return self.sizes.text * (1 + cards.ENCODE) + (0 if plan.unet_waits else self.sizes.weights)
 
     def _solve(self, plan: Plan) -> float:
         """Bytes alive while trajectories are solved."""
@@ -232,25 +232,25 @@ class Planner:
         pixels = sizes.pixels * max(1, min(cards.TILE**2 // sizes.pixels, count))  # of small pictures some together
         if plan.tiled:
             pixels = min(pixels, cards.TILE**2)
-        return sizes.vae + cards.DECODE * pixels + (0 if plan.aside else sizes.weights)
+        return sizes.vae + cards.DECODE * pixels + (0 if plan.unet_waits else sizes.weights)
 
     def _export(self, plan: Plan) -> float:
         """Bytes alive at the export: the prompts first, then our own sampler, then the stock pipeline."""
         sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
         ours = sizes.weights + self._forward(2) + sizes.largest + cards.WORKSPACE
-        stock = (sizes.block if plan.apart else sizes.whole) + sizes.parts * size // 4 + self._forward(2)
-        stock += (0 if plan.apart and plan.aside else sizes.weights) + cards.WORKSPACE
+        stock = (sizes.block if plan.stock_by_blocks else sizes.whole) + sizes.parts * size // 4 + self._forward(2)
+        stock += (0 if plan.stock_by_blocks and plan.unet_waits else sizes.weights) + cards.WORKSPACE
         stock *= plan.proven
-        lora = (2 - plan.apart) * size * sizes.lora  # in our sampler, and in the stock UNet
+        lora = (2 - plan.stock_by_blocks) * size * sizes.lora  # in our sampler, and in the stock UNet
         return max(ours, stock, self._encode(plan)) + sizes.state + self._replay() + lora
 
     def _on_host(self, plan: Plan) -> dict[str, int]:
         """Bytes of the process on the host, by phase: what waits for its turn, is pinned, or is to be written."""
         sizes, size = self.sizes, DTYPES[self.config.mixed_precision].itemsize
         base = cards.HOST + sizes.parts
-        unet = sizes.weights if plan.aside else 0
+        unet = sizes.weights if plan.unet_waits else 0
         saved = cards.COPIES * (sizes.state + distributed.world() * self._replay())
-        stock = sizes.whole + sizes.parts * size // 4 + (unet if plan.apart else 0) if plan.proven else 0
+        stock = sizes.whole + sizes.parts * size // 4 + (unet if plan.stock_by_blocks else 0) if plan.proven else 0
         live = {
             "encode": unet,
             "solve": 0,
@@ -275,8 +275,8 @@ class Planner:
         UserError where it has none for any.
         """
         ways = [
-            replace(plan, proven=proven, tiled=tiled, aside=aside, apart=apart)
-            for proven, tiled, aside, apart in itertools.product((True, False), *[(False, True)] * 3)
+            replace(plan, proven=proven, tiled=tiled, unet_waits=unet_waits, stock_by_blocks=stock_by_blocks)
+            for proven, tiled, unet_waits, stock_by_blocks in itertools.product((True, False), *[(False, True)] * 3)
         ]
         peaks = [max(self._on_host(way).values()) for way in ways]
         room = [self.host is None or peak <= self.host for peak in peaks]
@@ -296,7 +296,7 @@ class Planner:
         halves = [config.solve_batch >> i for i in range(config.solve_batch.bit_length())]
 
         def fits(n: int) -> bool:
-            need = self._others(replace(plan, solve_batch=n, aside=True))
+            need = self._others(replace(plan, solve_batch=n, unet_waits=True))
             return max(need["solve"], need["validate"]) <= budget
 
         batch = next(filter(fits, halves), 1)

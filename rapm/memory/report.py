@@ -40,9 +40,9 @@ def export_words(plan: Plan) -> str:
     """How the files are proven."""
     if not plan.proven:
         return "not sampled in stock diffusers: the host has no room for a stock pipeline"
-    if not plan.apart:
+    if not plan.stock_by_blocks:
         return "beside the stock UNet"
-    return f"{'ours waits on the host, ' * plan.aside}the stock UNet comes by blocks"
+    return f"{'ours waits on the host, ' * plan.unet_waits}the stock UNet comes by blocks"
 
 
 def grouped(policies: dict[str, Policy]) -> list[tuple[str, str]]:
@@ -76,12 +76,12 @@ def report(planner: Planner, plan: Plan) -> str:
     precision = config.mixed_precision.replace("no", "fp32")
     batch = f"{plan.solve_batch} trajectories at a time"
     notes = {
-        "encode": "the UNet waits on the host" if plan.aside else "beside the UNet",
+        "encode": "the UNet waits on the host" if plan.unet_waits else "beside the UNet",
         "solve": batch,
         "train": ", ".join(["targets on a second stream"] * plan.beside
                            + ["real features one by one"] * (not plan.together)),
-        "validate": ", ".join([batch, *(["the UNet waits on the host while the VAE decodes"] if plan.aside else []),
-                               *(["decoded in tiles"] if plan.tiled else [])]),
+        "validate": ", ".join([batch] + ["the UNet waits on the host while the VAE decodes"] * plan.unet_waits
+                              + ["decoded in tiles"] * plan.tiled),
         "export": export_words(plan),
     }  # fmt: skip
     lines = [
