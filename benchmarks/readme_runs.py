@@ -82,8 +82,9 @@ When another process takes a card's memory in the middle of a run, and leaves th
 bit.
 """
 FULL = """
-Random pipelines of the published configs, from disk to pictures on one {device}: saved in fp16, loaded from a folder
-and from one file, trained for a few iterations in bf16, exported and proven in stock diffusers, sampled. Seconds.
+Random pipelines of the published configs, from disk to pictures on one {device}, the allocator capped at `--vram`:
+saved in fp16, loaded from a folder and from one file, trained for a few iterations in bf16, exported and proven in
+stock diffusers, sampled. Seconds.
 """
 DISTRIBUTED = """
 Two GPUs as one run, {card[device]}, {model}, batch 1 on each. Against one process that computes the same from the same
@@ -361,10 +362,10 @@ def crowd(report: Mapping) -> str:
     return "\n\n".join([fill(CROWD.format(**report)), rows_table(rows)])
 
 
-def full(report: Mapping[str, Mapping]) -> str:
-    """`report`: by model, what tests/test_full_teacher.py wrote."""
+def full(report: Mapping[tuple[str, str], Mapping]) -> str:
+    """`report`: by model and budget, what tests/test_full_teacher.py wrote."""
     rows = []
-    for model, found in report.items():
+    for (model, budget), found in report.items():
         cells = {stage: f"{seconds:.0f}" for stage, seconds in found["seconds"].items()}
         cells |= {
             "one iteration": f"{found['seconds_per_iteration']:.3f}",
@@ -372,7 +373,7 @@ def full(report: Mapping[str, Mapping]) -> str:
             "host GB": f"{found['host_peak_gb']:.1f}",
             "LoRA MB": f"{found['lora_mb']:.1f}",
         }
-        rows.append((NAMES[model], cells))
+        rows.append((f"{NAMES[model]}, {budget}", cells))
     device = next(iter(report.values()))["card"]["device"]
     return "\n\n".join([fill(FULL.format(device=device)), rows_table(rows)])
 

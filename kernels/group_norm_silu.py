@@ -23,7 +23,7 @@ from torch import Tensor
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 TILE_VALUES, THREAD_VALUES = 4096, 64  # numbers of a tile, and of a thread
-MAX_SPLITS = 128  # runs of a map; with more, a program has half the channels in runs twice as long
+MAX_SPLITS = 256  # runs of a map, of which every program of SECOND reads the results; larger maps have larger tiles
 FILL = 1  # programs a processor: with fewer, runs are shorter
 WHOLE = 16384  # the tile of one group up to which one launch does both stages
 
@@ -220,9 +220,12 @@ def _plan(x: Tensor, groups: int, whole: int) -> tuple[tuple[int, int, int], lis
     positions, width = height * width, channels // groups
     own, rows, tile = 1, power(positions), power(width)
     if rows * tile > whole:  # several groups: three quarters of 128 channels or more and mostly from 16 bytes on, or of
-        fill = 128 if positions <= TILE_VALUES // 128 * MAX_SPLITS else 64  # 64 for longer runs, or twice as many
+        # 64 for longer runs, or twice as many
+        fill = 128 if positions <= TILE_VALUES // 128 * (MAX_SPLITS // 2) else 64
         own = min(groups, max(1, fill // width if fill % width <= fill // 4 else 2 * fill // width))
         rows, tile = min(rows, max(1, TILE_VALUES // power(own * width))), power(own * width)
+        while cdiv(positions, rows) > MAX_SPLITS:
+            rows *= 2
         while rows > 8 and cdiv(groups, own) * cdiv(positions, rows) * batch < FILL * processors(x.device):
             rows //= 2
     splits = cdiv(positions, rows)

@@ -76,7 +76,7 @@ class Teacher:
     def shortcuts(self) -> dict[str, str]:
         """What figures say of a teacher that is only nearly the whole one, as its device has no room for that."""
         bits = {} if self.frozen == "full" else {"frozen_weights": self.frozen}
-        return bits | ({"decoded": "in tiles"} if self.pipe.vae.use_tiling else {})
+        return bits | ({"decoded": "in tiles"} if getattr(self.pipe.vae, "use_tiling", False) else {})
 
     def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(C, h, w) of an image of H W pixels. UserError for a resolution that the latents cannot tile."""
@@ -123,9 +123,18 @@ class Teacher:
         return torch.cat(images)
 
     def decode_in_tiles(self) -> None:
-        """From now on the VAE decodes a large picture in parts, the seams blended: in less memory, nearly the same."""
+        """From now on the VAE decodes a large picture in parts, the seams blended: in less memory, nearly the same.
+
+        UserError for a VAE that cannot.
+        """
         vae = self.pipe.vae
-        vae.enable_tiling()
+        try:
+            vae.enable_tiling()
+        except (AttributeError, NotImplementedError):
+            raise UserError(
+                f"teacher {self.source}: its VAE ({type(vae).__name__}) cannot decode in tiles, and a whole picture "
+                "needs more memory than there is"
+            ) from None
         vae.tile_sample_min_size = TILE  # by default the size that the VAE was trained on: no tile at all
         vae.tile_latent_min_size = TILE // self.pipe.vae_scale_factor
 

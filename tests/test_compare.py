@@ -175,6 +175,15 @@ def test_to_the_teacher(folder, clip):
     assert floor["samples"] == 4 and -100 < rows["teacher"]["CLIP"] < 100
 
 
+def test_pictures_of_shortcuts_are_others(folder, monkeypatch):
+    """The teacher's are decoded from stored latents: of how its weights are held they do not depend."""
+    for shortcuts in ({}, {"frozen_weights": "int8"}, {"frozen_weights": "int8", "decoded": "in tiles"}):
+        monkeypatch.setattr(Teacher, "shortcuts", property(lambda _, found=shortcuts: found))
+        compare(folder, clip=None, network=Network())
+    jobs = [[*(folder / "evaluation").glob(f"{kind}-*")] for kind in ("teacher", "student")]
+    assert [*map(len, jobs)] == [2, 3]
+
+
 def test_a_kill_costs_a_batch_and_the_same_command_goes_on(folder, tmp_path, monkeypatch, clip):
     captions, draw, calls = coco(tmp_path / "captions_val2014.json", 9), module._draw, []
     (tmp_path / "val2014" / "sub").mkdir(parents=True)

@@ -23,7 +23,7 @@ from rapm.memory.cards import GIB
 from rapm.memory.drawing import drawn, teacher_to_draw
 from rapm.memory.planner import Planner
 from rapm.teacher import Teacher, load_teacher
-from rapm.unet import UNet
+from rapm.unet import Text, UNet
 
 CPU = torch.device("cpu")
 SDXL = Config.preset("sdxl").replace(guidance=1.0)
@@ -213,3 +213,25 @@ def test_tiles_are_those_of_a_run(card, tiny_folders, monkeypatch, capsys) -> No
     assert "decoded in tiles" in capsys.readouterr().err
     assert teacher.decode(torch.randn(1, 4, 8, 8)).shape == (1, 64, 64, 3)
     assert teacher.shortcuts == {"decoded": "in tiles"}
+
+
+def test_a_vae_without_tiles(tiny_folders, monkeypatch) -> None:
+    """Some of diffusers' have none: figures say nothing of them, and a card that needs them is told so."""
+    teacher = load_teacher(str(tiny_folders["sd1"]), device="cpu", dtype=torch.float32)
+    teacher.pipe.vae = torch.nn.Module()
+    assert teacher.shortcuts == {}
+    with pytest.raises(UserError, match=r"its VAE \(Module\) cannot decode in tiles"):
+        teacher.decode_in_tiles()
+
+
+def test_a_walk_in_parts_has_each_pictures_own_negative_prompt(tiny_folders) -> None:
+    teacher = load_teacher(str(tiny_folders["sd1"]), device="cpu", dtype=torch.float32)
+    text = teacher.encode(["a cat", "a dog", "a cow"])
+    uncond = Text.cat([teacher.encode_negative(prompt) for prompt in ("grey", "red", "blue")])
+    start = torch.randn(3, *teacher.latent_shape())
+    whole = rapm.sample.sample_with(teacher, text, start, 2, guidance=5.0, uncond=uncond)
+    teacher.walk_batch = 1
+    parts = rapm.sample.sample_with(teacher, text, start, 2, guidance=5.0, uncond=uncond)
+    others = rapm.sample.sample_with(teacher, text, start, 2, guidance=5.0, uncond=uncond.rows(0, 1))
+    off = [float((x - whole).norm() / whole.norm()) for x in (parts, others)]
+    assert off[0] < 1e-4 < 1e-3 < off[1], off  # batches may round

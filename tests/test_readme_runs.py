@@ -100,7 +100,7 @@ REPORTS = {
         "quality": dict(card=CARD, iterations=2000, seeds=3, pairs=4096,
                         summary={"nf4": dict(d=[0.5, 0.04], prompt=[0.99, 0.001], rmse=[0.08, 0.0002])}),
     },
-    "full_teacher_sdxl": {
+    "full_teacher_sdxl_14G": {
         "card": CARD, "family": "sdxl", "resolution": [1024, 1024], "unet_gb": 5.13,
         "seconds": {"make": 24.4, "load folder": 9.0}, "seconds_per_iteration": 0.474, "vram_mib": 20480.0,
         "host_peak_gb": 21.6, "lora_mb": 12.6,
@@ -238,10 +238,10 @@ def test_two_gpus(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_full_size_teachers(readme: ModuleType) -> None:
-    """Of the models that are there."""
+    """Of the runs that are there."""
     text = section(readme, "full")
     assert "| | make | load folder | one iteration | GPU GiB | host GB | LoRA MB |" in text
-    assert "| SDXL, 1024x1024 | 24 | 9 | 0.474 | 20.0 | 21.6 | 12.6 |" in text and "SD1.5" not in text
+    assert "| SDXL, 1024x1024, 14G | 24 | 9 | 0.474 | 20.0 | 21.6 | 12.6 |" in text and "SD1.5" not in text
 
 
 def test_low_precision(readme: ModuleType) -> None:

@@ -175,16 +175,16 @@ def test_evaluate_command(tmp_path, monkeypatch, capsys):
     from rapm.cli import main
 
     draw, sample, walked = Planner.draw, rapm.sample.sample, []
-    monkeypatch.setattr(cards, "allowed", lambda device: 3 * cards.GIB)
-    monkeypatch.setattr(Planner, "draw", lambda *given: replace(draw(*given), unet_waits=True, solve_batch=3))
-    monkeypatch.setattr(
-        rapm.sample, "sample", lambda *given, **more: walked.append(len(given[3])) or sample(*given, **more)
-    )
     (tmp_path / "tiny.toml").write_text(
         "trajectories = 2\nvalidation_prompts = 1\nfine_steps = 2\nmax_train_steps = 1\nlora_rank = 1\n"
     )
     run = tmp_path / "run"
     assert main(["train", "--output_dir", str(run), "--config", str(tmp_path / "tiny.toml")]) == 0
+    monkeypatch.setattr(cards, "allowed", lambda device: 3 * cards.GIB)
+    monkeypatch.setattr(Planner, "draw", lambda *given: replace(draw(*given), unet_waits=True, solve_batch=3))
+    monkeypatch.setattr(  # only now: what training imports would keep it
+        rapm.sample, "sample", lambda *given, **more: walked.append(len(given[3])) or sample(*given, **more)
+    )
     assert main(["evaluate", "--run", str(run), "--pairs", "4", "--batch", "4"]) == 0
     report = json.loads((run / "evaluation.json").read_text())
     assert walked == [3, 1] * 8  # the halves of the teacher's many steps, and six more rows

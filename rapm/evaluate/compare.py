@@ -135,6 +135,7 @@ def compare(
         _check_width(measured, real[0])
     bare = lora is not None and str(lora) == "none"
     guided, path = (config, None) if bare else (config.replace(guidance=1.0), lora or folder)
+    guided = guided.replace(buckets=()) if captions else guided  # all are drawn in one size
     teacher = teacher_to_draw(guided, pick_device(config), batch=batch, lora=path, visitor=measured.nbytes)
     subject = _subject(config, path, teacher)
     if captions:
@@ -208,7 +209,8 @@ def _to_teacher(
         "precision": config.mixed_precision, **teacher.shortcuts, **subject.settings,
         "prompts": f"the store's; all but the last {config.validation_prompts} were trained on", "bias": FID_BIAS,
     }  # fmt: skip
-    jobs = _job(folder, "teacher", {"store": protocol["store"]}), _job(folder, "student", protocol)
+    decoded = {name: how for name, how in teacher.shortcuts.items() if name == "decoded"}  # its latents are the store's
+    jobs = _job(folder, "teacher", {"store": protocol["store"], **decoded}), _job(folder, "student", protocol)
     theirs, mine = ([job / "pictures" / f"{i:05d}.png" for i in range(count)] for job in jobs)
     negatives = Negatives(teacher, config.negative_prompt)
     todo = [i for i in range(count) if not (theirs[i].exists() and mine[i].exists())]

@@ -98,12 +98,13 @@ def test_shapes(launches: int, shape: tuple[int, ...], groups: int) -> None:
 
 
 def test_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps of many positions have runs twice as long by half the channels; too few programs make runs short."""
+    """Maps of many positions have runs twice as long by half the channels, then larger tiles; few programs: short."""
     for name, value in (("WHOLE", 0), ("TILE_VALUES", 2048)):
         monkeypatch.setattr(module, name, value)
     inputs = make(1, 160, 11, 7, torch.float32, True, False)
     for name, value, grid, rows in (
-        ("MAX_SPLITS", 5, (2, 5, 1), 16), ("MAX_SPLITS", 4, (3, 3, 1), 32), ("FILL", 100, (3, 10, 1), 8),
+        ("MAX_SPLITS", 10, (2, 5, 1), 16), ("MAX_SPLITS", 8, (3, 3, 1), 32), ("MAX_SPLITS", 2, (3, 2, 1), 64),
+        ("FILL", 100, (3, 10, 1), 8),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(module, "processors", lambda device: 4)
@@ -112,7 +113,7 @@ def test_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         compare(inputs, torch.float32, 16)
 
 
-@pytest.mark.parametrize(("channels", "size"), SD15 + SDXL)
+@pytest.mark.parametrize(("channels", "size"), [*SD15, *SDXL, (320, 192), (320, 256)])
 @pytest.mark.parametrize("whole", [0, module.WHOLE])
 def test_plans(channels: int, size: int, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the H200's 132 processors: registers and partial results are bounded, and every channel is covered."""
