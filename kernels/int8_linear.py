@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from rapm.kernels.frozen_conv import require_frozen
-from rapm.kernels.lora_linear import blocks, groups, lora_linear_ref
-from rapm.kernels.low_rank import matrix, rows, small, sums
+from rapm.kernels.lora_linear import groups, lora_linear_ref
+from rapm.kernels.low_rank import blocks, matrix, rows, small, sums
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 # Rows, columns and depth of a program's tile, warps: the first that gives every processor one. 128 codes are a line of
@@ -190,7 +190,7 @@ def _int8_linear_backward(
         dx = [_multiply(dy, codes, scale, None, y, True).view(shape)]
     elif x is not None:
         g = rows(dy, up, groups_a=count) if kernels else blocks(dy, up, count, 0)
-    return dx + sums(g, x, h, dy, kernels, count)
+    return dx + sums(g, x, h, dy, groups=count, kernels=enabled(dy))
 
 
 @_int8_linear.register_fake

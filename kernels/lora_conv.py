@@ -2,7 +2,7 @@
 
 W and b are frozen. The frozen product is cuDNN's, and keeps no input. A convolution to R channels is a poor fit for
 it, so here it is one product with all T = k k taps at once, P = x D^T (one pass over x), and a sum of T neighbours of
-P, out of cache: h[m, r] = sum_t P[m + offset(t), r, t]. Backward, with g = dy up: S[m, r, t] = g[m - offset(t), r],
+P, out of cache: h[m, r] = sum_t P[m + offset(t), t, r]. Backward, with g = dy up: S[m, t, r] = g[m - offset(t), r],
 dx = conv_transposed(dy, W) + S D, ddown = S^T x, dup = dy^T h. So all products are lora_linear's, at rank Q = T R.
 It keeps x (for ddown), h (M' R, for dup) and the weights, and of these only what a wanted gradient needs.
 
@@ -10,8 +10,8 @@ Launches beside the frozen products: forward two (P; h and y += b + up h), backw
 weights), four for long matrices. Over TRITON_COLUMNS the products of P, S, g and the weights are cuBLAS's.
 A 1x1 convolution of stride 1 is lora_linear.
 
-Shapes: x: B C H W, W: N C k k, b: N, down: R C k k, up: N R 1 1, y: B N H' W', all channels-last, so that D (Q C) is
-down's own memory; M = B H W positions in, M' = B H' W' out.
+Shapes: x: B C H W, W: N C k k, b: N, down: R C k k, up: N R 1 1, y: B N H' W', all channels-last but down, which lies
+as k k R C in memory, so that it is D (Q C) and a tap's ranks are neighbours; M = B H W positions in, M' = B H' W' out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ TRITON_COLUMNS = 64  # Q up to here: kernels, above: cuBLAS
 def lora_conv_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride: int, padding: int
 ) -> Tensor:
+    down = down.clone(memory_format=torch.channels_last)  # PyTorch on a CPU takes no other strides
     return F.conv2d(x, weight, bias, stride, padding) + F.conv2d(F.conv2d(x, down, None, stride, padding), up)
 
 
@@ -39,7 +40,7 @@ def _taps(p, m, exists, tap, r, R, H, W, HO, WO, SIDE: tl.constexpr, STRIDE: tl.
     """P at output positions m, taps and ranks, each a column or a row, in fp32; zero outside the input."""
     i, j = m // WO % HO * STRIDE - PADDING + tap // SIDE, m % WO * STRIDE - PADDING + tap % SIDE
     inside = exists & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-    at = ((m // (HO * WO) * H + i) * W + j).to(tl.int64) * (R * SIDE * SIDE) + r * (SIDE * SIDE) + tap
+    at = ((m // (HO * WO) * H + i) * W + j).to(tl.int64) * (R * SIDE * SIDE) + tap * R + r
     return tl.load(p + at, mask=inside & (r < R) & (tap < SIDE * SIDE), other=0.0).to(tl.float32)
 
 
@@ -81,12 +82,12 @@ def _spread_kernel(
     q = tl.arange(0, BR)[None, :]
     if dx is None:
         q += tl.program_id(1) * BR
-    tap = q % (SIDE * SIDE)
+    tap = q // R
     i, j = m // W % H + PADDING - tap // SIDE, m % W + PADDING - tap % SIDE
     met = (i >= 0) & (i < HO * STRIDE) & (i % STRIDE == 0) & (j >= 0) & (j < WO * STRIDE) & (j % STRIDE == 0)
     exists = (m < M) & (q < R * SIDE * SIDE)
     at = (m // (H * W) * HO + i // STRIDE) * WO + j // STRIDE
-    t = tl.load(g + at * R + q // (SIDE * SIDE), mask=exists & met, other=0.0)
+    t = tl.load(g + at * R + q % R, mask=exists & met, other=0.0)
     if dx is None:
         tl.store(s + m.to(tl.int64) * (R * SIDE * SIDE) + q, t, mask=exists)
     else:
@@ -99,8 +100,8 @@ def _spread_kernel(
 
 
 def _flat(down: Tensor) -> Tensor:
-    """down (R C k k) as D (Q C), a view where its channels are last."""
-    return down.permute(0, 2, 3, 1).reshape(-1, down.shape[1])
+    """down (R C k k) as D (Q C), a view where it lies in memory as k k R C."""
+    return down.permute(2, 3, 0, 1).reshape(-1, down.shape[1])
 
 
 def _launch(m: int, n: int, rank: int, x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
@@ -178,9 +179,9 @@ def _lora_conv_backward(
         s = _spread(g, d, dx if kernels else None, size, dy.shape[2:], geometry, x is not None or not kernels)
         if wants_x and not kernels:
             dx.addmm_(s, d)
-    grads += sums(s, x, h, dys, kernels)
+    grads += sums(s, x, h, dys, kernels=kernels)
     if x is not None:
-        grads[int(wants_x)] = grads[int(wants_x)][: len(d)].view(rank, side, side, inputs).permute(0, 3, 1, 2)
+        grads[int(wants_x)] = grads[int(wants_x)][: len(d)].view(side, side, rank, inputs).permute(2, 3, 0, 1)
     if h is not None:
         grads[-1] = grads[-1][:, :, None, None]
     return grads
@@ -202,7 +203,7 @@ def _(
     rank, inputs, side, _ = down.shape
     batch, _, height, width = shape
     dx = dy.new_empty(batch, height, width, inputs).permute(0, 3, 1, 2)
-    ddown = dy.new_empty(rank, side, side, inputs).permute(0, 3, 1, 2)
+    ddown = dy.new_empty(side, side, rank, inputs).permute(2, 3, 0, 1)
     wanted = (wants_x, dx), (x is not None, ddown), (h is not None, dy.new_empty(up.shape))
     return [grad for want, grad in wanted if want]
 

@@ -5,7 +5,8 @@ W and b are frozen. Backward: g = dy up, dx = dy W + g down, ddown = g^T x, dup 
 
 The frozen product is cuBLAS's in both directions, and adds to what it finds in its output. So one launch
 (low_rank.rows) reads x, writes h and begins y = b + h up^T; backward, the same launch reads dy and begins dx = g down.
-ddown and dup are one or two more (low_rank.sums). Above rank 16 cuBLAS does all.
+ddown and dup are one or two more (low_rank.sums). Above rank 16 the product and the update are cuBLAS's, and above 64
+ddown and dup too.
 
 G layers of one size that share x are one: their W, b, down and up lie below one another, so down has more rows than up
 columns. R columns of h and N / G of y belong to each: the product with up is block diagonal.
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapm.kernels.frozen_conv import require_frozen
-from rapm.kernels.low_rank import matrix, rows, small, sums
+from rapm.kernels.low_rank import blocks, matrix, rows, small, sums
 from rapm.kernels.runtime import enabled
 
 # Columns of y at most where an update of a rank above 1 is left to who reads y: it has all of `up` in registers, and
@@ -56,17 +57,6 @@ def _product(
     return y.addmm_(x, frozen), t
 
 
-def blocks(x: Tensor, a: Tensor, count: int, along: int) -> Tensor:
-    """x times the block diagonal matrix whose `count` blocks lie in a along its first or its second dimension."""
-    if count == 1:
-        return x @ a
-    parts = a.chunk(count, along)
-    y = x.new_empty(len(x), count * parts[0].shape[1])
-    for part, block, place in zip(x.chunk(count, 1), parts, y.chunk(count, 1), strict=True):
-        torch.mm(part, block, out=place)  # where it belongs: joining them would write all of it again
-    return y
-
-
 @torch.library.custom_op("rapm::lora_linear", mutates_args=())
 def _lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, deferred: bool
@@ -83,14 +73,14 @@ def _lora_linear_backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, wants_x: bool
 ) -> list[Tensor]:
     """dx if it is wanted, ddown if x is given, dup if h is given."""
-    shape, dy, rank = (*dy.shape[:-1], down.shape[1]), matrix(dy), len(down)
+    shape, dy = (*dy.shape[:-1], down.shape[1]), matrix(dy)
     x, g, dx, count = None if x is None else matrix(x), None, [], groups(down, up)
     if wants_x:
         y, g = _product(dy, weight, None, up, down, groups_a=count)
         dx = [y.view(shape)]
     elif x is not None:
-        g = rows(dy, up, groups_a=count) if small(rank) else blocks(dy, up, count, 0)
-    return dx + sums(g, x, h, dy, small(rank), count)
+        g = rows(dy, up, groups_a=count) if small(len(down)) else blocks(dy, up, count, 0)
+    return dx + sums(g, x, h, dy, groups=count)
 
 
 @_lora_linear.register_fake

@@ -4,26 +4,41 @@ rows: t = x a and y = [bias] + t b in one launch: the pass over x that t needs, 
 of some rows, and a share of the columns of y.
 sums: g^T x and dy^T h, the low-rank weights' gradients: each program has some columns of x or dy and all rows, or part
 of them, and then a second launch adds up the parts, in fp32 and in a fixed order. With ranks of 1 these are products of
-vectors, else tensor cores at 16 columns and more.
+vectors, else tensor cores at 16 columns and more; a program of `sums` has no more than a group's columns of t.
 
 Several layers may share x: their groups of t's columns, R each, belong to equal parts of y's. Then the matrix on the
 side of y is block diagonal, and only its blocks are in memory, below one another.
 
 Shapes: M rows, K and N columns, R rank in all, RANK that of a group; x: M K, a: K R, b: R N, y: M N, t, g and h: M R.
-A grouped a is K RANK, a grouped b RANK N; SEG columns of the long side belong to a group, 0 where there are none.
+A grouped a is K RANK, a grouped b RANK N; SEG columns of the long side belong to a group, 0 where there are none, or NG
+of dy's.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rapm.kernels.runtime import jit, processors, tl, triton
 
-RANKS = 16  # above, cuBLAS is faster
-COLUMNS, PARTS, WAVES = 64, 64, 2  # of `sums`: columns of a program, parts of the rows at most, programs a processor
-LONGEST = 4096  # rows that a program of `sums` walks down at rank 1, where a second launch costs more than it saves
-STAGES = 4  # tiles in flight: 64 KiB of shared memory at most
+RANKS, CHUNK = 16, 64  # of `rows`, in all, and of `sums`, a group's: above, cuBLAS is faster
+STAGES = 4  # tiles of `rows` in flight: 96 KiB of shared memory at most
+PARTS = 64  # of the rows that `sums` adds up, at most
+LONG = 2048  # rows above which programs for two waves are worth its second launch
+
+
+class Summing(NamedTuple):
+    """How `sums` goes about it: a program's columns, a tile's bytes, tiles in flight; rows of one of several parts."""
+
+    columns: int
+    size: int
+    stages: int
+    shortest: int
+
+
+VECTORS, MATRICES = Summing(32, 32768, 2, 1024), Summing(64, 8192, 4, 320)
 
 
 # Matrices are addressed as pointer + row * stride + column. Offsets into x, y, dy and dx are int64; those into the
@@ -95,48 +110,47 @@ def _rows_kernel(
 
 @jit
 def _sums(
-    t, v, v_row, out, out_c, out_r, block, begin, end, C, R, RANK, SEG: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+    t, t_row, v, v_row, out, out_c, out_r, c, last, R, begin, end,
+    BM: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Columns of v (M C) from block * BC on: out[c, r] = sum over rows m in begin..end of v[m, c] t[m, r]."""
-    c = block * BC + tl.arange(0, BC)
-    r = tl.arange(0, BR)[None, :]
-    total = tl.zeros((BM, BC) if BR == 1 else (BC, BR), tl.float32)
+    """out[c, r] = the sum over rows m in begin..end of v[m, c] t[m, r], for columns c below `last` and r below R."""
+    r = tl.arange(0, BR)
+    total = tl.zeros((BM, c.shape[0]) if BR == 1 else (c.shape[0], BR), tl.float32)
     for start in tl.range(begin, end, BM, num_stages=STAGES):
         m = start + tl.arange(0, BM)[:, None]
-        vt = tl.load(v + m.to(tl.int64) * v_row + c[None, :], mask=(m < end) & (c < C)[None, :], other=0.0)
+        vt = tl.load(v + m.to(tl.int64) * v_row + c[None, :], mask=(m < end) & (c < last)[None, :], other=0.0)
         if BR == 1:  # loaded as a vector: a column would be loaded once for each of a thread's columns of vt
             i = start + tl.arange(0, BM)
-            total += vt.to(tl.float32) * tl.load(t + i, mask=i < end, other=0.0).to(tl.float32)[:, None]
+            total += vt.to(tl.float32) * tl.load(t + i * t_row, mask=i < end, other=0.0).to(tl.float32)[:, None]
         else:
-            tt = tl.load(t + m * R + r, mask=(m < end) & (r < R), other=0.0)
+            tt = tl.load(t + m * t_row + r[None, :], mask=(m < end) & (r < R)[None, :], other=0.0)
             total = tl.dot(tl.trans(vt), tt, total, input_precision="ieee")
     if BR == 1:
-        tl.store(out + c * out_c, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=c < C)
+        tl.store(out + c * out_c, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=c < last)
     else:
-        mask, column = (c < C)[:, None] & (r < R), r
-        if SEG:
-            mask, column = mask & (c[:, None] // SEG == r // RANK), r % RANK
-        tl.store(out + c[:, None] * out_c + column * out_r, total.to(out.dtype.element_ty), mask=mask)
+        at = out + c[:, None] * out_c + r[None, :] * out_r
+        tl.store(at, total.to(out.dtype.element_ty), mask=(c < last)[:, None] & (r < R)[None, :])
 
 
 @jit
 def _sums_kernel(
-    g, x, x_row, ddown, MX, ROWS_X, K, RG, h, dy, dy_row, dup, MY, ROWS_Y, N, RH, RANK, SEG: tl.constexpr,
+    g, x, x_row, ddown, MX, ROWS_X, K, RG, h, dy, dy_row, dup, MY, ROWS_Y, N, RH, NG, RANK,
     BM: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ddown (RG K) = g^T x and dup (N RANK) = dy^T h over a part of the rows; the parts' results follow one another."""
-    part = tl.program_id(1)
-    block = tl.program_id(0)
-    blocks = tl.cdiv(K, BC)
-    if block < blocks:
-        end = tl.minimum((part + 1) * ROWS_X, MX)
-        _sums(g, x, x_row, ddown + part * RG * K, 1, K, block, part * ROWS_X, end, K, RG, RG, 0, BM, BC, BG, STAGES)
+    place, part, chunks = tl.program_id(0), tl.program_id(1), tl.cdiv(RG, BG)
+    mine = tl.cdiv(K, BC) * chunks
+    if place < mine:
+        c, first = place // chunks * BC + tl.arange(0, BC), place % chunks * BG
+        begin, end = part * ROWS_X, tl.minimum((part + 1) * ROWS_X, MX)
+        ddown += part * RG * K + first * K
+        _sums(g + first, RG, x, x_row, ddown, 1, K, c, K, RG - first, begin, end, BM, BG, STAGES)
     else:
-        end = tl.minimum((part + 1) * ROWS_Y, MY)
+        group, block = (place - mine) // tl.cdiv(NG, BC), (place - mine) % tl.cdiv(NG, BC)
+        c, last = group * NG + block * BC + tl.arange(0, BC), (group + 1) * NG
+        begin, end = part * ROWS_Y, tl.minimum((part + 1) * ROWS_Y, MY)
         dup += part * RANK * N
-        begin = part * ROWS_Y
-        _sums(h, dy, dy_row, dup, RANK, 1, block - blocks, begin, end, N, RH, RANK, SEG, BM, BC, BH, STAGES)
+        _sums(h + group * RANK, RH, dy, dy_row, dup, RANK, 1, c, last, RANK, begin, end, BM, BH, STAGES)
 
 
 @jit
@@ -158,24 +172,41 @@ def matrix(x: Tensor) -> Tensor:
 
 
 def small(rank: int) -> bool:
-    """Whether these kernels beat cuBLAS at products of `rank`."""
+    """Whether `rows` beats cuBLAS at products of `rank`."""
     return rank <= RANKS
 
 
 def width_of(rank: int) -> int:
     """Columns that a rank takes in a tile: tensor cores want 16."""
-    return 1 if rank == 1 else max(16, triton.next_power_of_2(rank))
+    return 1 if rank <= 1 else max(16, triton.next_power_of_2(rank))
 
 
-def tile_of(m: int, rank: int, x: Tensor, k: int | None = None) -> dict[str, int]:
-    """Rows, columns read and columns written at a time, for a product of `rank` over m rows, and k columns if any."""
+def _groups(x: Tensor, count: int) -> Tensor:
+    """The `count` groups of columns of x (M, count C): count M C, a view."""
+    return x.unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def blocks(x: Tensor, a: Tensor, count: int, along: int) -> Tensor:
+    """x times the block diagonal matrix whose `count` blocks lie in a along its first or its second dimension."""
+    if count == 1:
+        return x @ a
+    parts = _groups(a, count) if along else a.unflatten(0, (count, -1))
+    y = x.new_empty(len(x), count * parts.shape[2])
+    torch.bmm(_groups(x, count), parts, out=_groups(y, count))  # where it belongs: no copy joins them
+    return y
+
+
+def tile_of(m: int, rank: int, x: Tensor, k: int = 0, n: int = 0) -> dict[str, int]:
+    """Rows, columns read and columns written at a time, for an update of `rank` over m rows; `rows` has k and n too."""
     width, size = width_of(rank), x.element_size()
     if width == 1:  # few or short rows: each of them whole
         tile = dict(BM=8, BK=1024 // size, BN=512) if m >= 2048 else dict(BM=2, BK=4096 // size, BN=1024)
-        if m >= 2048 and k is not None and k * size <= 2048:
+        if m >= 2048 and 0 < k * size <= 2048:
             tile = dict(BM=4, BK=2048 // size, BN=512)
         return dict(tile, num_warps=4)
     wide = 8192 // (width * size)  # 8 KiB of a or b in each stage, and at most 8 of the rows
+    if n and width == 16:
+        return dict(BM=32, BK=(512 if k > 2048 else 256) // size, BN=wide, num_warps=4)
     return dict(BM=16 if width == 16 else 32, BK=wide, BN=wide, num_warps=4)
 
 
@@ -188,11 +219,13 @@ def rows(
     With `groups_a`, a (K R/groups) are the blocks of a diagonal, and with `groups_b` b (R/groups N) are.
     """
     m, k, rank, n = *x.shape, a.shape[1] * groups_a, 0 if y is None else y.shape[1]
-    tile = tile_of(m, rank, x, k)
+    tile = tile_of(m, rank, x, k, n)
     stages = STAGES if k > tile["BK"] else 1  # one tile waits for nothing: it needs no place in shared memory
     blocks = triton.cdiv(m, tile["BM"])
-    # Programs that share rows each compute h: only as many as would be idle, and as y is worth
-    share = max(1, min(processors(x.device) // blocks, 2 * n // k))
+    # Programs that share rows each compute h: as many as would be idle, and as y is worth
+    share = processors(x.device) // blocks
+    share = min(share, 2 * n // k) if rank == 1 else max(share * (1 + (n >= 8 * k)), n // (2 * k))
+    share = max(1, share)
     span = triton.cdiv(triton.cdiv(max(n, 1), share), tile["BN"]) * tile["BN"]
     h = x.new_empty(m, rank)
     _rows_kernel[(blocks, triton.cdiv(max(n, 1), span))](
@@ -204,46 +237,39 @@ def rows(
 
 
 def sums(
-    g: Tensor | None, x: Tensor | None, h: Tensor | None, dy: Tensor | None, kernels: bool, groups: int = 1
-) -> list[Tensor]:
+    g: Tensor | None, x: Tensor | None, h: Tensor | None, dy: Tensor | None, *, groups: int = 1, kernels: bool = True
+) -> list[Tensor]:  # fmt: skip
     """g^T x for g (M R) and x (M K), unless x is None, and dy^T h for h (M' R') and dy (M' N), unless h is None.
 
     With `groups`, the second is that product's diagonal blocks, N R'/groups. By cuBLAS without `kernels`.
     """
     if x is None and h is None:
         return []
-    if not kernels:
+    if not kernels or max(t.shape[1] // groups for t in (g, h) if t is not None) > CHUNK:
         out = [] if x is None else [g.t() @ x]
         if h is not None:
-            out.append(dy.new_empty(dy.shape[1], h.shape[1] // groups))
-            parts = dy.t().chunk(groups), h.chunk(groups, 1), out[-1].chunk(groups)
-            for part, columns, place in zip(*parts, strict=True):
-                torch.mm(part, columns, out=place)
+            out.append(torch.bmm(_groups(dy, groups).transpose(1, 2), _groups(h, groups)).flatten(0, 1))
         return out
     none = (g if h is None else h).new_empty(0, 0)
     (g, x), (h, dy) = (none, none) if x is None else (g, x), (none, none) if h is None else (h, dy)
-    widths = width_of(g.shape[1]), width_of(h.shape[1])
-    longest, columns = max(len(x), len(dy)), COLUMNS
-    if max(widths) == 1:  # few bytes a row rather than few rows: one launch
-        while columns > 16 and x.shape[1] + dy.shape[1] < columns * processors(x.device):
-            columns //= 2
-        tile = dict(BM=16384 // (x.element_size() * columns), BC=columns, num_warps=8)
-        wanted = triton.cdiv(longest, LONGEST)
-    else:
-        tile = dict(BM=8192 // (x.element_size() * max(columns, *widths)), BC=columns, num_warps=4)
-        wanted = triton.cdiv(WAVES * processors(x.device) * columns, x.shape[1] + dy.shape[1])
-    blocks = triton.cdiv(x.shape[1], columns) + triton.cdiv(dy.shape[1], columns)
-    parts = max(1, min(PARTS, triton.cdiv(longest, tile["BM"]), wanted))
-    rank = h.shape[1] // groups
+    rank, length, longest = h.shape[1] // groups, dy.shape[1] // groups, max(len(x), len(dy))
+    widths = width_of(g.shape[1] // groups), width_of(rank)
+    chunks = triton.cdiv(g.shape[1], widths[0])  # of g's columns
+    columns, size, stages, shortest = VECTORS if max(widths) == 1 else MATRICES
+    deep = size // (x.element_size() * columns)
+    count = chunks * triton.cdiv(x.shape[1], columns) + groups * triton.cdiv(length, columns)
+    wanted = (1 + (longest > LONG)) * processors(x.device) // count
+    parts = max(1, min(PARTS, longest // shortest, wanted))
     out = found = [x.new_empty(g.shape[1], x.shape[1]), x.new_empty(dy.shape[1], rank)]
     if parts > 1:
         found = [o.new_empty(parts, *o.shape, dtype=torch.float32) for o in out]
     args = []
     for t, v, o in zip((g, h), (x, dy), found, strict=True):
         args += [t, v, v.stride(0), o, len(v), triton.cdiv(len(v), parts), v.shape[1], t.shape[1]]
-    seg = 0 if groups == 1 else dy.shape[1] // groups
-    stages = min(STAGES, triton.cdiv(triton.cdiv(longest, parts), tile["BM"]))
-    _sums_kernel[(blocks, parts)](*args, rank, seg, BG=widths[0], BH=widths[1], STAGES=stages, **tile)
+    _sums_kernel[(count, parts)](
+        *args, length, rank, BM=deep, BC=columns, BG=widths[0], BH=widths[1],
+        STAGES=min(stages, triton.cdiv(triton.cdiv(longest, parts), deep)), num_warps=4,
+    )  # fmt: skip
     if parts > 1:
         sizes, pad = [o.numel() for o in out], triton.next_power_of_2(parts)
         grid = (triton.cdiv(sum(sizes), 4096 // pad),)

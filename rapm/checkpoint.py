@@ -24,7 +24,7 @@ from rapm.finite import finite
 
 STATE = "state.safetensors"
 BEST = "checkpoint-best"
-FORMAT = "3"  # of the state: raised whenever a tensor's layout changes
+FORMAT = "4"  # of the state: raised whenever a tensor's layout changes
 # Settings that a resumed run may change: they decide where, how far and how often, not what is computed. The prompts'
 # words are in the store, which refuses others.
 FREE = {

@@ -45,7 +45,9 @@ class LoRA(nn.Module):
         flat = torch.zeros(sum(self._sizes))
         generator = torch.Generator().manual_seed(seed)
         for down, _ in self._split(self.parts(flat)).values():
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+            layout = torch.channels_last if down.dim() == 4 else torch.contiguous_format  # in which they are drawn
+            drawn = torch.empty_like(down, memory_format=layout)
+            down.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
         self.flat = nn.Parameter(flat.to(unet.device))
 
     def views(self, dtype: torch.dtype) -> StackedWeights:
@@ -138,8 +140,8 @@ def _cuts(sizes: list[int]) -> list[list[tuple[int, int, int]]]:
 
 
 def _shaped(part: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A flat part as a weight; a convolution's is kept with its channels last, the layout of the frozen weights."""
+    """A flat part as a weight; a convolution's lies there as k k C_out C_in, as lora_conv reads it."""
     if len(shape) < 4:
         return part.view(shape)
     out, inputs, height, width = shape
-    return part.view(out, height, width, inputs).permute(0, 3, 1, 2)
+    return part.view(height, width, out, inputs).permute(2, 3, 0, 1)

@@ -79,10 +79,10 @@ def lora_on(unet: UNet, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     pairs = {}
     for name, layer in unet.lora_targets().items():
         out, inputs, *kernel = layer.weight.shape
-        down = torch.empty(rank, inputs, *kernel, device="meta", dtype=unet.dtype)
+        down = torch.empty(*kernel, rank, inputs, device="meta", dtype=unet.dtype)
         up = torch.empty(out, rank, *(1 for _ in kernel), device="meta", dtype=unet.dtype)
         if kernel:
-            down = down.to(memory_format=torch.channels_last)
+            down = down.permute(2, 3, 0, 1)
         pairs[name] = (down.requires_grad_(), up.requires_grad_())
     return pairs
 

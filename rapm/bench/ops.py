@@ -211,8 +211,8 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
 
     def make_lora_conv(rank: int, inputs: int, outputs: int, k: int, *rest: int) -> list:
         x, weight, bias, *geometry = make_conv(inputs, outputs, k, *rest)
-        low_rank = random_weight(rank, inputs, k, k, grad=True), random_weight(outputs, rank, 1, 1, grad=True)
-        return [x, weight, bias, *low_rank, *geometry]
+        down = random_weight(rank, inputs, k, k).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1).requires_grad_()
+        return [x, weight, bias, down, random_weight(outputs, rank, 1, 1, grad=True), *geometry]
 
     def linear_cost(rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> tuple[float, float]:
         return (2.0 * rows * inputs * outputs,) * 2

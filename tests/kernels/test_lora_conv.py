@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ops import DEVICE, check, tensor
-from test_lora_linear import close, same, step
+from test_lora_linear import MANY_PARTS, close, same, step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +41,7 @@ def inputs(case: tuple, dtype: torch.dtype, *, bias: bool = True, wanted: str = 
     batch, c, n, height, width, side, stride, padding, rank = case
     x, weight = tensor(batch, c, height, width, dtype=dtype), tensor(n, c, side, side, dtype=dtype)
     flat = tensor(rank * side * side * c + 1, dtype=dtype)[1:]
-    down = flat.view(rank, side, side, c).permute(0, 3, 1, 2)
+    down = flat.view(side, side, rank, c).permute(2, 3, 0, 1)
     up = tensor(n * rank, dtype=dtype).view(n, 1, 1, rank).permute(0, 3, 1, 2)
     for name, t in zip("xdu", (x, down, up), strict=True):
         t.requires_grad_(name in wanted)
@@ -69,13 +69,14 @@ def test_real_shapes(case: tuple, rank: int) -> None:
 @pytest.mark.parametrize("case", SMALL[:2])
 def test_every_way_of_computing(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuBLAS's products; matrices split over rows; updates split over columns."""
-    for module, name, value in [
-        (lora_conv, "TRITON_COLUMNS", 4),
-        (low_rank, "LONGEST", 16),
-        (lora_conv, "processors", lambda device: 64),
+    for module, way in [
+        (lora_conv, dict(TRITON_COLUMNS=4)),
+        (low_rank, MANY_PARTS),
+        (lora_conv, dict(processors=lambda device: 64)),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
+            for name, value in way.items():
+                patch.setattr(module, name, value)
             check(op, lora_conv_ref, inputs(case, torch.float32, bias=False), torch.float32, roundings=ROUNDINGS)
 
 

@@ -19,6 +19,10 @@ op = lora_linear.lora_linear
 # a few numbers' roundings do not average out.
 ROUNDINGS = 4
 # leading shape, K, N, R, and G of more than one layer
+MANY_PARTS = dict(
+    VECTORS=low_rank.VECTORS._replace(shortest=16), MATRICES=low_rank.MATRICES._replace(shortest=16),
+    processors=lambda device: 64,
+)  # fmt: skip
 SMALL = [((2, 3), 12, 7, 1), ((70,), 48, 96, 1), ((5, 7), 40, 24, 3), ((66,), 96, 40, 16), ((9,), 32, 72, 20)]
 GROUPED = [((70,), 48, 96, 1, 3), ((2, 3), 12, 15, 1, 3), ((5, 7), 40, 24, 3, 2), ((66,), 96, 60, 10, 3)]
 REAL = [
@@ -83,17 +87,15 @@ def test_real_shapes(case: tuple, rank: int) -> None:
 
 @pytest.mark.parametrize("case", SMALL[1:4] + GROUPED[:1])
 def test_every_way_of_computing(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS alone; matrices in one part and in many; a rank for cuBLAS."""
+    """cuBLAS alone; matrices in one part and in many; ranks whose products are cuBLAS's, some or all."""
     (lead, k, n, rank, *groups), dtype = case, torch.float32
-    for module, name, value in [
-        (low_rank, "RANKS", 0),
-        (low_rank, "LONGEST", 16),
-        (low_rank, "processors", lambda device: 64),
-    ]:
+    for way in (dict(RANKS=0, CHUNK=0), MANY_PARTS, dict(processors=lambda device: 64)):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
+            for name, value in way.items():
+                patch.setattr(low_rank, name, value)
             check(op, lora_linear_ref, inputs(case, dtype), dtype, roundings=ROUNDINGS)
-    check(op, lora_linear_ref, inputs((lead, k, n, 40 + rank, *groups), dtype), dtype, roundings=ROUNDINGS)
+    for more in (40, 64):
+        check(op, lora_linear_ref, inputs((lead, k, n, more + rank, *groups), dtype), dtype, roundings=ROUNDINGS)
 
 
 @pytest.mark.parametrize("wanted", ["x", "d", "u", "xd", "xu", "du"])
