@@ -38,8 +38,8 @@ from rapm.bench.measure import card, need_gpu
 from rapm.bench.results import keep
 from rapm.bench.shapes import MODELS, Model
 from rapm.config import Config
-from rapm.device import captured
 from rapm.errors import UserError
+from rapm.graph import captured
 from rapm.loading.families import Model as Planned
 from rapm.memory import cards
 from rapm.memory.budget import Budget, out_of_memory, summary

@@ -37,9 +37,9 @@ from rapm.bench.measure import card, kernel_mode, limits, measuring, need_gpu
 from rapm.bench.results import keep
 from rapm.bench.shapes import MODELS, Model, example_text
 from rapm.config import Config
-from rapm.device import captured
 from rapm.errors import UserError
 from rapm.finite import LOSSES
+from rapm.graph import captured
 from rapm.kernels.renoise import renoise_ref
 from rapm.memory.saved import Memory, Policy
 from rapm.schedule import Schedule

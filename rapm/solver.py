@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rapm.device import captured
 from rapm.errors import UserError
+from rapm.graph import captured
 from rapm.kernels.guided_step import guided_step
 from rapm.layers import Lora
 from rapm.schedule import Schedule, step_coefficients, trailing_steps

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapm.config import Config
-from rapm.device import Beside, captured
 from rapm.discriminators import Discriminators, Replay
 from rapm.distributed import Gradients, world
 from rapm.finite import LOSSES, PROBES, SHARED
+from rapm.graph import Beside, captured
 from rapm.kernels.disc_head import disc_head
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss

@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from rapm.config import Config
-from rapm.device import Beside
 from rapm.finite import LOSSES, SIDES
+from rapm.graph import Beside
 from rapm.kernels.disc_head import views
 from rapm.lora import LoRA
 from rapm.losses import hinge_generator, pseudo_huber
