@@ -86,7 +86,7 @@ JOBS = (
     Job("memcheck", 3, 1, 200, "",
         f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {CHECKER} memcheck {{python}} tests/sanitize.py"),
     Job("racecheck", 3, 1, 200, "",
-        f"{CHECKER} racecheck --kernel-name-exclude kns=cudnn {{python}} tests/sanitize.py"),
+        f"{CHECKER} racecheck {{python}} tests/sanitize.py --calls 6"),  # fails by cuDNN's own; filters break the tool
 )  # fmt: skip
 
 
