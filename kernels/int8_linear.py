@@ -156,7 +156,7 @@ def _multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, y: T
 
 def _begin(x: Tensor, a: Tensor, b: Tensor, groups_a: int = 1, groups_b: int = 1) -> tuple[Tensor, Tensor]:
     """y = t b and t = x a, for x (M K), a (K R) and b (R N), either the blocks of a diagonal where grouped."""
-    if enabled(x) and small(a.shape[1] * groups_a):
+    if enabled(x) and small(x, a.shape[1] * groups_a):
         y = x.new_empty(len(x), b.shape[1])
         return y, rows(x, a, b, None, y, groups_a=groups_a, groups_b=groups_b)
     t = blocks(x, a, groups_a, 0)
@@ -183,7 +183,7 @@ def _int8_linear_backward(
     shape, dy = (*dy.shape[:-1], codes.shape[1]), matrix(dy)
     if down is None or up is None:
         return [_multiply(dy, codes, scale, None, None, True).view(shape)]
-    kernels, x, dx = enabled(dy) and small(len(down)), None if x is None else matrix(x), []
+    kernels, x, dx = enabled(dy) and small(dy, len(down)), None if x is None else matrix(x), []
     g, count = None, groups(down, up)
     if wants_x:
         y, g = _begin(dy, up, down, groups_a=count)

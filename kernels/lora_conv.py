@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rapm.kernels.frozen_conv import as_matrix, conv, conv_input_grad, conv_like, pointwise, require_frozen
 from rapm.kernels.lora_linear import lora_linear
-from rapm.kernels.low_rank import rows, sums, tile_of, update, width_of
+from rapm.kernels.low_rank import rows, small, sums, tile_of, update, width_of
 from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 TRITON_COLUMNS = 64  # Q up to here: kernels, above: cuBLAS
@@ -31,7 +31,7 @@ TRITON_COLUMNS = 64  # Q up to here: kernels, above: cuBLAS
 def lora_conv_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, stride: int, padding: int
 ) -> Tensor:
-    down = down.clone(memory_format=torch.channels_last)  # PyTorch on a CPU takes no other strides
+    down = down.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x, weight, bias, stride, padding) + F.conv2d(F.conv2d(x, down, None, stride, padding), up)
 
 
@@ -101,7 +101,7 @@ def _spread_kernel(
 
 def _flat(down: Tensor) -> Tensor:
     """down (R C k k) as D (Q C), a view where it lies in memory as k k R C."""
-    return down.permute(2, 3, 0, 1).reshape(-1, down.shape[1])
+    return down.permute(2, 3, 0, 1).contiguous().flatten(0, 2)
 
 
 def _launch(m: int, n: int, rank: int, x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
@@ -155,7 +155,7 @@ def _lora_conv(
 ) -> tuple[Tensor, Tensor]:  # y, h
     y = conv(x, weight, None, stride, padding)  # a bias would be one more launch
     d, positions = _flat(down), as_matrix(x)
-    p = rows(positions, d.t()) if len(d) <= TRITON_COLUMNS else positions @ d.t()
+    p = rows(positions, d.t()) if small(x, len(d), TRITON_COLUMNS) else positions @ d.t()
     return y, _gather(p, up.flatten(1), bias, y, x.shape[2:], (down.shape[2], stride, padding))
 
 
@@ -167,7 +167,7 @@ def _lora_conv_backward(
     """dx (of `shape`) if it is wanted, ddown if x is given, dup if h is given."""
     rank, inputs, side, _ = down.shape
     d, u = _flat(down), up.flatten(1)
-    kernels, grads, s = len(d) <= TRITON_COLUMNS, [], None
+    kernels, grads, s = small(dy, len(d), TRITON_COLUMNS), [], None
     dy = dy.contiguous(memory_format=torch.channels_last)
     x, dys = None if x is None else as_matrix(x), as_matrix(dy)
     if wants_x or x is not None:

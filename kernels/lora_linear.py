@@ -5,8 +5,8 @@ W and b are frozen. Backward: g = dy up, dx = dy W + g down, ddown = g^T x, dup 
 
 The frozen product is cuBLAS's in both directions, and adds to what it finds in its output. So one launch
 (low_rank.rows) reads x, writes h and begins y = b + h up^T; backward, the same launch reads dy and begins dx = g down.
-ddown and dup are one or two more (low_rank.sums). Above rank 16 the product and the update are cuBLAS's, and above 64
-ddown and dup too.
+ddown and dup are one or two more (low_rank.sums). Above rank 16, of all groups, the product and the update are
+cuBLAS's, and above 64, of one, ddown and dup too.
 
 G layers of one size that share x are one: their W, b, down and up lie below one another, so down has more rows than up
 columns. R columns of h and N / G of y belong to each: the product with up is block diagonal.
@@ -45,7 +45,7 @@ def _product(
 ) -> tuple[Tensor, Tensor]:  # (M K) (K N) (N) (K R) (R N) -> M N, M R
     """y = x frozen + bias + t b, and t = x a."""
     y = x.new_empty(len(x), frozen.shape[1])
-    if small(a.shape[1] * groups_a):
+    if small(x, a.shape[1] * groups_a):
         t = rows(x, a, b, bias, y, groups_a=groups_a, groups_b=groups_b)
         return y.addmm_(x, frozen), t
     t = blocks(x, a, groups_a, 0)
@@ -79,7 +79,7 @@ def _lora_linear_backward(
         y, g = _product(dy, weight, None, up, down, groups_a=count)
         dx = [y.view(shape)]
     elif x is not None:
-        g = rows(dy, up, groups_a=count) if small(len(down)) else blocks(dy, up, count, 0)
+        g = rows(dy, up, groups_a=count) if small(dy, len(down)) else blocks(dy, up, count, 0)
     return dx + sums(g, x, h, dy, groups=count)
 
 
@@ -134,7 +134,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 def deferrable(x: Tensor, up: Tensor) -> bool:
     """Whether `lora_linear_deferred` takes these: kernels are on, and who reads y has few numbers of `up` to read."""
     columns, rank = up.shape
-    return enabled(x) and (rank == 1 or (small(rank) and columns <= NARROW))
+    return enabled(x) and (rank == 1 or (small(x, rank) and columns <= NARROW))
 
 
 def lora_linear_deferred(

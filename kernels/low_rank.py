@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rapm.kernels.runtime import jit, processors, tl, triton
+from rapm.kernels.runtime import jit, processors, tensor_cores, tl, triton
 
 RANKS, CHUNK = 16, 64  # of `rows`, in all, and of `sums`, a group's: above, cuBLAS is faster
 STAGES = 4  # tiles of `rows` in flight: 96 KiB of shared memory at most
@@ -42,7 +42,7 @@ VECTORS, MATRICES = Summing(32, 32768, 2, 1024), Summing(64, 8192, 4, 320)
 
 
 # Matrices are addressed as pointer + row * stride + column. Offsets into x, y, dy and dx are int64; those into the
-# low-rank matrices, at most 128 columns wide, fit in 31 bits. A rank of 1 is BR = 1: products and sums of vectors.
+# low-rank matrices, a few hundred columns wide, fit in 31 bits. A rank of 1 is BR = 1: products and sums of vectors.
 @jit
 def _project(
     x, exists, a, a_k, a_r, K, R, RANK, SEG: tl.constexpr,
@@ -171,9 +171,9 @@ def matrix(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def small(rank: int) -> bool:
-    """Whether `rows` beats cuBLAS at products of `rank`."""
-    return rank <= RANKS
+def small(x: Tensor, rank: int, most: int | None = None) -> bool:
+    """Whether kernels beat cuBLAS at products of x with a `rank` up to `most` (RANKS): not without tensor cores."""
+    return rank == 1 or (rank <= (RANKS if most is None else most) and tensor_cores(x.device))
 
 
 def width_of(rank: int) -> int:
@@ -204,7 +204,7 @@ def tile_of(m: int, rank: int, x: Tensor, k: int = 0, n: int = 0) -> dict[str, i
         if m >= 2048 and 0 < k * size <= 2048:
             tile = dict(BM=4, BK=2048 // size, BN=512)
         return dict(tile, num_warps=4)
-    wide = 8192 // (width * size)  # 8 KiB of a or b in each stage, and at most 8 of the rows
+    wide = 8192 // (width * size)  # 8 KiB of a or b in each stage, and at most 16 of the rows
     if n and width == 16:
         return dict(BM=32, BK=(512 if k > 2048 else 256) // size, BN=wide, num_warps=4)
     return dict(BM=16 if width == 16 else 32, BK=wide, BN=wide, num_warps=4)
@@ -222,9 +222,12 @@ def rows(
     tile = tile_of(m, rank, x, k, n)
     stages = STAGES if k > tile["BK"] else 1  # one tile waits for nothing: it needs no place in shared memory
     blocks = triton.cdiv(m, tile["BM"])
-    # Programs that share rows each compute h: as many as would be idle, and as y is worth
+    # Programs that share rows each compute h: as many as would be idle, or as a wide y is worth where the card has room
     share = processors(x.device) // blocks
-    share = min(share, 2 * n // k) if rank == 1 else max(share * (1 + (n >= 8 * k)), n // (2 * k))
+    if rank == 1:
+        share = min(share, 2 * n // k)
+    elif share:
+        share = max(share * (1 + (n >= 8 * k)), n // (2 * k))
     share = max(1, share)
     span = triton.cdiv(triton.cdiv(max(n, 1), share), tile["BN"]) * tile["BN"]
     h = x.new_empty(m, rank)
@@ -245,7 +248,9 @@ def sums(
     """
     if x is None and h is None:
         return []
-    if not kernels or max(t.shape[1] // groups for t in (g, h) if t is not None) > CHUNK:
+    given = next(t for t in (x, dy) if t is not None)
+    most = RANKS if given.dtype == torch.float32 else CHUNK  # of fp32 there are no tensor cores
+    if not kernels or not all(small(given, t.shape[1] // groups, most) for t in (g, h) if t is not None):
         out = [] if x is None else [g.t() @ x]
         if h is not None:
             out.append(torch.bmm(_groups(dy, groups).transpose(1, 2), _groups(h, groups)).flatten(0, 1))

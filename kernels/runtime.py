@@ -62,6 +62,12 @@ def launch_problem() -> tuple[str, str] | None:
 
 
 @functools.cache
+def tensor_cores(device: torch.device) -> bool:
+    """Whether Triton uses those of `device`, as it does from Ampere on; off CUDA yes, to serve tests."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`; off CUDA (interpreter, compiling without a GPU) a few, to serve tests."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -140,8 +140,13 @@ def _cuts(sizes: list[int]) -> list[list[tuple[int, int, int]]]:
 
 
 def _shaped(part: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A flat part as a weight; a convolution's lies there as k k C_out C_in, as lora_conv reads it."""
+    """A flat part as a weight; a convolution's lies there as k k C_out C_in, as lora_conv reads it.
+
+    With one C_out that is channels-last, and has its strides: PyTorch on a CPU takes no others.
+    """
     if len(shape) < 4:
         return part.view(shape)
     out, inputs, height, width = shape
+    if out == 1:
+        return part.view(out, height, width, inputs).permute(0, 3, 1, 2)
     return part.view(height, width, out, inputs).permute(2, 3, 0, 1)

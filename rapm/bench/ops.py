@@ -55,6 +55,7 @@ class Op(NamedTuple):
     unit: str = "bytes"  # or "flop"
     compiled: Callable[[Callable], Callable] | None = None  # from the reference to its compiled form
     activations: int = 1
+    prepare: Callable = lambda *args: args  # for `rapm`, as a Provider's
     slack: float = 2**-8  # errors beyond one and a half times the reference's: another order of rounding
 
 
@@ -64,7 +65,7 @@ def providers_of(op: Op, compiled: bool) -> dict[str, Provider]:
     if compiled and op.compiled:
         torch._dynamo.reset()  # a shape is compiled for itself: too many others, and it would run eagerly
         out[COMPILE] = Provider(op.compiled(op.reference), activations=op.activations)
-    return {**out, **op.others, RAPM: Provider(op.rapm, activations=op.activations)}
+    return {**out, **op.others, RAPM: Provider(op.rapm, op.prepare, activations=op.activations)}
 
 
 def whole(reference: Callable) -> Callable:
@@ -211,8 +212,12 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
 
     def make_lora_conv(rank: int, inputs: int, outputs: int, k: int, *rest: int) -> list:
         x, weight, bias, *geometry = make_conv(inputs, outputs, k, *rest)
-        down = random_weight(rank, inputs, k, k).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1).requires_grad_()
-        return [x, weight, bias, down, random_weight(outputs, rank, 1, 1, grad=True), *geometry]
+        low_rank = random_weight(rank, inputs, k, k, grad=True), random_weight(outputs, rank, 1, 1, grad=True)
+        return [x, weight, bias, *low_rank, *geometry]
+
+    def by_taps(x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, *rest: object) -> tuple:
+        """With `down` as a LoRA has it."""
+        return x, weight, bias, down.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1), *rest
 
     def linear_cost(rows: int, inputs: int, outputs: int, bias: bool, layers: int) -> tuple[float, float]:
         return (2.0 * rows * inputs * outputs,) * 2
@@ -238,7 +243,7 @@ def layer_ops(kernels: dict[str, ModuleType], peft: ModuleType | None) -> dict[s
         alone = Provider(F.conv2d, lambda x, weight, bias, down, up, *rest: (x, weight, bias, *rest), checked=False)
         ops[f"lora_conv rank {rank}"] = Op(
             targets("conv"), partial(make_lora_conv, rank), conv_cost, conv.lora_conv_ref, conv.lora_conv,
-            {FROZEN: alone, **peers}, "flop",
+            {FROZEN: alone, **peers}, "flop", prepare=by_taps,
         )  # fmt: skip
     ops["geglu_linear"] = Op(  # of a pass without gradient
         ups, lambda m, k, n: [random(1, m, k), random_weight(n, k), random(n)], lambda m, k, n: (2.0 * m * k * n, 0.0),

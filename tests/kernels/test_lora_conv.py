@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rapm.kernels import lora_conv, low_rank, runtime
 from rapm.kernels.lora_conv import _lora_conv, _lora_conv_backward, lora_conv_ref
+from rapm.lora import _shaped
 
 op = lora_conv.lora_conv
 LAYOUT = torch.channels_last
@@ -41,7 +42,7 @@ def inputs(case: tuple, dtype: torch.dtype, *, bias: bool = True, wanted: str = 
     batch, c, n, height, width, side, stride, padding, rank = case
     x, weight = tensor(batch, c, height, width, dtype=dtype), tensor(n, c, side, side, dtype=dtype)
     flat = tensor(rank * side * side * c + 1, dtype=dtype)[1:]
-    down = flat.view(side, side, rank, c).permute(2, 3, 0, 1)
+    down = _shaped(flat, (rank, c, side, side))
     up = tensor(n * rank, dtype=dtype).view(n, 1, 1, rank).permute(0, 3, 1, 2)
     for name, t in zip("xdu", (x, down, up), strict=True):
         t.requires_grad_(name in wanted)
@@ -116,6 +117,10 @@ def test_any_layout_in_channels_last_out(case: tuple) -> None:
     assert all(t.is_contiguous(memory_format=LAYOUT) for t in expected[:2])
     for other in (torch.cat([x, x], 1)[:, x.shape[1] :], torch.cat([x, x])[len(x) :], x.contiguous()):
         assert close(run((other.detach().requires_grad_(), *rest)), expected)
+    weight, bias, down, *others = rest
+    for layout in (torch.contiguous_format, LAYOUT):
+        other = down.detach().clone(memory_format=layout).requires_grad_()
+        assert close(run((x, weight, bias, other, *others)), expected)
     y, leaves = op(x, *rest), (x, rest[2], rest[3])
     for dy in (torch.randn(y.shape[1], 1, 1, device=DEVICE).expand(y.shape), torch.randn_like(y).contiguous()):
         actual = torch.autograd.grad(y, leaves, dy, retain_graph=True)

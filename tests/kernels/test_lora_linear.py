@@ -18,11 +18,11 @@ op = lora_linear.lora_linear
 # A gradient of down: g, its operand in a product, and the sum; y: h, the update alone and the sum; and one more, since
 # a few numbers' roundings do not average out.
 ROUNDINGS = 4
-# leading shape, K, N, R, and G of more than one layer
 MANY_PARTS = dict(
     VECTORS=low_rank.VECTORS._replace(shortest=16), MATRICES=low_rank.MATRICES._replace(shortest=16),
     processors=lambda device: 64,
 )  # fmt: skip
+# leading shape, K, N, R, and G of more than one layer
 SMALL = [((2, 3), 12, 7, 1), ((70,), 48, 96, 1), ((5, 7), 40, 24, 3), ((66,), 96, 40, 16), ((9,), 32, 72, 20)]
 GROUPED = [((70,), 48, 96, 1, 3), ((2, 3), 12, 15, 1, 3), ((5, 7), 40, 24, 3, 2), ((66,), 96, 60, 10, 3)]
 REAL = [
@@ -85,11 +85,11 @@ def test_real_shapes(case: tuple, rank: int) -> None:
     check(op, lora_linear_ref, inputs((*case, rank), torch.bfloat16), torch.bfloat16, roundings=ROUNDINGS)
 
 
-@pytest.mark.parametrize("case", SMALL[1:4] + GROUPED[:1])
+@pytest.mark.parametrize("case", [*SMALL[1:4], GROUPED[0], ((70,), 24, 270, 10, 3)])
 def test_every_way_of_computing(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS alone; matrices in one part and in many; ranks whose products are cuBLAS's, some or all."""
+    """No tensor cores; matrices in one part and in many; ranks whose products are cuBLAS's, some or all."""
     (lead, k, n, rank, *groups), dtype = case, torch.float32
-    for way in (dict(RANKS=0, CHUNK=0), MANY_PARTS, dict(processors=lambda device: 64)):
+    for way in (dict(tensor_cores=lambda device: False), MANY_PARTS, dict(processors=lambda device: 64)):
         with monkeypatch.context() as patch:
             for name, value in way.items():
                 patch.setattr(low_rank, name, value)
