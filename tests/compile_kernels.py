@@ -22,7 +22,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from rapm.kernels import geglu_linear, runtime
+from rapm.kernels import geglu_linear, low_rank, runtime
 from rapm.kernels.disc_head import disc_head, layout
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
@@ -148,6 +148,7 @@ def slot(channels: list[int], side: int, dtype: torch.dtype) -> None:
         disc_head(features, torch.empty(2, layout(channels)[1]), (0.1, 0.1))
 
 
+PROCESSORS = 132  # of a large card, where sums are in parts
 LIKE_80 = (86, 89)  # the same instructions are used there, so what only dtypes and odd widths change is compiled once
 
 
@@ -201,6 +202,7 @@ def main(archs: list[int]) -> None:
     for arch in archs:
         triton.runtime.driver.set_active(Offline(arch))
         geglu_linear.architecture = lambda device, arch=arch: arch
+        low_rank.processors = lambda device: PROCESSORS
         with torch.no_grad():  # as below autograd, where operators run
             for name, args in calls[arch in LIKE_80]:
                 OPDEFS[name]._init_fn(*args)

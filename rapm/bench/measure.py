@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import os
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rapm.bench.ops import Provider
 from rapm.errors import UserError
-from rapm.graph import nodes
 from rapm.kernels import runtime
 
 CALLS, REPLAYS = 10, 5  # in a graph, at least; of it
@@ -61,6 +63,12 @@ def card() -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(), "driver": driver, **{k: str(v) for k, v in versions.items()}}
 
 
+@functools.cache
+def cuda_driver() -> ctypes.CDLL:
+    """The CUDA driver's library."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
 def graph_ms(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> tuple[float, int]:
     """Milliseconds and launches (kernels, copies and fills) of one of `calls`, all of them in one CUDA graph.
 
@@ -78,17 +86,19 @@ def graph_ms(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> t
         kept = [call() for _ in range(math.ceil(CALLS / len(calls))) for call in calls]
     finally:
         graph.capture_end()
-    launches = len(nodes(graph.raw_cuda_graph()))
+    nodes = ctypes.c_size_t()
+    if error := cuda_driver().cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(nodes)):
+        raise RuntimeError(f"cuGraphGetNodes: CUDA error {error}")
     times = []
     for _ in range(1 + replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SPIN[0] + SPIN[1] * launches)  # so that its launch does not count
+        torch.cuda._sleep(SPIN[0] + SPIN[1] * nodes.value)  # so that its launch does not count
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / len(kept))
-    return statistics.median(times[1:]), round(launches / len(kept))
+    return statistics.median(times[1:]), round(nodes.value / len(kept))
 
 
 def copy_ms(size: float, sets: int, replays: int = REPLAYS) -> float:
