@@ -40,7 +40,7 @@ from rapm.kernels.disc_head_backward import (
 )  # fmt: skip
 from rapm.kernels.disc_head_forward import _activate_kernel, _conv_kernel
 from rapm.kernels.disc_head_plan import CHUNK, LANES, Tap, plan
-from rapm.kernels.runtime import enabled
+from rapm.kernels.runtime import multiplies
 
 
 def layout(channels: Sequence[int]) -> tuple[list[tuple[str, int, tuple[int, ...]]], int]:
@@ -197,7 +197,7 @@ def disc_head(
     tables from the host, so it must not be inside a CUDA-graph capture.
     """
     with torch.no_grad():
-        if not enabled(features[0]):
+        if not multiplies(features[0]):
             return disc_head_ref(features, weights, weight_generator, sides=sides, scale=scale, logits=logits)
         losses, gradient, *rest = _disc_head(features, weights, weight_generator, sides, scale, logits)
         out = (losses[0], losses[1], rest[: len(features)], gradient)

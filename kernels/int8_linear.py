@@ -25,7 +25,7 @@ from torch import Tensor
 from rapm.kernels.frozen_conv import require_frozen
 from rapm.kernels.lora_linear import groups, lora_linear_ref
 from rapm.kernels.low_rank import blocks, matrix, rows, small, sums
-from rapm.kernels.runtime import enabled, jit, processors, tl, triton
+from rapm.kernels.runtime import enabled, jit, multiplies, processors, tl, triton
 
 # Rows, columns and depth of a program's tile, warps: the first that gives every processor one. 128 codes are a line of
 # memory and the widest shared-memory swizzle; three stages of the largest are 96 KiB.
@@ -137,7 +137,7 @@ def _turned(codes: Tensor) -> Tensor:
 def _multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor | None, backward: bool) -> Tensor:
     """[y] + x W^T + bias for x (M K); `backward`: [y] + x W for x (M N). In y's memory where it is given."""
     rounded, s = quantise_rows(x, scale if backward else None)
-    if not enabled(x):
+    if not multiplies(x):
         product = s[:, None] * (rounded.float() @ (codes.float() if backward else codes.float().t()))
         product = product if backward else product * scale
         return sum((t.float() for t in (y, bias) if t is not None), product).to(x.dtype)

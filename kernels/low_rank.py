@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rapm.kernels.runtime import jit, processors, tensor_cores, tl, triton
+from rapm.kernels.runtime import jit, multiplies, processors, tl, triton
 
 RANKS, CHUNK = 16, 64  # of `rows`, in all, and of `sums`, a group's: above, cuBLAS is faster
 STAGES = 4  # tiles of `rows` in flight: 96 KiB of shared memory at most
@@ -173,7 +173,7 @@ def matrix(x: Tensor) -> Tensor:
 
 def small(x: Tensor, rank: int, most: int | None = None) -> bool:
     """Whether kernels beat cuBLAS at products of x with a `rank` up to `most` (RANKS): not without tensor cores."""
-    return rank == 1 or (rank <= (RANKS if most is None else most) and tensor_cores(x.device))
+    return rank == 1 or (rank <= (RANKS if most is None else most) and multiplies(x))
 
 
 def width_of(rank: int) -> int:

@@ -67,6 +67,11 @@ def tensor_cores(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether a kernel that multiplies matrices runs: before Ampere it would spill kilobytes a thread, and crawl."""
+    return enabled(x) and tensor_cores(x.device)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`; off CUDA (interpreter, compiling without a GPU) a few, to serve tests."""

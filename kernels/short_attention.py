@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rapm.kernels.runtime import enabled, jit, processors, tl, triton
+from rapm.kernels.runtime import enabled, jit, processors, tensor_cores, tl, triton
 
 KEYS = 128  # at most
 TILE = 128 * 64  # numbers in a tile of k, at most
@@ -112,8 +112,8 @@ def fits(keys: int, width: int) -> bool:
 
 
 def takes(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel takes these: bf16 or fp16, keys that fit."""
-    return q.dtype.itemsize == 2 and fits(k.shape[2], q.shape[3])
+    """Whether the kernel takes these: bf16 or fp16, keys that fit, a card with tensor cores that Triton uses."""
+    return q.dtype.itemsize == 2 and fits(k.shape[2], q.shape[3]) and tensor_cores(q.device)
 
 
 @torch.library.custom_op("rapm::short_attention", mutates_args=())
@@ -180,7 +180,7 @@ _short_attention.register_autograd(_backward, setup_context=_setup_context)
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B H N D) and at most KEYS keys k, v (B H L D): B H N D over memory B N H D.
 
-    ValueError for what it does not take: fp32, more keys, heads over 64 wide.
+    ValueError for what it does not take: fp32, more keys, heads over 64 wide, cards before Ampere.
     """
     if not enabled(q):
         return short_attention_ref(q, k, v)

@@ -13,7 +13,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 SPILL = 512  # bytes a thread: short_attention's backward has 384 on sm_120, 50 MiB of a card of 84 processors
-LIMITS = {80: 99, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block; sm_80 has 163, but one table serves all
+LIMITS = {75: 64, 80: 99, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block; sm_80 has 163, but one table serves all
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_kernel_compiles_within_the_cards_shared_memory(shared: dict[str, 
         f"{kernel} on sm_{arch}: {bytes_by_arch[str(arch)] / 1024:.0f} of {limit} KiB"
         for kernel, bytes_by_arch in shared.items()
         for arch, limit in LIMITS.items()
-        if bytes_by_arch[str(arch)] > limit * 1024
+        if bytes_by_arch.get(str(arch), 0) > limit * 1024
     ]
     assert not too_much
 

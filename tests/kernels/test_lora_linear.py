@@ -89,7 +89,7 @@ def test_real_shapes(case: tuple, rank: int) -> None:
 def test_every_way_of_computing(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor cores; matrices in one part and in many; ranks whose products are cuBLAS's, some or all."""
     (lead, k, n, rank, *groups), dtype = case, torch.float32
-    for way in (dict(tensor_cores=lambda device: False), MANY_PARTS, dict(processors=lambda device: 64)):
+    for way in (dict(multiplies=lambda x: False), MANY_PARTS, dict(processors=lambda device: 64)):
         with monkeypatch.context() as patch:
             for name, value in way.items():
                 patch.setattr(low_rank, name, value)
