@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rapm.kernels.runtime import jit, multiplies, processors, tl, triton
 
-RANKS, CHUNK = 16, 64  # of `rows`, in all, and of `sums`, a group's: above, cuBLAS is faster
-STAGES = 4  # tiles of `rows` in flight: 96 KiB of shared memory at most
+RANKS, SUM_RANKS = 16, 64  # of `rows`, in all, and of `sums`, a group's: above, cuBLAS is faster
+STAGES = 4  # tiles of `rows` in flight: 72 KiB of shared memory at most
 PARTS = 64  # of the rows that `sums` adds up, at most
 LONG = 2048  # rows above which programs for two waves are worth its second launch
 
@@ -221,9 +221,9 @@ def rows(
     m, k, rank, n = *x.shape, a.shape[1] * groups_a, 0 if y is None else y.shape[1]
     tile = tile_of(m, rank, x, k, n)
     stages = STAGES if k > tile["BK"] else 1  # one tile waits for nothing: it needs no place in shared memory
-    blocks = triton.cdiv(m, tile["BM"])
+    count = triton.cdiv(m, tile["BM"])
     # Programs that share rows each compute h: as many as would be idle, or as a wide y is worth where the card has room
-    share = processors(x.device) // blocks
+    share = processors(x.device) // count
     if rank == 1:
         share = min(share, 2 * n // k)
     elif share:
@@ -231,7 +231,7 @@ def rows(
     share = max(1, share)
     span = triton.cdiv(triton.cdiv(max(n, 1), share), tile["BN"]) * tile["BN"]
     h = x.new_empty(m, rank)
-    _rows_kernel[(blocks, triton.cdiv(max(n, 1), span))](
+    _rows_kernel[(count, triton.cdiv(max(n, 1), span))](
         x, x.stride(0), a, *a.stride(), h, b, *((0, 0) if b is None else b.stride()), bias, y, m, k, n, rank,
         rank // max(groups_a, groups_b), span, 0 if groups_a == 1 else k // groups_a,
         0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=stages, **tile,
@@ -244,12 +244,13 @@ def sums(
 ) -> list[Tensor]:  # fmt: skip
     """g^T x for g (M R) and x (M K), unless x is None, and dy^T h for h (M' R') and dy (M' N), unless h is None.
 
-    With `groups`, the second is that product's diagonal blocks, N R'/groups. By cuBLAS without `kernels`.
+    With `groups`, the second is that product's diagonal blocks, N R'/groups. By cuBLAS without `kernels`, and where it
+    is faster.
     """
     if x is None and h is None:
         return []
     given = next(t for t in (x, dy) if t is not None)
-    most = RANKS if given.dtype == torch.float32 else CHUNK  # of fp32 there are no tensor cores
+    most = RANKS if given.dtype == torch.float32 else SUM_RANKS  # of fp32 there are no tensor cores
     if not kernels or not all(small(given, t.shape[1] // groups, most) for t in (g, h) if t is not None):
         out = [] if x is None else [g.t() @ x]
         if h is not None:
