@@ -3,29 +3,44 @@
     v = x + shift[:, :, None, None] + residual,  y = act(w (v - mean) rstd + b),  act = SiLU or the identity
 
 mean and rstd are a group's (arXiv 1803.08494). Kept for backward: they, and v where there is a residual (then it is an
-output), else x and shift. A program owns a tile in registers: a run of an image's positions by groups of channels that
-fill a power of two well (12 of width 10, 3 of 80). Launch FIRST writes mean and M2 (squared deviations) of each group
-and run; SECOND combines them in a fixed order (Chan et al. 1979) and normalises what FIRST left in L2: batch 1 fills
-the chip, and no result depends on timing. Backward is alike, with the sums of dy' w and dy' w xhat, dy' = dy act', and
-shift's gradient in the same launches. On a small map a tile is a whole group, and one launch is both. Of v (or x and
-shift) and the statistics y can be made again, the same bits, by SECOND alone: nothing is added up.
+output), else x and shift. Each way takes two launches, whose programs go through runs of positions of some groups, tile
+by tile, while the next tiles are on their way. The first launch writes each run's sums: forward mean and M2 (squared
+deviations), backward the sums of dy' w and dy' w xhat, dy' = dy act', and what shift's gradient needs. The second adds
+them up in a fixed order (Chan et al. 1979) and makes y or dx, in runs of its own: batch 1 fills the chip, and no result
+depends on timing. On a small map one launch does both, its program's tile a whole group. Of v (or x and shift) and the
+statistics y can be made again, the same bits, by the second launch alone.
 
-Shapes: B C H W; a tile is ROWS positions by TILE channels, OWN groups of WIDTH channels and padding. In a kernel r are
-rows (ROWS 1), c channels (1 TILE), group (OWN_PAD) and s runs, that is splits of the positions (1 SPLITS).
+Shapes: B C H W; a tile is ROWS positions by TILE channels, OWN groups of WIDTH channels and padding. In a kernel tiles
+are (ROWS / LANES) LANES TILE, columns of channels 1 LANES TILE: each thread has the same channels in both.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapm.kernels.runtime import enabled, jit, processors, tl, triton
+from rapm.kernels.group_norm_silu_backward import _gradient_kernel, _gradient_sums_kernel, _whole_backward_kernel
+from rapm.kernels.group_norm_silu_forward import _normalise_kernel, _statistics_kernel, _whole_forward_kernel
+from rapm.kernels.runtime import enabled, processors, triton
 
-TILE_VALUES, THREAD_VALUES = 4096, 64  # numbers of a tile, and of a thread
-MAX_SPLITS = 256  # runs of a map, of which every program of SECOND reads the results; larger maps have larger tiles
-FILL = 1  # programs a processor: with fewer, runs are shorter
-WHOLE = 16384  # the tile of one group up to which one launch does both stages
+WHOLE = 16384  # numbers of a group up to which one launch does both stages
+MAX_RUNS = 64  # whose sums each program of a second launch reads
+WARPS, STAGES = 4, 3  # of the kernels that go through runs; tiles in flight, that at work among them
+
+
+class Walk(NamedTuple):
+    """How a kernel goes through a map: a tile's channels, or else these, and bytes; programs for each processor."""
+
+    channels: tuple[int, int]
+    size: int
+    programs: int
+
+
+STATISTICS, NORMALISE = Walk((64, 128), 8192, 3), Walk((256, 128), 8192, 4)
+SUMS, GRADIENT = Walk((64, 128), 8192, 2), Walk((256, 128), 4096, 4)
 
 
 def group_norm_silu_ref(
@@ -39,171 +54,7 @@ def group_norm_silu_ref(
     return y if residual is None else (y, v)
 
 
-@jit
-def _load(x, mask):
-    return tl.load(x, mask=mask, other=0.0).to(tl.float32)
-
-
-@jit
-def _partial(x, splits, group, in_g, GROUPS: tl.constexpr, SPLITS: tl.constexpr):
-    """Both partial results of every group and run, each (OWN_PAD SPLITS), 0 where nothing exists."""
-    tl.debug_barrier()  # what follows waits for loads: by now those of the tile are on their way
-    s = tl.arange(0, SPLITS)[None, :]
-    at, mask = x + group[:, None] * splits + s, in_g[:, None] & (s < splits)
-    return _load(at, mask), _load(at + GROUPS * splits, mask)
-
-
-@jit
-def _gather(x, WIDTH: tl.constexpr, OWN_PAD: tl.constexpr):
-    """Sums over each group's channels, from (1 TILE) to (OWN_PAD)."""
-    k, g = tl.arange(0, x.shape[1])[None, :], tl.arange(0, OWN_PAD)[:, None]
-    return tl.sum(tl.where(k // WIDTH == g, x, 0.0), axis=1)
-
-
-@jit
-def _spread(x, k, WIDTH: tl.constexpr):
-    """Each channel's value of its group, from (OWN_PAD) to k's shape. One exchange, and each side keeps its layout."""
-    return tl.gather(x, tl.minimum(k // WIDTH, x.shape[0] - 1), axis=0)
-
-
-@jit
-def _sigmoid(u):
-    """1 / (1 + exp(-u)) in five instructions, where tl.sigmoid has some fifteen; below 5e-20 it is 0."""
-    v = 1.0 + tl.exp2(u * -1.4426950408889634)
-    return tl.rsqrt(v * v)
-
-
-@jit
-def _forward_kernel(
-    x, x_row, x_batch, residual, r_row, r_batch, shift, weight, bias, v, y, y_batch, stats, partial, eps, positions,
-    splits, C: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, OWN_PAD: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-):  # fmt: skip
-    GROUPS: tl.constexpr = C // WIDTH
-    b, block, k, g = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.arange(0, TILE), tl.arange(0, OWN_PAD)
-    split = tl.program_id(1) if FIRST else splits - 1 - tl.program_id(1)  # from the end, where L2 is surest to have it
-    r, start = tl.arange(0, ROWS)[:, None], split.to(tl.int64) * ROWS  # int64 to a tile's corner, int32 inside
-    c, in_c = (block * (OWN * WIDTH) + k)[None, :], ((k < OWN * WIDTH) & (block * (OWN * WIDTH) + k < C))[None, :]
-    group, in_g, mask = block * OWN + g, (g < OWN) & (block * OWN + g < GROUPS), in_c
-    if not EVEN:
-        mask = (r < positions - start) & in_c
-    partial = partial + b * (2 * GROUPS * splits) if partial is not None else None  # None: y again, of v and stats
-    out = b * y_batch + start * C
-    # the compiler takes the layout of the last of these loads for the tile: let it be the tile's own
-    scale, offset = _load(weight + c, in_c), _load(bias + c, in_c)
-    add = _load(shift + b * C + c, in_c) if shift is not None else None
-    z = tl.load(x + (b * x_batch + start * x_row) + (r * x_row + c), mask=mask, other=0.0)
-    if not FIRST and partial is not None:
-        s_mean, s_m2 = _partial(partial, splits, group, in_g, GROUPS, SPLITS)
-    z = z.to(tl.float32)  # 0 where nothing exists, in padding channels as the loads left it
-    if shift is not None:
-        z += add
-    if not EVEN:
-        z = tl.where(mask, z, 0.0)
-    if residual is not None:
-        z += _load(residual + (b * r_batch + start * r_row) + (r * r_row + c), mask)
-        z = z.to(v.dtype.element_ty).to(tl.float32)
-        tl.store(v + out + (r * C + c), z, mask=mask)
-    if FIRST:
-        n = tl.minimum(positions - start, ROWS).to(tl.float32) * WIDTH
-        mean = _gather(tl.sum(z, axis=0, keep_dims=True), WIDTH, OWN_PAD) / n
-        deviation = z - tl.where(in_c, _spread(mean, k, WIDTH)[None, :], 0.0)
-        if not EVEN:
-            deviation = tl.where(mask, deviation, 0.0)
-        m2 = _gather(tl.sum(deviation * deviation, axis=0, keep_dims=True), WIDTH, OWN_PAD)
-    elif partial is None:
-        mean = _load(stats + b * (2 * GROUPS) + group, in_g)
-    else:
-        n = tl.minimum(tl.maximum(positions - tl.arange(0, SPLITS)[None, :] * ROWS, 0), ROWS).to(tl.float32) * WIDTH
-        mean = tl.sum(s_mean * (n / (positions * WIDTH)), axis=1)
-        s_mean -= mean[:, None]
-        m2 = tl.sum(s_m2 + s_mean * s_mean * n, axis=1)
-    if SECOND:
-        if partial is None:
-            rstd = _load(stats + b * (2 * GROUPS) + GROUPS + group, in_g)
-        else:
-            rstd = tl.rsqrt(m2 / (positions * WIDTH) + eps)
-        u = (z - _spread(mean, k, WIDTH)[None, :]) * (_spread(rstd, k, WIDTH)[None, :] * scale) + offset
-        if SILU:
-            u *= _sigmoid(u)
-        tl.store(y + out + (r * C + c), u, mask=mask)
-        if partial is not None and split == 0:
-            tl.store(stats + b * (2 * GROUPS) + group, mean, mask=in_g)
-            tl.store(stats + b * (2 * GROUPS) + GROUPS + group, rstd, mask=in_g)
-    else:
-        tl.store(partial + group * splits + split, mean, mask=in_g)
-        tl.store(partial + (GROUPS + group) * splits + split, m2, mask=in_g)
-
-
-@jit
-def _backward_kernel(
-    dy, dy_row, dy_batch, dv, dv_row, dv_batch, x, x_row, x_batch, shift, weight, bias, stats, partial, sums,
-    dx, dx_batch, dshift, positions, splits, C: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr,
-    OWN_PAD: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, SILU: tl.constexpr,
-    EVEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-):  # fmt: skip
-    GROUPS: tl.constexpr = C // WIDTH
-    b, block, k, g = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.arange(0, TILE), tl.arange(0, OWN_PAD)
-    split = tl.program_id(1) if FIRST else splits - 1 - tl.program_id(1)
-    r, start = tl.arange(0, ROWS)[:, None], split.to(tl.int64) * ROWS
-    c, in_c = (block * (OWN * WIDTH) + k)[None, :], ((k < OWN * WIDTH) & (block * (OWN * WIDTH) + k < C))[None, :]
-    group, in_g, mask = block * OWN + g, (g < OWN) & (block * OWN + g < GROUPS), in_c
-    if not EVEN:
-        mask = (r < positions - start) & in_c
-    stats, partial = stats + b * (2 * GROUPS), partial + b * (2 * GROUPS * splits)
-    center, rstd = _load(stats + c // WIDTH, in_c), _load(stats + GROUPS + c // WIDTH, in_c)
-    scale, offset = _load(weight + c, in_c), _load(bias + c, in_c)
-    center -= _load(shift + b * C + c, in_c) if shift is not None else 0.0
-    xhat = tl.load(x + (b * x_batch + start * x_row) + (r * x_row + c), mask=mask, other=0.0)
-    d = tl.load(dy + (b * dy_batch + start * dy_row) + (r * dy_row + c), mask=mask, other=0.0)
-    if SECOND and dv is not None:
-        stream = tl.load(dv + (b * dv_batch + start * dv_row) + (r * dv_row + c), mask=mask, other=0.0)
-    if not FIRST:
-        s_a, s_b = _partial(partial, splits, group, in_g, GROUPS, SPLITS)
-        sum_a, sum_b = tl.sum(s_a, axis=1), tl.sum(s_b, axis=1)
-    xhat, d = (xhat.to(tl.float32) - center) * rstd, d.to(tl.float32)  # 0 in padding channels, as center and rstd
-    if not EVEN:
-        xhat = tl.where(mask, xhat, 0.0)
-    if SILU:
-        u = xhat * scale + offset
-        sigmoid = _sigmoid(u)
-        d *= sigmoid * (1.0 + u * (1.0 - sigmoid))
-    if FIRST:
-        sum_d, sum_product = tl.sum(d, axis=0, keep_dims=True), tl.sum(d * xhat, axis=0, keep_dims=True)
-        sum_xhat = tl.sum(xhat, axis=0, keep_dims=True)
-        sum_a, sum_b = _gather(sum_d * scale, WIDTH, OWN_PAD), _gather(sum_product * scale, WIDTH, OWN_PAD)
-        if sums is not None:
-            at = sums + (b * 3 * splits + split) * C + c
-            tl.store(at, sum_d, mask=in_c)
-            tl.store(at + splits * C, sum_product, mask=in_c)
-            tl.store(at + 2 * splits * C, sum_xhat, mask=in_c)
-    if SECOND:
-        mean_a, mean_b = sum_a / (positions * WIDTH), sum_b / (positions * WIDTH)
-        to_a, to_b = _spread(mean_a, k, WIDTH)[None, :], _spread(mean_b, k, WIDTH)[None, :]
-        if dx is not None:
-            gradient = d * (rstd * scale) - (xhat * (rstd * to_b) + rstd * to_a)
-            if dv is not None:
-                gradient += stream.to(tl.float32)
-            tl.store(dx + (b * dx_batch + start * C) + (r * C + c), gradient, mask=mask)
-        if FIRST and dshift is not None:
-            tl.store(dshift + b * C + c, rstd * (scale * sum_d - positions * to_a - to_b * sum_xhat), mask=in_c)
-        elif dshift is not None:  # a block's channels are dealt out to its programs, 16 at a time
-            for first in range(split * 16, OWN * WIDTH, splits * 16):
-                i, s = first + tl.arange(0, 16), tl.arange(0, SPLITS)[None, :]
-                j = block * (OWN * WIDTH) + i
-                in_j = (i < OWN * WIDTH) & (j < C)
-                at, some = sums + b * (3 * splits * C) + s * C + j[:, None], in_j[:, None] & (s < splits)
-                total = _load(weight + j, in_j) * tl.sum(_load(at, some), axis=1)
-                total -= _spread(mean_b, i, WIDTH) * tl.sum(_load(at + 2 * splits * C, some), axis=1)
-                total = (total - positions * _spread(mean_a, i, WIDTH)) * _load(stats + GROUPS + j // WIDTH, in_j)
-                tl.store(dshift + b * C + j, total, mask=in_j)
-    else:
-        tl.store(partial + group * splits + split, sum_a, mask=in_g)
-        tl.store(partial + (GROUPS + group) * splits + split, sum_b, mask=in_g)
-
-
-def _rows(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+def _map(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """x, its strides between positions and images. Copied only where channels or positions lie in no one stride."""
     if x is None:
         return None, 0, 0
@@ -213,27 +64,37 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return x, x.stride(3 if width > 1 else 2), x.stride(0)
 
 
-def _plan(x: Tensor, groups: int, whole: int) -> tuple[tuple[int, int, int], list[dict[str, int]]]:
-    """The grid (blocks of channels, runs, B) and the options of each launch."""
+def _whole(x: Tensor, groups: int, silu: bool) -> dict[str, int] | None:
+    """Options of the launch that does both stages, for maps that have one; its grid is groups and B."""
+    positions, width = x.shape[2] * x.shape[3], x.shape[1] // groups
+    rows, tile = triton.next_power_of_2(positions), triton.next_power_of_2(width)
+    if rows * tile > WHOLE:
+        return None
+    options = dict(C=x.shape[1], WIDTH=width, TILE=tile, ROWS=rows, num_warps=max(4, rows * tile // (32 * 64)))
+    return options | dict(SILU=silu, SHORT=_short(x))
+
+
+def _short(x: Tensor) -> bool:
+    """Whether tanh's 11 bits are enough; Triton's interpreter has no such instruction."""
+    return x.element_size() == 2 and x.device.type != "cpu"
+
+
+def _cut(x: Tensor, groups: int, walk: Walk) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """The grid (blocks of channels, runs, B) of a kernel that goes through x, a run's positions, and its options."""
     batch, channels, height, width = x.shape
     cdiv, power = triton.cdiv, triton.next_power_of_2
     positions, width = height * width, channels // groups
-    own, rows, tile = 1, power(positions), power(width)
-    if rows * tile > whole:  # several groups: three quarters of 128 channels or more and mostly from 16 bytes on, or of
-        # 64 for longer runs, or twice as many
-        fill = 128 if positions <= TILE_VALUES // 128 * (MAX_SPLITS // 2) else 64
-        own = min(groups, max(1, fill // width if fill % width <= fill // 4 else 2 * fill // width))
-        rows, tile = min(rows, max(1, TILE_VALUES // power(own * width))), power(own * width)
-        while cdiv(positions, rows) > MAX_SPLITS:
-            rows *= 2
-        while rows > 8 and cdiv(groups, own) * cdiv(positions, rows) * batch < FILL * processors(x.device):
-            rows //= 2
-    splits = cdiv(positions, rows)
-    options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, SPLITS=power(splits))
-    options["EVEN"] = positions % rows == 0
-    options["num_warps"] = max(4 if splits == 1 else 2, rows * tile // (32 * THREAD_VALUES))
-    stages = [(True, True)] if splits == 1 else [(True, False), (False, True)]
-    return (cdiv(groups, own), splits, batch), [options | dict(FIRST=a, SECOND=b) for a, b in stages]
+    owns = [min(groups, max(1, wanted // width)) for wanted in walk.channels]
+    padded = [cdiv(groups, own) * power(own * width) for own in owns]
+    own = owns[1 if padded[1] <= 0.8 * padded[0] else 0]
+    tile, blocks = power(own * width), cdiv(groups, own)
+    rows = max(1, walk.size // (tile * x.element_size()))
+    runs = max(1, min(MAX_RUNS, round(walk.programs * processors(x.device) / (blocks * batch))))
+    span = cdiv(cdiv(positions, runs), rows) * rows
+    lanes = max(1, min(rows, WARPS * 32 * 16 // (tile * x.element_size())))  # with 16 bytes a thread, as it loads them
+    options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, LANES=lanes)
+    options |= dict(EVEN=positions % rows == 0, STAGES=STAGES, num_warps=WARPS)
+    return (blocks, cdiv(positions, span), batch), span, options
 
 
 def _outputs(x: Tensor, groups: int, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,31 +104,42 @@ def _outputs(x: Tensor, groups: int, residual: Tensor | None) -> tuple[Tensor, T
     return y, v, x.new_empty((x.shape[0], 2, groups), dtype=torch.float32)
 
 
+def _normalise(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, y: Tensor, stats: Tensor, silu: bool,
+    partial: Tensor | None = None, run: int = 0, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """y of x + shift and of the statistics, which are made first of `partial`, sums of runs of `run` positions."""
+    grid, span, options = _cut(x, stats.shape[2], NORMALISE)
+    splits = 1 if partial is None else partial.shape[3]
+    _normalise_kernel[grid](
+        *_map(x), shift, weight, bias, y, stats, partial, eps, x.shape[2] * x.shape[3], splits, run, span, **options,
+        SPLITS=triton.next_power_of_2(splits), SILU=silu, SHORT=_short(x),
+    )  # fmt: skip
+
+
 @torch.library.custom_op("rapm::group_norm_silu", mutates_args=())
 def _op(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, v, stats = _outputs(x, groups, residual)
-    grid, launches = _plan(x, groups, WHOLE)
+    shift, kept, positions = None if shift is None else shift.contiguous(), v if v.numel() else None, y[0, 0].numel()
+    if whole := _whole(x, groups, silu):
+        results = weight, bias, kept, y, stats, eps, positions
+        _whole_forward_kernel[groups, len(x)](*_map(x), *_map(residual), shift, *results, **whole)
+        return y, v, stats
+    grid, run, options = _cut(x, groups, STATISTICS)
     partial = stats.new_empty((*stats.shape, grid[1]))
-    results = weight, bias, None if residual is None else v, y, y.stride(0), stats, partial, eps
-    inputs = *_rows(x), *_rows(residual), None if shift is None else shift.contiguous()
-    for options in launches:
-        if residual is not None and not options["FIRST"]:
-            inputs = *_rows(v), None, 0, 0, None
-        _forward_kernel[grid](*inputs, *results, x.shape[2] * x.shape[3], grid[1], SILU=silu, **options)
+    _statistics_kernel[grid](*_map(x), *_map(residual), shift, kept, partial, positions, grid[1], run, **options)
+    x, shift = (x, shift) if residual is None else (v, None)
+    _normalise(x, shift, weight, bias, y, stats, silu, partial, run, eps)
     return y, v, stats
 
 
 @torch.library.custom_op("rapm::group_norm_silu_again", mutates_args=())
 def _again_op(v: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, silu: bool, shift: Tensor | None) -> Tensor:
     y = torch.empty_like(v, memory_format=torch.channels_last)
-    grid, launches = _plan(v, stats.shape[2], 0)
-    inputs = *_rows(v), None, 0, 0, None if shift is None else shift.contiguous(), weight, bias
-    options = launches[-1] | dict(FIRST=False, SECOND=True, SILU=silu)
-    results = None, y, y.stride(0), stats, None, 0.0
-    _forward_kernel[grid](*inputs, *results, v.shape[2] * v.shape[3], grid[1], **options)
+    _normalise(v, None if shift is None else shift.contiguous(), weight, bias, y, stats, silu)
     return y
 
 
@@ -284,13 +156,23 @@ def _backward_op(
     silu: bool, of_v: bool, of_shift: bool, of_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dshift, affine = _gradients(v, of_v, of_shift, of_affine)
-    grid, launches = _plan(v, stats.shape[2], WHOLE)
-    sums = stats.new_empty((grid[2], 3, grid[1], v.shape[1])) if of_affine or (of_shift and grid[1] > 1) else None
-    inputs = *_rows(dy), *_rows(dv), *_rows(v), None if shift is None else shift.contiguous(), weight, bias, stats
-    results = sums, dx if of_v else None, v[0].numel(), dshift if of_shift else None, v.shape[2] * v.shape[3], grid[1]
-    partial = stats.new_empty((*stats.shape, grid[1]))
-    for options in launches:
-        _backward_kernel[grid](*inputs, partial, *results, SILU=silu, **options)
+    groups, positions = stats.shape[2], v.shape[2] * v.shape[3]
+    inputs = *_map(dy), *_map(v)
+    frozen = None if shift is None else shift.contiguous(), weight, bias, stats
+    results = dx if of_v else None, dshift if of_shift else None, positions
+    whole, (grid, span, options) = _whole(v, groups, silu), _cut(v, groups, SUMS)
+    splits, sums = 1 if whole else grid[1], None
+    if of_affine or (of_shift and not whole):
+        sums = stats.new_empty((len(v), 3, splits, v.shape[1]))
+    if whole:
+        _whole_backward_kernel[groups, len(v)](*inputs, *_map(dv), *frozen, sums, *results, **whole)
+    else:
+        partial = stats.new_empty((*stats.shape, splits))
+        act = dict(SILU=silu, SHORT=_short(v))
+        _gradient_sums_kernel[grid](*inputs, *frozen, partial, sums, positions, splits, span, **options, **act)
+        grid, span, options = _cut(v, groups, GRADIENT)
+        act["SPLITS"] = triton.next_power_of_2(splits)
+        _gradient_kernel[grid](*inputs, *_map(dv), *frozen, partial, sums, *results, splits, span, **options, **act)
     if of_shift and dv is not None:
         dshift += dv.sum((2, 3))
     if of_affine and sums is not None:

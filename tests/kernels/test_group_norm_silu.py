@@ -75,11 +75,20 @@ def gradients(function: Callable, inputs: list, cotangents: list[Tensor | None])
 
 @pytest.fixture(params=["one launch", "two launches"])
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Both ways on any map, with tiles so small that a small map has several."""
+    """Both ways on any map, with tiles so small that a small map has several runs, and a run several tiles."""
     one = request.param == "one launch"
-    for name, value in (("WHOLE", one << 20), ("TILE_VALUES", 1024)):
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "WHOLE", one << 20)
+    small_tiles(monkeypatch)
     return 1 if one else 2
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch, programs: int = 4) -> None:
+    """Runs of two launches that differ: 16 and 32 channels, 512 and 1024 bytes."""
+    monkeypatch.setattr(module, "processors", lambda device: 4)
+    for name, channels, size in (
+        ("STATISTICS", 16, 512), ("NORMALISE", 32, 1024), ("SUMS", 16, 1024), ("GRADIENT", 32, 512)
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, module.Walk((channels, 2 * channels), size, programs))
 
 
 @pytest.mark.parametrize(
@@ -98,38 +107,30 @@ def test_shapes(launches: int, shape: tuple[int, ...], groups: int) -> None:
 
 
 def test_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps of many positions have runs twice as long by half the channels, then larger tiles; few programs: short."""
-    for name, value in (("WHOLE", 0), ("TILE_VALUES", 2048)):
-        monkeypatch.setattr(module, name, value)
+    """Runs of several tiles, the last one short; of one; and fewer programs than MAX_RUNS would allow."""
+    monkeypatch.setattr(module, "WHOLE", 0)
     inputs = make(1, 160, 11, 7, torch.float32, True, False)
-    for name, value, grid, rows in (
-        ("MAX_SPLITS", 10, (2, 5, 1), 16), ("MAX_SPLITS", 8, (3, 3, 1), 32), ("MAX_SPLITS", 2, (3, 2, 1), 64),
-        ("FILL", 100, (3, 10, 1), 8),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(module, "processors", lambda device: 4)
-        actual, launches = module._plan(inputs[0], 16, 0)
-        assert (actual, launches[0]["ROWS"]) == (grid, rows)
+    for programs, most, runs, span in ((8, 64, 5, 16), (100, 64, 20, 4), (16, 3, 3, 28), (0, 64, 1, 80)):
+        small_tiles(monkeypatch, programs)
+        monkeypatch.setattr(module, "MAX_RUNS", most)
+        (blocks, actual, _), length, options = module._cut(inputs[0], 16, module.STATISTICS)
+        assert (blocks, actual, length, options["ROWS"]) == (6, runs, span, 4)
         compare(inputs, torch.float32, 16)
 
 
 @pytest.mark.parametrize(("channels", "size"), [*SD15, *SDXL, (320, 192), (320, 256)])
-@pytest.mark.parametrize("whole", [0, module.WHOLE])
-def test_plans(channels: int, size: int, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the H200's 132 processors: registers and partial results are bounded, and every channel is covered."""
+@pytest.mark.parametrize("walk", ["STATISTICS", "NORMALISE", "SUMS", "GRADIENT"])
+def test_cuts(channels: int, size: int, walk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the H200's 132 processors: registers and the runs' sums are bounded, and every channel is covered."""
     monkeypatch.setattr(module, "processors", lambda device: 132)
-    x = torch.empty(1, channels, size, size, device="meta")
-    (blocks, splits, _), launches = module._plan(x, 32, whole)
-    options = launches[0]
-    assert options["ROWS"] * splits >= size * size > options["ROWS"] * (splits - 1) and splits <= 256
-    assert (
-        blocks * options["OWN"] * options["WIDTH"] >= channels and options["OWN"] * options["WIDTH"] <= options["TILE"]
-    )
-    assert options["ROWS"] * options["TILE"] <= 32 * 64 * options["num_warps"]
-    assert len(launches) == (1 if splits == 1 else 2)
-    if splits > 1:
-        assert blocks * splits >= 132 or options["ROWS"] == 8
-        assert options["OWN"] * options["WIDTH"] >= 0.9 * options["TILE"]
+    x = torch.empty(1, channels, size, size, device="meta", dtype=torch.bfloat16)
+    (blocks, runs, _), span, options = module._cut(x, 32, getattr(module, walk))
+    own = options["OWN"] * options["WIDTH"]
+    assert blocks * own >= channels > (blocks - 1) * own and own <= options["TILE"]
+    assert span * runs >= size * size > span * (runs - 1) and span % options["ROWS"] == 0 and runs <= module.MAX_RUNS
+    assert 8 <= options["ROWS"] * options["TILE"] / (32 * module.WARPS) <= 32  # numbers of a thread
+    assert options["ROWS"] % options["LANES"] == 0
+    assert own >= 0.6 * options["TILE"] and blocks * runs <= 1.25 * getattr(module, walk).programs * 132
 
 
 def test_launches(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +145,7 @@ def test_launches(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
             count.append(grid)
             return self.kernel[grid]
 
-    for name in ("_forward_kernel", "_backward_kernel"):
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
         monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     inputs = make(1, 40, 5, 9, torch.float32, True, False, frozen=True)
     y = norm(4)(*inputs)
@@ -242,7 +243,7 @@ def test_again_is_one_launch_and_adds_nothing_up(launches: int, monkeypatch: pyt
     expected = (x + shift[:, :, None, None] - 3) * 2 * weight[:, None, None] + bias[:, None, None]
     assert error(y, expected) <= 1e-6
     names = launched(monkeypatch, module, lambda: module._again_op._init_fn(x, weight, bias, stats, True, None))
-    assert len(names) == 1 and "_forward_kernel" in names[0]
+    assert len(names) == 1 and "_normalise_kernel" in names[0]
 
 
 def test_one_output_used() -> None:
