@@ -36,7 +36,10 @@ def lora_conv_ref(
 
 
 @jit
-def _taps(p, m, exists, tap, r, R, H, W, HO, WO, SIDE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr):
+def _taps(
+    p, m, exists, tap, r, H, W, HO, WO,
+    R: tl.constexpr, SIDE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
     """P at output positions m, taps and ranks, each a column or a row, in fp32; zero outside the input."""
     i, j = m // WO % HO * STRIDE - PADDING + tap // SIDE, m % WO * STRIDE - PADDING + tap % SIDE
     inside = exists & (i >= 0) & (i < H) & (j >= 0) & (j < W)
@@ -46,8 +49,8 @@ def _taps(p, m, exists, tap, r, R, H, W, HO, WO, SIDE: tl.constexpr, STRIDE: tl.
 
 @jit
 def _gather_kernel(
-    p, up, bias, h, y, M, N, R, H, W, HO, WO, SPAN,
-    SIDE: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    p, up, bias, h, y, M, N, H, W, HO, WO, SPAN,
+    R: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """h (M R) from P, and y (M N) += [bias] + h up^T: BM positions of the output and SPAN columns of y."""
@@ -55,12 +58,12 @@ def _gather_kernel(
     r = tl.arange(0, BR)[None, :]
     exists = m < M
     if BR == 1:  # all taps, a power of two of them, in one tile: otherwise a thread would load the same over and over
-        tile = _taps(p, m, exists, tl.arange(0, TAPS)[None, :], 0, R, H, W, HO, WO, SIDE, STRIDE, PADDING)
+        tile = _taps(p, m, exists, tl.arange(0, TAPS)[None, :], 0, H, W, HO, WO, R, SIDE, STRIDE, PADDING)
         t = tl.sum(tile, axis=1, keep_dims=True)
     else:
         t = tl.zeros((BM, BR), tl.float32)
         for tap in tl.static_range(SIDE * SIDE):
-            t += _taps(p, m, exists, tap, r, R, H, W, HO, WO, SIDE, STRIDE, PADDING)
+            t += _taps(p, m, exists, tap, r, H, W, HO, WO, R, SIDE, STRIDE, PADDING)
     t = t.to(h.dtype.element_ty)
     tl.store(h + m * R + r, t, mask=exists & (r < R) & (tl.program_id(1) == 0))
     begin = tl.program_id(1) * SPAN
@@ -70,8 +73,8 @@ def _gather_kernel(
 
 @jit
 def _spread_kernel(
-    g, d, s, dx, M, C, R, H, W, HO, WO, SPAN,
-    SIDE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    g, d, s, dx, M, C, H, W, HO, WO, SPAN,
+    R: tl.constexpr, SIDE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """S from g, and where dx (M C) is given, dx += S d: BM positions of the input, and SPAN columns of dx.
@@ -124,8 +127,9 @@ def _gather(
     side, stride, padding = geometry
     taps = triton.next_power_of_2(side**2)
     _gather_kernel[grid](
-        p, up, bias, h, y, m, n, rank, *size, *out, span, SIDE=side, TAPS=taps, STRIDE=stride, PADDING=padding, **tile
-    )
+        p, up, bias, h, y, m, n, *size, *out, span,
+        R=rank, SIDE=side, TAPS=taps, STRIDE=stride, PADDING=padding, **tile,
+    )  # fmt: skip
     return h
 
 
@@ -144,7 +148,7 @@ def _spread(
     else:
         grid, span, tile = _launch(m, c, q, g)
     _spread_kernel[grid](
-        g, d, s, dx, m, c, q // side**2, *shape[1:], *out, span, SIDE=side, STRIDE=stride, PADDING=padding, **tile
+        g, d, s, dx, m, c, *shape[1:], *out, span, R=q // side**2, SIDE=side, STRIDE=stride, PADDING=padding, **tile
     )
     return s
 

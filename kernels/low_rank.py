@@ -45,7 +45,7 @@ VECTORS, MATRICES = Summing(32, 32768, 2, 1024), Summing(64, 8192, 4, 320)
 # low-rank matrices, a few hundred columns wide, fit in 31 bits. A rank of 1 is BR = 1: products and sums of vectors.
 @jit
 def _project(
-    x, exists, a, a_k, a_r, K, R, RANK, SEG: tl.constexpr,
+    x, exists, a, a_k, a_r, K, R: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows at x (BM 1 pointers) times a (K R): BM BR in fp32."""
@@ -67,7 +67,7 @@ def _project(
 
 @jit
 def update(
-    t, b, b_r, b_n, bias, y, exists, begin, end, R, RANK, SEG: tl.constexpr,
+    t, b, b_r, b_n, bias, y, exists, begin, end, R: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr,
     ADD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Columns begin..end of rows at y (BM 1 pointers) = [y if ADD] + [bias] + t b, for t (BM BR) and b (R N)."""
@@ -92,7 +92,8 @@ def update(
 
 @jit
 def _rows_kernel(
-    x, x_row, a, a_k, a_r, h, b, b_r, b_n, bias, y, M, K, N, R, RANK, SPAN, SEG_A: tl.constexpr, SEG_B: tl.constexpr,
+    x, x_row, a, a_k, a_r, h, b, b_r, b_n, bias, y, M, K, N, SPAN,
+    R: tl.constexpr, RANK: tl.constexpr, SEG_A: tl.constexpr, SEG_B: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h = x a, and y (M N) = [bias] + h b. A program has BM rows and SPAN columns of y: the first of a row stores h."""
@@ -110,7 +111,7 @@ def _rows_kernel(
 
 @jit
 def _sums(
-    t, t_row, v, v_row, out, out_c, out_r, c, last, R, begin, end,
+    t, t_row: tl.constexpr, v, v_row, out, out_c, out_r, c, last, R, begin, end,
     BM: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[c, r] = the sum over rows m in begin..end of v[m, c] t[m, r], for columns c below `last` and r below R."""
@@ -134,7 +135,8 @@ def _sums(
 
 @jit
 def _sums_kernel(
-    g, x, x_row, ddown, MX, ROWS_X, K, RG, h, dy, dy_row, dup, MY, ROWS_Y, N, RH, NG, RANK,
+    g, x, x_row, ddown, MX, ROWS_X, K, h, dy, dy_row, dup, MY, ROWS_Y, N, NG,
+    RG: tl.constexpr, RH: tl.constexpr, RANK: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ddown (RG K) = g^T x and dup (N RANK) = dy^T h over a part of the rows; the parts' results follow one another."""
@@ -169,6 +171,11 @@ def matrix(x: Tensor) -> Tensor:
     """x as rows (M, last dimension), each contiguous: a view wherever its strides allow one."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor) -> list[int | tl.constexpr]:
+    """Those of a low-rank matrix; its rank as a constant: rows of 4 columns are loaded whole where it is known."""
+    return [tl.constexpr(stride) if stride == min(x.shape) else stride for stride in x.stride()]
 
 
 def small(x: Tensor, rank: int, most: int | None = None) -> bool:
@@ -232,9 +239,9 @@ def rows(
     span = triton.cdiv(triton.cdiv(max(n, 1), share), tile["BN"]) * tile["BN"]
     h = x.new_empty(m, rank)
     _rows_kernel[(count, triton.cdiv(max(n, 1), span))](
-        x, x.stride(0), a, *a.stride(), h, b, *((0, 0) if b is None else b.stride()), bias, y, m, k, n, rank,
-        rank // max(groups_a, groups_b), span, 0 if groups_a == 1 else k // groups_a,
-        0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=stages, **tile,
+        x, x.stride(0), a, *strides(a), h, b, *((0, 0) if b is None else strides(b)), bias, y, m, k, n, span,
+        R=rank, RANK=rank // max(groups_a, groups_b), SEG_A=0 if groups_a == 1 else k // groups_a,
+        SEG_B=0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=stages, **tile,
     )  # fmt: skip
     return h
 
@@ -271,9 +278,9 @@ def sums(
         found = [o.new_empty(parts, *o.shape, dtype=torch.float32) for o in out]
     args = []
     for t, v, o in zip((g, h), (x, dy), found, strict=True):
-        args += [t, v, v.stride(0), o, len(v), triton.cdiv(len(v), parts), v.shape[1], t.shape[1]]
+        args += [t, v, v.stride(0), o, len(v), triton.cdiv(len(v), parts), v.shape[1]]
     _sums_kernel[(count, parts)](
-        *args, length, rank, BM=deep, BC=columns, BG=widths[0], BH=widths[1],
+        *args, length, RG=g.shape[1], RH=h.shape[1], RANK=rank, BM=deep, BC=columns, BG=widths[0], BH=widths[1],
         STAGES=min(stages, triton.cdiv(triton.cdiv(longest, parts), deep)), num_warps=4,
     )  # fmt: skip
     if parts > 1:
