@@ -5,8 +5,8 @@ W and b are frozen. Backward: g = dy up, dx = dy W + g down, ddown = g^T x, dup 
 
 The frozen product is cuBLAS's in both directions, and adds to what it finds in its output. So one launch
 (low_rank.rows) reads x, writes h and begins y = b + h up^T; backward, the same launch reads dy and begins dx = g down.
-ddown and dup are one or two more (low_rank.sums). Above rank 16, of all groups, the product and the update are
-cuBLAS's, and above 64, of one, ddown and dup too.
+ddown and dup are one or two more (low_rank.sums). Above rank 16, of all groups, the product is cuBLAS's and so is the
+update, but one of a bias too (low_rank.addmm), and above 64, of one, that, ddown and dup are.
 
 G layers of one size that share x are one: their W, b, down and up lie below one another, so down has more rows than up
 columns. R columns of h and N / G of y belong to each: the product with up is block diagonal.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapm.kernels.frozen_conv import require_frozen
-from rapm.kernels.low_rank import blocks, matrix, rows, small, sums
+from rapm.kernels.low_rank import addmm, blocks, matrix, rows, small, sums
 from rapm.kernels.runtime import enabled
 
 # Columns of y at most where an update of a rank above 1 is left to who reads y: it has all of `up` in registers, and
@@ -53,7 +53,7 @@ def _product(
         y = blocks(t, b, groups_b, 1)
         y = y if bias is None else y.add_(bias)
     else:
-        y = t @ b if bias is None else torch.addmm(bias, t, b)
+        y = t @ b if bias is None else addmm(bias, t, b)
     return y.addmm_(x, frozen), t
 
 

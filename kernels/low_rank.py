@@ -2,6 +2,7 @@
 
 rows: t = x a and y = [bias] + t b in one launch: the pass over x that t needs, and a write of y. Each program has all K
 of some rows, and a share of the columns of y.
+addmm: y = bias + t b alone, of higher ranks.
 sums: g^T x and dy^T h, the low-rank weights' gradients: each program has some columns of x or dy and all rows, or part
 of them, and then a second launch adds up the parts, in fp32 and in a fixed order. With ranks of 1 these are products of
 vectors, else tensor cores at 16 columns and more; a program of `sums` has no more than a group's columns of t.
@@ -26,6 +27,7 @@ from rapm.kernels.runtime import jit, multiplies, processors, tl, triton
 RANKS, SUM_RANKS = 16, 64  # of `rows`, in all, and of `sums`, a group's: above, cuBLAS is faster
 STAGES = 4  # tiles of `rows` in flight: 72 KiB of shared memory at most
 PARTS = 64  # of the rows that `sums` adds up, at most
+UPDATE = dict(BM=128, BN=128, num_warps=8, num_stages=1)  # of `addmm`: one tile a program
 LONG = 2048  # rows above which programs for two waves are worth its second launch
 
 
@@ -107,6 +109,20 @@ def _rows_kernel(
     if y is not None:
         end = tl.minimum(begin + SPAN, N)
         update(t, b, b_r, b_n, bias, y + m.to(tl.int64) * N, exists, begin, end, R, RANK, SEG_B, False, BN, BR)
+
+
+@jit
+def _addmm_kernel(
+    t, b, b_r, b_n, bias, y, M, N, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """y (M N) = bias + t b: BM rows and BN columns of y."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    r = tl.arange(0, BR)[None, :]
+    exists = m < M
+    tile = tl.load(t + m * R + r, mask=exists & (r < R), other=0.0)
+    begin = tl.program_id(1) * BN
+    y += m.to(tl.int64) * N
+    update(tile, b, b_r, b_n, bias, y, exists, begin, tl.minimum(begin + BN, N), R, R, 0, False, BN, BR)
 
 
 @jit
@@ -244,6 +260,17 @@ def rows(
         SEG_B=0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=stages, **tile,
     )  # fmt: skip
     return h
+
+
+def addmm(bias: Tensor, t: Tensor, b: Tensor) -> Tensor:
+    """bias + t b for bias (N), contiguous t (M R) and b (R N), as torch.addmm, which it is but for low ranks."""
+    (m, rank), n = t.shape, b.shape[1]
+    if t.dtype == torch.float32 or not small(t, rank, SUM_RANKS):
+        return torch.addmm(bias, t, b)
+    y = t.new_empty(m, n)
+    grid = triton.cdiv(m, UPDATE["BM"]), triton.cdiv(n, UPDATE["BN"])
+    _addmm_kernel[grid](t, b, *strides(b), bias, y, m, n, R=rank, BR=width_of(rank), **UPDATE)
+    return y
 
 
 def sums(

@@ -153,13 +153,13 @@ LIKE_80 = (86, 89)  # the same instructions are used there, so what only dtypes 
 
 
 def recorded(dtypes: bool = True, full: bool = True) -> Iterator[Call]:
-    """Operator calls: with `dtypes` of a small model in all three, if `full` of SD1.5, and of SDXL at three ranks."""
+    """Operator calls: with `dtypes` of a small model in all three, if `full` of SD1.5, and of SDXL at four ranks."""
     blocks = {"down_block_types": SD15["down_block_types"][1:], "up_block_types": SD15["up_block_types"][:-1]}
     small = {**SD15, **blocks, "block_out_channels": [48, 96, 128], "norm_num_groups": 16, "attention_head_dim": 4}
     ranks = dict(zip(runtime.DTYPES, (16, 1, 16), strict=True)) if dtypes else {}
     runs: list[tuple] = [(small, 8, dtype, rank) for dtype, rank in ranks.items()]
     if full:
-        runs += [(SD15, 64, torch.bfloat16, 1), *((SDXL, 128, torch.bfloat16, rank) for rank in (1, 16, 64))]
+        runs += [(SD15, 64, torch.bfloat16, 1), *((SDXL, 128, torch.bfloat16, rank) for rank in (1, 4, 16, 64))]
     low_ranks = {torch.float32: 1, torch.float16: 16} if dtypes else {}
     low = [(small, 8, dtype, rank, mode) for dtype, rank in low_ranks.items() for mode in LOW]
     low += [(SDXL, 128, torch.bfloat16, 1, mode) for mode in LOW if full]

@@ -24,6 +24,7 @@ MANY_PARTS = dict(
 )  # fmt: skip
 # leading shape, K, N, R, and G of more than one layer
 SMALL = [((2, 3), 12, 7, 1), ((70,), 48, 96, 1), ((5, 7), 40, 24, 3), ((66,), 96, 40, 16), ((9,), 32, 72, 20)]
+SMALL += [((6,), 4, 4, 4)]  # strides that tell nothing of what they are
 GROUPED = [((70,), 48, 96, 1, 3), ((2, 3), 12, 15, 1, 3), ((5, 7), 40, 24, 3, 2), ((66,), 96, 60, 10, 3)]
 REAL = [
     ((1, 1024), 1280, 1280), ((1, 1024), 1280, 10240), ((1, 1024), 5120, 1280), ((1, 4096), 640, 640),
@@ -76,6 +77,18 @@ def test_layers_in_one(case: tuple) -> None:
 def test_against_float64(case: tuple, dtype: torch.dtype) -> None:
     check(op, lora_linear_ref, inputs(case, dtype), dtype, roundings=ROUNDINGS)
     check(op, lora_linear_ref, inputs(case, dtype, bias=False), dtype, roundings=ROUNDINGS)
+
+
+@pytest.mark.parametrize("dtype", runtime.DTYPES)
+@pytest.mark.parametrize(("m", "n", "rank"), [(130, 200, 20), (9, 129, 64), (5, 7, 65)])
+def test_addmm(m: int, n: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles, for either layout of b, and not PyTorch's where tensor cores multiply a low rank."""
+    bias, t, up = tensor(n, dtype=dtype), tensor(m, rank, dtype=dtype), tensor(n, rank, dtype=dtype)
+    expected = bias.double() + t.double() @ up.t().double()
+    if rank <= low_rank.SUM_RANKS and dtype != torch.float32:
+        monkeypatch.setattr(torch, "addmm", None)
+    for b in (up.t(), up.t().contiguous()):
+        assert error(low_rank.addmm(bias, t, b), expected) <= ROUNDOFF[dtype] + SUMS * ROUNDOFF[torch.float32]
 
 
 @pytest.mark.gpu
