@@ -27,20 +27,20 @@ from rapm.kernels.group_norm_silu_forward import _normalise_kernel, _statistics_
 from rapm.kernels.runtime import enabled, processors, triton
 
 WHOLE = 16384  # numbers of a group up to which one launch does both stages
-MAX_RUNS = 64  # whose sums each program of a second launch reads
 WARPS, STAGES = 4, 3  # of the kernels that go through runs; tiles in flight, that at work among them
 
 
 class Walk(NamedTuple):
-    """How a kernel goes through a map: a tile's channels, or else these, and bytes; programs for each processor."""
+    """How a kernel goes through a map: a tile's channels, at most, and bytes; programs a processor; runs, at most."""
 
-    channels: tuple[int, int]
+    channels: int
     size: int
     programs: int
+    most: int = 4096
 
 
-STATISTICS, NORMALISE = Walk((64, 128), 8192, 3), Walk((256, 128), 8192, 4)
-SUMS, GRADIENT = Walk((64, 128), 8192, 2), Walk((256, 128), 4096, 4)
+STATISTICS, SUMS = Walk(64, 8192, 3, 64), Walk(64, 8192, 3, 64)  # all programs of a second launch read their results
+NORMALISE, GRADIENT = Walk(256, 8192, 4), Walk(256, 4096, 4)
 
 
 def group_norm_silu_ref(
@@ -84,12 +84,12 @@ def _cut(x: Tensor, groups: int, walk: Walk) -> tuple[tuple[int, int, int], int,
     batch, channels, height, width = x.shape
     cdiv, power = triton.cdiv, triton.next_power_of_2
     positions, width = height * width, channels // groups
-    owns = [min(groups, max(1, wanted // width)) for wanted in walk.channels]
+    owns = [min(groups, max(1, wanted // width)) for wanted in (walk.channels, walk.channels // 2)]
     padded = [cdiv(groups, own) * power(own * width) for own in owns]
-    own = owns[1 if padded[1] <= 0.8 * padded[0] else 0]
+    own = owns[padded[1] <= 0.8 * padded[0]]  # half as many where a fifth less is padding
     tile, blocks = power(own * width), cdiv(groups, own)
     rows = max(1, walk.size // (tile * x.element_size()))
-    runs = max(1, min(MAX_RUNS, round(walk.programs * processors(x.device) / (blocks * batch))))
+    runs = max(1, min(walk.most, round(walk.programs * processors(x.device) / (blocks * batch))))
     span = cdiv(cdiv(positions, runs), rows) * rows
     lanes = max(1, min(rows, WARPS * 32 * 16 // (tile * x.element_size())))  # with 16 bytes a thread, as it loads them
     options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, LANES=lanes)

@@ -6,11 +6,10 @@ from rapm.kernels.group_norm_silu_tiles import (
     act_gradient,
     add2,
     add3,
-    as_column,
+    as_tile,
     load,
     owned,
     place,
-    rows_of,
     spread,
     sums_of_runs,
     wide,
@@ -29,7 +28,7 @@ def _gradient_sums_kernel(
     GROUPS: tl.constexpr = C // WIDTH
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
     b, start = tl.program_id(2).to(tl.int64), tl.program_id(1) * span
-    r, k, in_k, column = rows_of(ROWS, LANES), c[None, None, :], in_c[None, None, :], as_column(c, LANES)
+    lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
     count = tl.minimum(span, positions - start)
     dy += b * dy_batch + start.to(tl.int64) * dy_row
     x += b * x_batch + start.to(tl.int64) * x_row
@@ -41,13 +40,15 @@ def _gradient_sums_kernel(
     s_d, s_product = tl.zeros((LANES, TILE), tl.float32), tl.zeros((LANES, TILE), tl.float32)
     s_xhat = tl.zeros((LANES, TILE), tl.float32)
     for i in tl.range(0, count, ROWS, num_stages=STAGES):
-        mask = in_k if EVEN else (r < count - i) & in_k
-        xhat = load(x + ((i + r) * x_row + k), mask) * rstd - center
-        d = act_gradient(load(dy + ((i + r) * dy_row + k), mask), xhat, w, offset, SILU, SHORT)
-        s_d += tl.sum(d, axis=0)
-        s_product += tl.sum(d * xhat, axis=0)
-        if sums is not None:
-            s_xhat += tl.sum(xhat if EVEN else tl.where(mask, xhat, 0.0), axis=0)
+        for j in tl.static_range(0, ROWS, LANES):
+            r = i + j + lane
+            mask = in_k if EVEN else (r < count) & in_k
+            xhat = load(x + (r * x_row + k), mask) * rstd - center
+            d = act_gradient(load(dy + (r * dy_row + k), mask), xhat, w, offset, SILU, SHORT)
+            s_d += d
+            s_product += d * xhat
+            if sums is not None:
+                s_xhat += xhat if EVEN else tl.where(mask, xhat, 0.0)
     if sums is None:
         s_d, s_product = tl.reduce((s_d, s_product), 0, add2)
     else:
@@ -85,7 +86,7 @@ def _gradient_kernel(
     a, product = tl.reduce((a, product), 1, add2)
     a, product = a / n, product / n
     if dx is not None:
-        r, k, in_k, column = rows_of(ROWS, LANES), c[None, None, :], in_c[None, None, :], as_column(c, LANES)
+        lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
         dy += b * dy_batch + start.to(tl.int64) * dy_row
         x += b * x_batch + start.to(tl.int64) * x_row
         dx += (b * positions + start) * C
@@ -98,23 +99,25 @@ def _gradient_kernel(
         of_d = rstd * w * (0.5 if SILU and SHORT else 1.0)
         of_xhat, of_one = wide(product, TILE, WIDTH) * rstd, wide(a, TILE, WIDTH) * rstd
         for i in tl.range(0, count, ROWS, num_stages=STAGES):
-            mask = in_k if EVEN else (r < count - i) & in_k
-            xhat = load(x + ((i + r) * x_row + k), mask) * rstd - center
-            d = act_gradient(load(dy + ((i + r) * dy_row + k), mask), xhat, w, offset, SILU, SHORT)
-            gradient = d * of_d - (xhat * of_xhat + of_one)
-            if dv is not None:
-                gradient += load(dv + ((i + r) * dv_row + k), mask)
-            tl.store(dx + ((i + r) * C + k), gradient, mask=mask)
+            for j in tl.static_range(0, ROWS, LANES):
+                r = i + j + lane
+                mask = in_k if EVEN else (r < count) & in_k
+                xhat = load(x + (r * x_row + k), mask) * rstd - center
+                d = act_gradient(load(dy + (r * dy_row + k), mask), xhat, w, offset, SILU, SHORT)
+                gradient = d * of_d - (xhat * of_xhat + of_one)
+                if dv is not None:
+                    gradient += load(dv + (r * dv_row + k), mask)
+                tl.store(dx + (r * C + k), gradient, mask=mask)
     if dshift is not None:  # a block's channels are dealt out to its programs, 16 at a time
         s = tl.arange(0, SPLITS)[None, :]
         for first in range(split * 16, OWN * WIDTH, tl.num_programs(1) * 16):
-            i = first + tl.arange(0, 16)
-            j = tl.program_id(0) * (OWN * WIDTH) + i
-            in_j = (i < OWN * WIDTH) & (j < C)
+            own = first + tl.arange(0, 16)
+            j = tl.program_id(0) * (OWN * WIDTH) + own
+            in_j = (own < OWN * WIDTH) & (j < C)
             at, some = sums + (b * 3 * splits + s) * C + j[:, None], in_j[:, None] & (s < splits)
             s_d, s_xhat = tl.reduce((load(at, some), load(at + 2 * splits * C, some)), 1, add2)
-            total = load(weight + j, in_j) * s_d - spread(product, i, WIDTH) * s_xhat
-            total = (total - positions * spread(a, i, WIDTH)) * load(stats + GROUPS + j // WIDTH, in_j)
+            total = load(weight + j, in_j) * s_d - spread(product, own, WIDTH) * s_xhat
+            total = (total - positions * spread(a, own, WIDTH)) * load(stats + GROUPS + j // WIDTH, in_j)
             tl.store(dshift + b * C + j, total, mask=in_j)
 
 
@@ -133,21 +136,20 @@ def _whole_backward_kernel(
     w, offset = load(weight + c, in_k), load(bias + c, in_k)
     add = load(shift + b * C + c, in_k) if shift is not None else 0.0
     d = load(dy + b * dy_batch + (r * dy_row + c), mask)
-    xhat = tl.where(mask, (load(x + b * x_batch + (r * x_row + c), mask) + add - mean) * rstd, 0.0)
-    d = act_gradient(d, xhat, w, offset, SILU, SHORT) * (0.5 if SILU and SHORT else 1.0)
-    s_d, s_product = tl.sum(d, axis=0, keep_dims=True), tl.sum(d * xhat, axis=0, keep_dims=True)
-    a, product = tl.sum(s_d * w) / n, tl.sum(s_product * w) / n
-    s_xhat = tl.sum(xhat, axis=0, keep_dims=True)
+    xhat = load(x + b * x_batch + (r * x_row + c), mask) * rstd - (mean - add) * rstd
+    d, half = act_gradient(d, xhat, w, offset, SILU, SHORT), 0.5 if SILU and SHORT else 1.0
+    s_d, s_product = half * tl.sum(d, axis=0, keep_dims=True), half * tl.sum(d * xhat, axis=0, keep_dims=True)
+    s_xhat = tl.sum(tl.where(mask, xhat, 0.0), axis=0, keep_dims=True)
+    a, product = rstd * (tl.sum(s_d * w) / n), rstd * (tl.sum(s_product * w) / n)
     if sums is not None:
         at = sums + b * 3 * C + c
         tl.store(at, s_d, mask=in_k)
         tl.store(at + C, s_product, mask=in_k)
         tl.store(at + 2 * C, s_xhat, mask=in_k)
     if dx is not None:
-        gradient = rstd * (d * w - (xhat * product + a))
+        gradient = d * (half * rstd * w) - (xhat * product + a)
         if dv is not None:
             gradient += load(dv + b * dv_batch + (r * dv_row + c), mask)
         tl.store(dx + b * positions * C + (r * C + c), gradient, mask=mask)
     if dshift is not None:
-        total = w * s_d - positions * a - product * s_xhat
-        tl.store(dshift + b * C + c, rstd * total, mask=in_k)
+        tl.store(dshift + b * C + c, rstd * w * s_d - positions * a - product * s_xhat, mask=in_k)

@@ -6,11 +6,10 @@ from rapm.kernels.group_norm_silu_tiles import (
     act,
     add3,
     affine,
-    as_column,
+    as_tile,
     load,
     owned,
     place,
-    rows_of,
     sums_of_runs,
     wide,
 )  # fmt: skip
@@ -38,7 +37,7 @@ def _statistics_kernel(
     """
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
     b, start = tl.program_id(2).to(tl.int64), tl.program_id(1) * span  # int64 to a run's corner, int32 inside
-    r, k, in_k, column = rows_of(ROWS, LANES), c[None, None, :], in_c[None, None, :], as_column(c, LANES)
+    lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
     count = tl.minimum(span, positions - start)
     x += b * x_batch + start.to(tl.int64) * x_row
     if residual is not None:
@@ -53,17 +52,19 @@ def _statistics_kernel(
     origin = _value(x, residual, group * WIDTH, group * WIDTH, add_g, in_g)
     s, q = tl.zeros((LANES, TILE), tl.float32), tl.zeros((LANES, TILE), tl.float32)
     for i in tl.range(0, count, ROWS, num_stages=STAGES):
-        mask = in_k if EVEN else (r < count - i) & in_k
-        z = _value(x, residual, (i + r) * x_row + k, (i + r) * r_row + k, add, mask)
-        if residual is not None:
-            tl.store(v + ((i + r) * C + k), z, mask=mask)
-        z -= pivot
-        if not EVEN:
-            z = tl.where(mask, z, 0.0)
-        s += tl.sum(z, axis=0)
-        q += tl.sum(z * z, axis=0)
-    n, first = count.to(tl.float32), tl.arange(0, LANES)[:, None] == 0
-    s, q, pivot = tl.reduce((s, q, tl.where(first, tl.sum(pivot, axis=0), 0.0)), 0, add3)
+        for j in tl.static_range(0, ROWS, LANES):
+            r = i + j + lane
+            mask = in_k if EVEN else (r < count) & in_k
+            z = _value(x, residual, r * x_row + k, r * r_row + k, add, mask)
+            if residual is not None:
+                tl.store(v + (r * C + k), z, mask=mask)
+            z -= pivot
+            if not EVEN:
+                z = tl.where(mask, z, 0.0)
+            s += z
+            q += z * z
+    n = count.to(tl.float32)
+    s, q, pivot = tl.reduce((s, q, tl.where(lane == 0, pivot, 0.0)), 0, add3)
     mean = pivot + s / n
     if residual is None:
         mean += add_c
@@ -88,7 +89,7 @@ def _normalise_kernel(
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
     b, split = tl.program_id(2).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)  # from the end: it is in L2
     start = split * span
-    r, k, in_k, column = rows_of(ROWS, LANES), c[None, None, :], in_c[None, None, :], as_column(c, LANES)
+    lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
     count = tl.minimum(span, positions - start)
     x += b * x_batch + start.to(tl.int64) * x_row
     y += (b * positions + start) * C
@@ -111,9 +112,11 @@ def _normalise_kernel(
             tl.store(stats + GROUPS, rstd, mask=in_g)
     scale, offset = affine(wide(mean, TILE, WIDTH) - add, wide(rstd, TILE, WIDTH), w, offset, SILU, SHORT)
     for i in tl.range(0, count, ROWS, num_stages=STAGES):
-        mask = in_k if EVEN else (r < count - i) & in_k
-        u = load(x + ((i + r) * x_row + k), mask) * scale + offset
-        tl.store(y + ((i + r) * C + k), act(u, SILU, SHORT), mask=mask)
+        for j in tl.static_range(0, ROWS, LANES):
+            r = i + j + lane
+            mask = in_k if EVEN else (r < count) & in_k
+            u = load(x + (r * x_row + k), mask) * scale + offset
+            tl.store(y + (r * C + k), act(u, SILU, SHORT), mask=mask)
 
 
 @jit

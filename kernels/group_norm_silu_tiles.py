@@ -29,15 +29,9 @@ def place(C: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, OWN_PAD: tl.c
 
 
 @jit
-def rows_of(ROWS: tl.constexpr, LANES: tl.constexpr):
-    """A tile's positions, (ROWS / LANES) LANES 1."""
-    return (tl.arange(0, ROWS // LANES) * LANES)[:, None, None] + tl.arange(0, LANES)[None, :, None]
-
-
-@jit
-def as_column(c, LANES: tl.constexpr):
-    """(TILE) as 1 LANES TILE: what is loaded there lies as the tiles do, and no tile is moved to meet it."""
-    return c[None, None, :] + tl.zeros((1, LANES, 1), c.dtype)
+def as_tile(c, LANES: tl.constexpr):
+    """(TILE) as LANES TILE: what is loaded there lies as the tiles do, and no tile is moved to meet it."""
+    return c[None, :] + tl.zeros((LANES, 1), c.dtype)
 
 
 @jit
@@ -54,8 +48,8 @@ def spread(x, k, WIDTH: tl.constexpr):
 
 @jit
 def wide(x, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """`spread` to 1 1 TILE."""
-    return spread(x, tl.arange(0, TILE), WIDTH)[None, None, :]
+    """`spread` to 1 TILE."""
+    return spread(x, tl.arange(0, TILE), WIDTH)[None, :]
 
 
 @jit

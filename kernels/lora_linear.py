@@ -6,7 +6,7 @@ W and b are frozen. Backward: g = dy up, dx = dy W + g down, ddown = g^T x, dup 
 The frozen product is cuBLAS's in both directions, and adds to what it finds in its output. So one launch
 (low_rank.rows) reads x, writes h and begins y = b + h up^T; backward, the same launch reads dy and begins dx = g down.
 ddown and dup are one or two more (low_rank.sums). Above rank 16, of all groups, the product is cuBLAS's and so is the
-update, but one of a bias too (low_rank.addmm), and above 64, of one, that, ddown and dup are.
+update, unless it adds a bias, and above 64, of one, that, ddown and dup are cuBLAS's too.
 
 G layers of one size that share x are one: their W, b, down and up lie below one another, so down has more rows than up
 columns. R columns of h and N / G of y belong to each: the product with up is block diagonal.
@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapm.kernels.frozen_conv import require_frozen
-from rapm.kernels.low_rank import addmm, blocks, matrix, rows, small, sums
-from rapm.kernels.runtime import enabled
+from rapm.kernels.low_rank import SUM_RANKS, blocks, columns, matrix, rows, small, strides, sums, update, width_of
+from rapm.kernels.runtime import enabled, jit, processors, tl, triton
 
 # Columns of y at most where an update of a rank above 1 is left to who reads y: it has all of `up` in registers, and
 # at rank 16 and 1280 columns 2.6 KiB a thread of it did not fit there.
 NARROW = 256
+UPDATE = dict(BM=64, BN=64, num_warps=4)  # a tile of y = bias + t b, above rank 16
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
@@ -38,6 +39,34 @@ def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor
 def groups(down: Tensor, up: Tensor) -> int:
     """The number of layers in one."""
     return len(down) // up.shape[1]
+
+
+@jit
+def _addmm_kernel(
+    t, b, b_r, b_n, bias, y, M, N, SPAN, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """y (M N) = bias + t b: BM rows and SPAN columns of y."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    r = columns(R, BR)[None, :]
+    exists = m < M
+    tile = tl.load(t + m * R + r, mask=exists & (r < R), other=0.0)
+    begin = tl.program_id(1) * SPAN
+    y += m.to(tl.int64) * N
+    update(tile, b, b_r, b_n, bias, y, exists, begin, tl.minimum(begin + SPAN, N), R, R, 0, False, BN, BR)
+
+
+def _addmm(bias: Tensor, t: Tensor, b: Tensor) -> Tensor:
+    """bias + t b for bias (N), contiguous t (M R) and b (R N), as torch.addmm, which it is but for low ranks."""
+    (m, rank), n = t.shape, b.shape[1]
+    if t.dtype == torch.float32 or not small(t, rank, SUM_RANKS):
+        return torch.addmm(bias, t, b)
+    y = t.new_empty(m, n)
+    high, wide = triton.cdiv(m, UPDATE["BM"]), triton.cdiv(n, UPDATE["BN"])
+    several = 4 if high * wide >= 8 * processors(t.device) else 1  # tiles of a program, where there are enough for all
+    grid, span = (high, triton.cdiv(wide, several)), several * UPDATE["BN"]
+    stages = 3 if several > 1 else 1
+    _addmm_kernel[grid](t, b, *strides(b), bias, y, m, n, span, R=rank, BR=width_of(rank), num_stages=stages, **UPDATE)
+    return y
 
 
 def _product(
@@ -53,7 +82,7 @@ def _product(
         y = blocks(t, b, groups_b, 1)
         y = y if bias is None else y.add_(bias)
     else:
-        y = t @ b if bias is None else addmm(bias, t, b)
+        y = t @ b if bias is None else _addmm(bias, t, b)
     return y.addmm_(x, frozen), t
 
 

@@ -2,7 +2,6 @@
 
 rows: t = x a and y = [bias] + t b in one launch: the pass over x that t needs, and a write of y. Each program has all K
 of some rows, and a share of the columns of y.
-addmm: y = bias + t b alone, of higher ranks.
 sums: g^T x and dy^T h, the low-rank weights' gradients: each program has some columns of x or dy and all rows, or part
 of them, and then a second launch adds up the parts, in fp32 and in a fixed order. With ranks of 1 these are products of
 vectors, else tensor cores at 16 columns and more; a program of `sums` has no more than a group's columns of t.
@@ -27,7 +26,6 @@ from rapm.kernels.runtime import jit, multiplies, processors, tl, triton
 RANKS, SUM_RANKS = 16, 64  # of `rows`, in all, and of `sums`, a group's: above, cuBLAS is faster
 STAGES = 4  # tiles of `rows` in flight: 72 KiB of shared memory at most
 PARTS = 64  # of the rows that `sums` adds up, at most
-UPDATE = dict(BM=128, BN=128, num_warps=8, num_stages=1)  # of `addmm`: one tile a program
 LONG = 2048  # rows above which programs for two waves are worth its second launch
 
 
@@ -46,12 +44,19 @@ VECTORS, MATRICES = Summing(32, 32768, 2, 1024), Summing(64, 8192, 4, 320)
 # Matrices are addressed as pointer + row * stride + column. Offsets into x, y, dy and dx are int64; those into the
 # low-rank matrices, a few hundred columns wide, fit in 31 bits. A rank of 1 is BR = 1: products and sums of vectors.
 @jit
+def columns(R: tl.constexpr, BR: tl.constexpr):
+    """A low-rank matrix's columns, and padding. Loaded by four: by eight would take twice as long at rank 8."""
+    r = tl.arange(0, BR)
+    return r if R % 16 == 0 or BR == 1 else tl.max_contiguous(r, 4)
+
+
+@jit
 def _project(
     x, exists, a, a_k, a_r, K, R: tl.constexpr, RANK: tl.constexpr, SEG: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows at x (BM 1 pointers) times a (K R): BM BR in fp32."""
-    r = tl.arange(0, BR)[None, :]
+    r = columns(R, BR)[None, :]
     t = tl.zeros((BM, BK if BR == 1 else BR), tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
@@ -73,7 +78,7 @@ def update(
     ADD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Columns begin..end of rows at y (BM 1 pointers) = [y if ADD] + [bias] + t b, for t (BM BR) and b (R N)."""
-    r = tl.arange(0, BR)[:, None]
+    r = columns(R, BR)[:, None]
     for start in range(begin, end, BN):
         n = start + tl.arange(0, BN)[None, :]
         mask = exists & (n < end)
@@ -103,7 +108,7 @@ def _rows_kernel(
     exists = m < M
     x += m.to(tl.int64) * x_row
     t = _project(x, exists, a, a_k, a_r, K, R, RANK, SEG_A, BM, BK, BR, STAGES).to(h.dtype.element_ty)
-    r = tl.arange(0, BR)[None, :]
+    r = columns(R, BR)[None, :]
     tl.store(h + m * R + r, t, mask=exists & (r < R) & (tl.program_id(1) == 0))
     begin = tl.program_id(1) * SPAN
     if y is not None:
@@ -112,26 +117,12 @@ def _rows_kernel(
 
 
 @jit
-def _addmm_kernel(
-    t, b, b_r, b_n, bias, y, M, N, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
-):  # fmt: skip
-    """y (M N) = bias + t b: BM rows and BN columns of y."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
-    r = tl.arange(0, BR)[None, :]
-    exists = m < M
-    tile = tl.load(t + m * R + r, mask=exists & (r < R), other=0.0)
-    begin = tl.program_id(1) * BN
-    y += m.to(tl.int64) * N
-    update(tile, b, b_r, b_n, bias, y, exists, begin, tl.minimum(begin + BN, N), R, R, 0, False, BN, BR)
-
-
-@jit
 def _sums(
     t, t_row: tl.constexpr, v, v_row, out, out_c, out_r, c, last, R, begin, end,
     BM: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[c, r] = the sum over rows m in begin..end of v[m, c] t[m, r], for columns c below `last` and r below R."""
-    r = tl.arange(0, BR)
+    r = columns(t_row, BR)
     total = tl.zeros((BM, c.shape[0]) if BR == 1 else (c.shape[0], BR), tl.float32)
     for start in tl.range(begin, end, BM, num_stages=STAGES):
         m = start + tl.arange(0, BM)[:, None]
@@ -260,17 +251,6 @@ def rows(
         SEG_B=0 if groups_b == 1 else n // groups_b, BR=width_of(rank), STAGES=stages, **tile,
     )  # fmt: skip
     return h
-
-
-def addmm(bias: Tensor, t: Tensor, b: Tensor) -> Tensor:
-    """bias + t b for bias (N), contiguous t (M R) and b (R N), as torch.addmm, which it is but for low ranks."""
-    (m, rank), n = t.shape, b.shape[1]
-    if t.dtype == torch.float32 or not small(t, rank, SUM_RANKS):
-        return torch.addmm(bias, t, b)
-    y = t.new_empty(m, n)
-    grid = triton.cdiv(m, UPDATE["BM"]), triton.cdiv(n, UPDATE["BN"])
-    _addmm_kernel[grid](t, b, *strides(b), bias, y, m, n, R=rank, BR=width_of(rank), **UPDATE)
-    return y
 
 
 def sums(
