@@ -31,15 +31,19 @@ WARPS, STAGES = 4, 3  # of the kernels that go through runs; tiles in flight, th
 
 
 class Walk(NamedTuple):
-    """How a kernel goes through a map: a tile's channels, at most, and bytes; programs a processor; runs, at most."""
+    """How a kernel goes through a map: channels, at most, and bytes of a tile; programs for each processor.
+
+    Of the first launches, whose results each program of the second reads: runs at most, and positions of one at least.
+    """
 
     channels: int
     size: int
     programs: int
-    most: int = 4096
+    runs: int = 4096
+    least: int = 1
 
 
-STATISTICS, SUMS = Walk(64, 8192, 3, 64), Walk(64, 8192, 3, 64)  # all programs of a second launch read their results
+STATISTICS, SUMS = Walk(64, 8192, 3, 64, 128), Walk(64, 8192, 3, 64, 128)
 NORMALISE, GRADIENT = Walk(256, 8192, 4), Walk(256, 4096, 4)
 
 
@@ -88,9 +92,11 @@ def _cut(x: Tensor, groups: int, walk: Walk) -> tuple[tuple[int, int, int], int,
     padded = [cdiv(groups, own) * power(own * width) for own in owns]
     own = owns[padded[1] <= 0.8 * padded[0]]  # half as many where a fifth less is padding
     tile, blocks = power(own * width), cdiv(groups, own)
-    rows = max(1, walk.size // (tile * x.element_size()))
-    runs = max(1, min(walk.most, round(walk.programs * processors(x.device) / (blocks * batch))))
-    span = cdiv(cdiv(positions, runs), rows) * rows
+    runs = min(walk.runs, positions // walk.least, round(walk.programs * processors(x.device) / (blocks * batch)))
+    span, rows = cdiv(positions, max(1, runs)), max(1, walk.size // (tile * x.element_size()))
+    if walk.least > 1:
+        rows = min(rows, max(1, power(span + 1) // 8))  # four tiles or more
+    span = cdiv(span, rows) * rows
     lanes = max(1, min(rows, WARPS * 32 * 16 // (tile * x.element_size())))  # with 16 bytes a thread, as it loads them
     options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, LANES=lanes)
     options |= dict(EVEN=positions % rows == 0, STAGES=STAGES, num_warps=WARPS)

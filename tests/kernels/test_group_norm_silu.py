@@ -82,13 +82,13 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return 1 if one else 2
 
 
-def small_tiles(monkeypatch: pytest.MonkeyPatch, programs: int = 4, most: int = 64) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch, programs: int = 4, least: int = 1) -> None:
     """Runs of two launches that differ: at most 32 and 64 channels, 512 and 1024 bytes."""
     monkeypatch.setattr(module, "processors", lambda device: 4)
     for name, channels, size in (
         ("STATISTICS", 32, 512), ("NORMALISE", 64, 1024), ("SUMS", 32, 1024), ("GRADIENT", 64, 512)
     ):  # fmt: skip
-        monkeypatch.setattr(module, name, module.Walk(channels, size, programs, most))
+        monkeypatch.setattr(module, name, module.Walk(channels, size, programs, 64, least))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,14 @@ def test_shapes(launches: int, shape: tuple[int, ...], groups: int) -> None:
 
 
 def test_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of several tiles, the last one short; of one; and fewer than there could be."""
+    """Runs of several tiles, the last one short; of one; and of four tiles at least."""
     monkeypatch.setattr(module, "WHOLE", 0)
     inputs = make(1, 160, 11, 7, torch.float32, True, False)
-    for programs, most, runs, span in ((8, 64, 5, 16), (100, 64, 20, 4), (16, 3, 3, 28), (0, 64, 1, 80)):
-        small_tiles(monkeypatch, programs, most)
+    cases = (8, 1, 4, 5, 16), (100, 1, 4, 20, 4), (16, 12, 2, 6, 14), (0, 1, 4, 1, 80)
+    for programs, least, rows, runs, span in cases:
+        small_tiles(monkeypatch, programs, least)
         (blocks, actual, _), length, options = module._cut(inputs[0], 16, module.STATISTICS)
-        assert (blocks, actual, length, options["ROWS"]) == (6, runs, span, 4)
+        assert (blocks, actual, length, options["ROWS"]) == (6, runs, span, rows)
         compare(inputs, torch.float32, 16)
 
 
@@ -126,7 +127,7 @@ def test_cuts(channels: int, size: int, walk: str, monkeypatch: pytest.MonkeyPat
     (blocks, runs, _), span, options = module._cut(x, 32, cut)
     own = options["OWN"] * options["WIDTH"]
     assert blocks * own >= channels > (blocks - 1) * own and own <= options["TILE"]
-    assert span * runs >= size * size > span * (runs - 1) and span % options["ROWS"] == 0 and runs <= cut.most
+    assert span * runs >= size * size > span * (runs - 1) and span % options["ROWS"] == 0 and runs <= cut.runs
     assert 8 <= options["ROWS"] * options["TILE"] / (32 * module.WARPS) <= 32  # numbers of a thread
     assert options["ROWS"] % options["LANES"] == 0
     assert own > options["TILE"] / 2 and blocks * runs <= 1.25 * cut.programs * 132
