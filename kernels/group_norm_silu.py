@@ -10,8 +10,8 @@ them up in a fixed order (Chan et al. 1979) and makes y or dx, in runs of its ow
 depends on timing. On a small map one launch does both, its program's tile a whole group. Of v (or x and shift) and the
 statistics y can be made again, the same bits, by the second launch alone.
 
-Shapes: B C H W; a tile is ROWS positions by TILE channels, OWN groups of WIDTH channels and padding. In a kernel tiles
-are (ROWS / LANES) LANES TILE, columns of channels 1 LANES TILE: each thread has the same channels in both.
+Shapes: B C H W; a tile is ROWS positions by TILE channels, OWN groups of WIDTH channels and padding. A program works on
+LANES of its rows at a time, so that a thread has the same channels in all of them, whose columns (LANES TILE) it keeps.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ VECTORS, MATRICES = Summing(32, 32768, 2, 1024), Summing(64, 8192, 4, 320)
 # low-rank matrices, a few hundred columns wide, fit in 31 bits. A rank of 1 is BR = 1: products and sums of vectors.
 @jit
 def columns(R: tl.constexpr, BR: tl.constexpr):
-    """A low-rank matrix's columns, and padding. Loaded by four: by eight would take twice as long at rank 8."""
+    """A low-rank matrix's, to be loaded: by four, unless all are there; by eight would take twice as long at rank 8."""
     r = tl.arange(0, BR)
     return r if R % 16 == 0 or BR == 1 else tl.max_contiguous(r, 4)
 
@@ -56,7 +56,7 @@ def _project(
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows at x (BM 1 pointers) times a (K R): BM BR in fp32."""
-    r = columns(R, BR)[None, :]
+    r, columns_of_a = tl.arange(0, BR)[None, :], columns(R, BR)[None, :]
     t = tl.zeros((BM, BK if BR == 1 else BR), tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
@@ -64,7 +64,7 @@ def _project(
         if BR == 1:
             t += tile.to(tl.float32) * tl.load(a + k * a_k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         else:
-            mask, column = (k < K)[:, None] & (r < R), r
+            mask, column = (k < K)[:, None] & (r < R), columns_of_a
             if SEG:
                 mask, column = mask & (k[:, None] // SEG == r // RANK), r % RANK
             at = tl.load(a + k[:, None] * a_k + column * a_r, mask=mask, other=0.0)
@@ -78,11 +78,11 @@ def update(
     ADD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Columns begin..end of rows at y (BM 1 pointers) = [y if ADD] + [bias] + t b, for t (BM BR) and b (R N)."""
-    r = columns(R, BR)[:, None]
+    r, rows_of_b = tl.arange(0, BR)[:, None], columns(R, BR)[:, None]
     for start in range(begin, end, BN):
         n = start + tl.arange(0, BN)[None, :]
         mask = exists & (n < end)
-        mask_b, row = (r < R) & (n < end), r
+        mask_b, row = (r < R) & (n < end), rows_of_b
         if SEG:
             mask_b, row = mask_b & (n // SEG == r // RANK), r % RANK
         bt = tl.load(b + row * b_r + n * b_n, mask=mask_b, other=0.0)
@@ -108,7 +108,7 @@ def _rows_kernel(
     exists = m < M
     x += m.to(tl.int64) * x_row
     t = _project(x, exists, a, a_k, a_r, K, R, RANK, SEG_A, BM, BK, BR, STAGES).to(h.dtype.element_ty)
-    r = columns(R, BR)[None, :]
+    r = tl.arange(0, BR)[None, :]
     tl.store(h + m * R + r, t, mask=exists & (r < R) & (tl.program_id(1) == 0))
     begin = tl.program_id(1) * SPAN
     if y is not None:
