@@ -79,15 +79,15 @@ def _whole(x: Tensor, groups: int, silu: bool) -> dict[str, int] | None:
 
 
 def _short(x: Tensor) -> bool:
-    """Whether tanh's 11 bits are enough; Triton's interpreter has no such instruction."""
-    return x.element_size() == 2 and x.device.type != "cpu"
+    """Whether tanh may be short of bits: of bf16, but not in Triton's interpreter, which has no such instruction."""
+    return x.dtype == torch.bfloat16 and x.device.type != "cpu"
 
 
 def _cut(x: Tensor, groups: int, walk: Walk) -> tuple[tuple[int, int, int], int, dict[str, int]]:
     """The grid (blocks of channels, runs, B) of a kernel that goes through x, a run's positions, and its options."""
-    batch, channels, height, width = x.shape
+    batch, channels, *sides = x.shape
     cdiv, power = triton.cdiv, triton.next_power_of_2
-    positions, width = height * width, channels // groups
+    positions, width = sides[0] * sides[1], channels // groups
     owns = [min(groups, max(1, wanted // width)) for wanted in (walk.channels, walk.channels // 2)]
     padded = [cdiv(groups, own) * power(own * width) for own in owns]
     own = owns[padded[1] <= 0.8 * padded[0]]  # half as many where a fifth less is padding
@@ -99,7 +99,8 @@ def _cut(x: Tensor, groups: int, walk: Walk) -> tuple[tuple[int, int, int], int,
     span = cdiv(span, rows) * rows
     lanes = max(1, min(rows, WARPS * 32 * 16 // (tile * x.element_size())))  # with 16 bytes a thread, as it loads them
     options = dict(C=channels, WIDTH=width, OWN=own, OWN_PAD=power(own), TILE=tile, ROWS=rows, LANES=lanes)
-    options |= dict(EVEN=positions % rows == 0, STAGES=STAGES, num_warps=WARPS)
+    fits = tile * rows * x.element_size() <= walk.size  # but for a group of thousands of channels
+    options |= dict(EVEN=positions % rows == 0, STAGES=STAGES if fits else 1, num_warps=WARPS)
     return (blocks, cdiv(positions, span), batch), span, options
 
 
@@ -119,7 +120,7 @@ def _normalise(
     splits = 1 if partial is None else partial.shape[3]
     _normalise_kernel[grid](
         *_map(x), shift, weight, bias, y, stats, partial, eps, x.shape[2] * x.shape[3], splits, run, span, **options,
-        SPLITS=triton.next_power_of_2(splits), SILU=silu, SHORT=_short(x),
+        SPLITS=STATISTICS.runs, SILU=silu, SHORT=_short(x),
     )  # fmt: skip
 
 
@@ -166,19 +167,20 @@ def _backward_op(
     inputs = *_map(dy), *_map(v)
     frozen = None if shift is None else shift.contiguous(), weight, bias, stats
     results = dx if of_v else None, dshift if of_shift else None, positions
-    whole, (grid, span, options) = _whole(v, groups, silu), _cut(v, groups, SUMS)
-    splits, sums = 1 if whole else grid[1], None
-    if of_affine or (of_shift and not whole):
-        sums = stats.new_empty((len(v), 3, splits, v.shape[1]))
-    if whole:
+    if whole := _whole(v, groups, silu):
+        sums = stats.new_empty((len(v), 3, 1, v.shape[1])) if of_affine else None
         _whole_backward_kernel[groups, len(v)](*inputs, *_map(dv), *frozen, sums, *results, **whole)
     else:
-        partial = stats.new_empty((*stats.shape, splits))
-        act = dict(SILU=silu, SHORT=_short(v))
-        _gradient_sums_kernel[grid](*inputs, *frozen, partial, sums, positions, splits, span, **options, **act)
-        grid, span, options = _cut(v, groups, GRADIENT)
-        act["SPLITS"] = triton.next_power_of_2(splits)
-        _gradient_kernel[grid](*inputs, *_map(dv), *frozen, partial, sums, *results, splits, span, **options, **act)
+        grid, span, options = _cut(v, groups, SUMS)
+        partial, act = stats.new_empty((*stats.shape, grid[1])), dict(SILU=silu, SHORT=_short(v))
+        sums = stats.new_empty((len(v), 3, grid[1], v.shape[1])) if of_affine or of_shift else None
+        runs = positions, grid[1], span
+        _gradient_sums_kernel[grid](*inputs, *frozen, partial, sums, *runs, **options, **act)
+        if of_v or of_shift:
+            splits, (grid, span, options) = grid[1], _cut(v, groups, GRADIENT)
+            _gradient_kernel[grid](
+                *inputs, *_map(dv), *frozen, partial, sums, *results, splits, span, **options, **act, SPLITS=SUMS.runs
+            )
     if of_shift and dv is not None:
         dshift += dv.sum((2, 3))
     if of_affine and sums is not None:

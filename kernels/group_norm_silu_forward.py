@@ -33,10 +33,14 @@ def _statistics_kernel(
 ):  # fmt: skip
     """mean and M2 of each group over a run, and v where there is a residual.
 
-    Squares are of distances to the channel's first number in the run, then to the group's: nothing large cancels.
+    Squares are of distances to the channel's first number in the run, then to the group's: a mean far from 0 costs
+    nothing. A first number of d deviations costs some d^2 roundoffs.
     """
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
-    b, start = tl.program_id(2).to(tl.int64), tl.program_id(1) * span  # int64 to a run's corner, int32 inside
+    b, start = (
+        tl.program_id(2).to(tl.int64),
+        tl.program_id(1) * span,
+    )  # int64 to a run's corner, int32 inside
     lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
     count = tl.minimum(span, positions - start)
     x += b * x_batch + start.to(tl.int64) * x_row
@@ -137,7 +141,7 @@ def _whole_forward_kernel(
     z = _value(x + b * x_batch, residual, r * x_row + c, r * r_row + c, add, mask)
     if residual is not None:
         tl.store(v + at, z, mask=mask)
-        add *= 0.0
+        add = 0.0
     mean = tl.sum(tl.where(mask, z + add, 0.0)) / n
     deviation = tl.where(mask, z + add - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(deviation * deviation) / n + eps)

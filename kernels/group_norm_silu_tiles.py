@@ -62,7 +62,10 @@ def sums_of_runs(x, splits, group, in_g, GROUPS: tl.constexpr, SPLITS: tl.conste
 
 @jit
 def tanh(x):
-    """tanh in one instruction, right to 11 bits."""
+    """tanh in one instruction, right to 11 bits: x sigmoid(x) to |x| 2^-12, which far below 0 is more than bf16 rounds.
+
+    Of a map's norm that is 1e-4 (H200), a tenth of what rounding to bf16 costs.
+    """
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 

@@ -22,7 +22,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from rapm.kernels import geglu_linear, low_rank, runtime
+from rapm.kernels import geglu_linear, group_norm_silu, lora_linear, low_rank, runtime
 from rapm.kernels.disc_head import disc_head, layout
 from rapm.kernels.guided_step import guided_step
 from rapm.kernels.position_loss import position_gradient, position_loss
@@ -208,7 +208,8 @@ def main(archs: list[int]) -> None:
     for arch in archs:
         triton.runtime.driver.set_active(Offline(arch))
         geglu_linear.architecture = lambda device, arch=arch: arch
-        low_rank.processors = lambda device: PROCESSORS
+        for kernels in (group_norm_silu, lora_linear, low_rank):
+            kernels.processors = lambda device: PROCESSORS
         runtime.tensor_cores = lambda device, arch=arch: arch >= 80
         calls = calls_for(arch)
         count += len(calls)

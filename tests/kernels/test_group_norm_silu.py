@@ -12,6 +12,7 @@ from ops import DEVICE, ROUNDOFF, check, error, tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rapm.kernels import group_norm_silu_tiles as tiles
 from rapm.kernels import runtime
 from rapm.kernels.group_norm_silu import (
     group_norm_silu,
@@ -19,6 +20,7 @@ from rapm.kernels.group_norm_silu import (
     group_norm_silu_ref,
     group_norm_silu_with_stats,
 )
+from rapm.kernels.runtime import jit, tl
 
 module = importlib.import_module("rapm.kernels.group_norm_silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,6 +133,7 @@ def test_cuts(channels: int, size: int, walk: str, monkeypatch: pytest.MonkeyPat
     assert 8 <= options["ROWS"] * options["TILE"] / (32 * module.WARPS) <= 32  # numbers of a thread
     assert options["ROWS"] % options["LANES"] == 0
     assert own > options["TILE"] / 2 and blocks * runs <= 1.25 * cut.programs * 132
+    assert blocks * runs >= 0.5 * cut.programs * 132 or span < 2 * cut.least or options["ROWS"] == span
 
 
 def test_launches(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +155,44 @@ def test_launches(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(count) == launches
     y.backward(torch.ones_like(y))
     assert len(count) == 2 * launches
+
+
+@jit
+def _exact_tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter, which has no short tanh")
+@pytest.mark.parametrize(("shift", "residual"), VARIANTS)
+def test_the_way_by_tanh(launches: int, shift: bool, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tanh that has all its bits, it is as right as the other."""
+    monkeypatch.setattr(module, "_short", lambda x: True)
+    monkeypatch.setattr(tiles, "tanh", _exact_tanh)
+    compare(make(2, 40, 9, 7, torch.float32, shift, residual), torch.float32, 4)
+    check_again(*make(2, 40, 9, 7, torch.float32, shift, residual, frozen=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_short_tanh_is_right_far_from_zero(size: int) -> None:
+    """Within |u| 2^-12 and one rounding, on both sides."""
+    x, weight, bias, *_ = make(1, 320, size, size, torch.bfloat16, False, False, frozen=True)
+    arguments = [x, weight * 8, bias, None, None]
+    doubles = [a if a is None else a.detach().double().requires_grad_(a.requires_grad) for a in arguments]
+    y, exact = norm(32)(*arguments), norm(32, function=group_norm_silu_ref)(*doubles)
+    u = norm(32, silu=False, function=group_norm_silu_ref)(*doubles).detach()
+    assert u.min() < -10 and u.max() > 10
+    assert ((y - exact).abs() <= u.abs() * 2**-12 + exact.abs() * 2**-8 + 1e-6).all()
+
+
+def test_a_first_number_far_off(launches: int) -> None:
+    """The statistics are taken from it; of 300 deviations it costs less than 1e-4."""
+    x, weight, bias, *_ = make(1, 40, 9, 7, torch.float32, False, False, frozen=True)
+    x = x.detach().clone()
+    x[:, :, 0, 0] += 300
+    arguments = [x, weight, bias, None, None]
+    exact = norm(4, silu=False, function=group_norm_silu_ref)(*[a if a is None else a.double() for a in arguments])
+    assert error(norm(4, silu=False)(*arguments), exact) <= 1e-4
 
 
 def test_offset_mean(launches: int) -> None:
