@@ -120,7 +120,7 @@ def _normalise(
     splits = 1 if partial is None else partial.shape[3]
     _normalise_kernel[grid](
         *_map(x), shift, weight, bias, y, stats, partial, eps, x.shape[2] * x.shape[3], splits, run, span, **options,
-        SPLITS=STATISTICS.runs, SILU=silu, SHORT=_short(x),
+        SPLITS=triton.next_power_of_2(splits), SILU=silu, SHORT=_short(x),
     )  # fmt: skip
 
 
@@ -178,9 +178,8 @@ def _backward_op(
         _gradient_sums_kernel[grid](*inputs, *frozen, partial, sums, *runs, **options, **act)
         if of_v or of_shift:
             splits, (grid, span, options) = grid[1], _cut(v, groups, GRADIENT)
-            _gradient_kernel[grid](
-                *inputs, *_map(dv), *frozen, partial, sums, *results, splits, span, **options, **act, SPLITS=SUMS.runs
-            )
+            act["SPLITS"] = triton.next_power_of_2(splits)
+            _gradient_kernel[grid](*inputs, *_map(dv), *frozen, partial, sums, *results, splits, span, **options, **act)
     if of_shift and dv is not None:
         dshift += dv.sum((2, 3))
     if of_affine and sums is not None:

@@ -130,7 +130,7 @@ def slot_seconds(sizes: Sizes, card: Card) -> float:
     return (
         sizes.work / (card.tflops * 1e12 * cards.PRODUCTS)
         + launch_seconds(sizes, card)
-        + (sizes.rank > 1) * sizes.targets * (cards.UNEVEN if sizes.rank % 16 else cards.RANKED)
+        + (sizes.rank > 1) * sizes.targets * (cards.ODD if sizes.rank % 2 else cards.RANKED)
         + cards.INT8 * sizes.int8 / card.bandwidth
         + moved / (card.bandwidth * 1e9)
     )
