@@ -13,7 +13,7 @@ from rapm.kernels.group_norm_silu_tiles import (
     spread,
     sums_of_runs,
     wide,
-)  # fmt: skip
+)
 from rapm.kernels.runtime import jit, tl
 
 

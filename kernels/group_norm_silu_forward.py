@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from rapm.kernels.group_norm_silu_tiles import (
-    act,
-    add3,
-    affine,
-    as_tile,
-    load,
-    owned,
-    place,
-    sums_of_runs,
-    wide,
-)  # fmt: skip
+from rapm.kernels.group_norm_silu_tiles import act, add3, affine, as_tile, load, owned, place, sums_of_runs, wide
 from rapm.kernels.runtime import jit, tl
 
 
@@ -37,10 +27,7 @@ def _statistics_kernel(
     nothing. A first number of d deviations costs some d^2 roundoffs.
     """
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
-    b, start = (
-        tl.program_id(2).to(tl.int64),
-        tl.program_id(1) * span,
-    )  # int64 to a run's corner, int32 inside
+    b, start = tl.program_id(2).to(tl.int64), tl.program_id(1) * span  # int64 to a run's corner, int32 inside
     lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
     count = tl.minimum(span, positions - start)
     x += b * x_batch + start.to(tl.int64) * x_row
