@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rapm.kernels.group_norm_silu_tiles import (
+    across,
     act_gradient,
     add2,
     add3,
-    as_tile,
     load,
     owned,
     place,
@@ -28,7 +28,7 @@ def _gradient_sums_kernel(
     GROUPS: tl.constexpr = C // WIDTH
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
     b, start = tl.program_id(2).to(tl.int64), tl.program_id(1) * span
-    lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
+    lane, k, in_k, column = across(c, in_c, LANES)
     count = tl.minimum(span, positions - start)
     dy += b * dy_batch + start.to(tl.int64) * dy_row
     x += b * x_batch + start.to(tl.int64) * x_row
@@ -86,7 +86,7 @@ def _gradient_kernel(
     a, product = tl.reduce((a, product), 1, add2)
     a, product = a / n, product / n
     if dx is not None:
-        lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
+        lane, k, in_k, column = across(c, in_c, LANES)
         dy += b * dy_batch + start.to(tl.int64) * dy_row
         x += b * x_batch + start.to(tl.int64) * x_row
         dx += (b * positions + start) * C

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rapm.kernels.group_norm_silu_tiles import act, add3, affine, as_tile, load, owned, place, sums_of_runs, wide
+from rapm.kernels.group_norm_silu_tiles import across, act, add3, affine, load, owned, place, sums_of_runs, wide
 from rapm.kernels.runtime import jit, tl
 
 
@@ -28,7 +28,7 @@ def _statistics_kernel(
     """
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
     b, start = tl.program_id(2).to(tl.int64), tl.program_id(1) * span  # int64 to a run's corner, int32 inside
-    lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
+    lane, k, in_k, column = across(c, in_c, LANES)
     count = tl.minimum(span, positions - start)
     x += b * x_batch + start.to(tl.int64) * x_row
     if residual is not None:
@@ -80,7 +80,7 @@ def _normalise_kernel(
     c, in_c, group, in_g = place(C, WIDTH, OWN, OWN_PAD, TILE)
     b, split = tl.program_id(2).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)  # from the end: it is in L2
     start = split * span
-    lane, k, in_k, column = tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], as_tile(c, LANES)
+    lane, k, in_k, column = across(c, in_c, LANES)
     count = tl.minimum(span, positions - start)
     x += b * x_batch + start.to(tl.int64) * x_row
     y += (b * positions + start) * C

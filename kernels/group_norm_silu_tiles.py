@@ -29,9 +29,12 @@ def place(C: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, OWN_PAD: tl.c
 
 
 @jit
-def as_tile(c, LANES: tl.constexpr):
-    """(TILE) as LANES TILE: what is loaded there lies as the tiles do, and no tile is moved to meet it."""
-    return c[None, :] + tl.zeros((LANES, 1), c.dtype)
+def across(c, in_c, LANES: tl.constexpr):
+    """Of LANES rows: their numbers, the channels, whether these exist, and channels as a column has them, LANES TILE.
+
+    What is loaded at the last lies as the tiles do, and no tile is moved to meet it.
+    """
+    return tl.arange(0, LANES)[:, None], c[None, :], in_c[None, :], c[None, :] + tl.zeros((LANES, 1), c.dtype)
 
 
 @jit
