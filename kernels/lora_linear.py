@@ -5,8 +5,8 @@ W and b are frozen. Backward: g = dy up, dx = dy W + g down, ddown = g^T x, dup 
 
 The frozen product is cuBLAS's in both directions, and adds to what it finds in its output. So one launch
 (low_rank.rows) reads x, writes h and begins y = b + h up^T; backward, the same launch reads dy and begins dx = g down.
-ddown and dup are one or two more (low_rank.sums). Above rank 16, of all groups, the product is cuBLAS's and so is the
-update, unless it adds a bias, and above 64, of one, that, ddown and dup are cuBLAS's too.
+ddown and dup are one or two more (low_rank.sums). Above rank 16, of all groups, h is a product of cuBLAS's, and so is
+the update unless it adds a bias; above 64, of one group, ddown, dup and the update with a bias are cuBLAS's too.
 
 G layers of one size that share x are one: their W, b, down and up lie below one another, so down has more rows than up
 columns. R columns of h and N / G of y belong to each: the product with up is block diagonal.
