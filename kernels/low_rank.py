@@ -45,7 +45,7 @@ VECTORS, MATRICES = Summing(32, 32768, 2, 1024), Summing(64, 8192, 4, 320)
 # low-rank matrices, a few hundred columns wide, fit in 31 bits. A rank of 1 is BR = 1: products and sums of vectors.
 @jit
 def columns(R: tl.constexpr, BR: tl.constexpr):
-    """A low-rank matrix's, to be loaded: by four, unless all are there; by eight a pass at rank 8 takes 1.1 to 1.4 times."""
+    """A low-rank matrix's, to be loaded: by four, unless all are there; by eight rank 8 takes 1.1 to 1.4 times."""
     r = tl.arange(0, BR)
     return r if R % 16 == 0 or BR == 1 else tl.max_contiguous(r, 4)
 
