@@ -148,20 +148,25 @@ def slot(channels: list[int], side: int, dtype: torch.dtype) -> None:
         disc_head(features, torch.empty(2, layout(channels)[1]), (0.1, 0.1))
 
 
-PROCESSORS = 132  # of a large card, where sums are in parts
 LIKE_80 = (86, 89)  # the same instructions are used there, so what only dtypes and odd widths change is compiled once
+
+
+def large_card() -> None:
+    """Have launchers cut their work as for a card of 132 processors, where sums are in parts."""
+    for kernels in (group_norm_silu, lora_linear, low_rank):
+        kernels.processors = lambda device: 132
 
 
 def recorded(dtypes: bool = True, full: bool = True) -> Iterator[Call]:
     """Operator calls: with `dtypes` of a small model in all three, if `full` of SD1.5, and of SDXL at four ranks."""
     blocks = {"down_block_types": SD15["down_block_types"][1:], "up_block_types": SD15["up_block_types"][:-1]}
     small = {**SD15, **blocks, "block_out_channels": [48, 96, 128], "norm_num_groups": 16, "attention_head_dim": 4}
-    ranks = dict(zip(runtime.DTYPES, (16, 1, 16), strict=True)) if dtypes else {}
-    runs: list[tuple] = [(small, 8, dtype, rank) for dtype, rank in ranks.items()]
+    ranks = dict(zip(runtime.DTYPES, (64, 1, 64), strict=True)) if dtypes else {}
+    runs: list[tuple] = [(small, 96, dtype, rank) for dtype, rank in ranks.items()]  # whose maps are large and small
     if full:
         runs += [(SD15, 64, torch.bfloat16, 1), *((SDXL, 128, torch.bfloat16, rank) for rank in (1, 4, 16, 64))]
-    low_ranks = {torch.float32: 1, torch.float16: 16} if dtypes else {}
-    low = [(small, 8, dtype, rank, mode) for dtype, rank in low_ranks.items() for mode in LOW]
+    low_ranks = ((torch.float32, 1, 16), (torch.float16, 16, 1)) if dtypes else ()
+    low = [(small, 8, dtype, *run) for dtype, *both in low_ranks for run in zip(both, LOW, strict=True)]
     low += [(SDXL, 128, torch.bfloat16, 1, mode) for mode in LOW if full]
     with Recorded() as record:
         for run in low:
@@ -208,8 +213,7 @@ def main(archs: list[int]) -> None:
     for arch in archs:
         triton.runtime.driver.set_active(Offline(arch))
         geglu_linear.architecture = lambda device, arch=arch: arch
-        for kernels in (group_norm_silu, lora_linear, low_rank):
-            kernels.processors = lambda device: PROCESSORS
+        large_card()
         runtime.tensor_cores = lambda device, arch=arch: arch >= 80
         calls = calls_for(arch)
         count += len(calls)

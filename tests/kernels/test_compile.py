@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,21 +17,30 @@ SPILL = 512  # bytes a thread: short_attention's backward has 384 on sm_120, 50 
 LIMITS = {75: 64, 80: 99, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block; sm_80 has 163, but one table serves all
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What compile_kernels.py says of each architecture; a process for each."""
+def told(words: list[str], cache: Path) -> Any:
+    """The JSON that a Python without the interpreter of kernels prints."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RAPM_KERNELS")}
     environment |= {
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
     }  # fmt: skip
-    reports = []
-    for arch in LIMITS:  # one after another: the other tests have the other cores
-        command = [sys.executable, str(TESTS / "compile_kernels.py"), str(arch)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-3000:]
-        reports.append(json.loads(run.stdout))
-    return reports
+    run = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> set[str]:
+    """Names of all `_..._kernel` of kernels/."""
+    sources = "".join(path.read_text() for path in (TESTS.parent / "kernels").glob("*.py"))
+    return set(re.findall(r"^def (_\w+_kernel)\(", sources, re.M))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What compile_kernels.py says of each architecture: one after another, as the other tests have the other cores."""
+    cache = tmp_path_factory.mktemp("triton")
+    return [told([str(TESTS / "compile_kernels.py"), str(arch)], cache) for arch in LIMITS]
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +71,15 @@ def test_no_kernel_spills(found: list[dict]) -> None:
     assert [{name: size for name, size in report.items() if size > SPILL} for report in spills] == [{}] * len(LIMITS)
 
 
-def test_no_kernel_is_left_out(shared: dict[str, dict[str, int]]) -> None:
-    """Each `_..._kernel` of kernels/ is launched by training, and so was compiled."""
-    sources = "".join(path.read_text() for path in (TESTS.parent / "kernels").glob("*.py"))
-    assert set(re.findall(r"^def (_\w+_kernel)\(", sources, re.M)) == set(shared)
+def test_no_kernel_is_left_out(shared: dict[str, dict[str, int]], kernels: set[str]) -> None:
+    """Each is launched by training, and so was compiled."""
+    assert set(shared) == kernels
+
+
+def test_a_checker_sees_every_kernel(kernels: set[str], tmp_path: Path) -> None:
+    """However few calls of each operator it is given."""
+    script = "import json, sanitize; print(json.dumps([names for _, names in sanitize.chosen(1)]))"
+    assert {name for names in told(["-c", script], tmp_path) for name in names} == kernels
 
 
 def test_hoppers_own_instructions_are_used_where_they_are_meant_to_be(found: list[dict]) -> None:
