@@ -38,8 +38,8 @@ class Low(NamedTuple):
 
 
 def int8(weight: Tensor) -> Low:
-    """W (N K, or N C k k) in int8, in its own layout."""
-    w = weight.float()
+    """W (N K, or N C k k) in int8; a convolution's in its own layout."""
+    w = weight.float() if weight.dim() > 2 else weight.float().contiguous()
     scale = w.abs().flatten(1).amax(1) / 127
     codes = w / scale.where(scale > 0, 1.0).view(-1, *(1 for _ in w.shape[1:]))
     return Low(torch.round(codes).to(torch.int8), scale)

@@ -176,7 +176,7 @@ class _Work:
             self._gradients(t, head)
         C, P, *_ = self.taps[t]
         matrices, generator = [head.start for head in heads], [head.d[self.images] for head in heads]
-        step = generator[-1] - generator[0]
+        step = (generator[-1] - generator[0]) // max(1, len(generator) - 1)
         self.tables["feature"] += [
             Input(C, rows, n0, t, at=m * C, d=generator[0] + m * C, step=step, divisor=len(self.taps) * P,
                   matrix=matrices[0]) + tuple(matrices[1:])

@@ -220,7 +220,9 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x if wants[4] else None, h if wants[5] else None, codes, scale, down, up)
 
 
-def _backward(ctx, dy: Tensor, _) -> tuple:
+def _backward(ctx, dy: Tensor | None, _) -> tuple:
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
     wants = ctx.needs_input_grad
     wants_x, wants_down, wants_up = wants[0], wants[4], wants[5]
     x, h, *weights = ctx.saved_tensors

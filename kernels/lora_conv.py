@@ -221,7 +221,9 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x if wants[3] else None, h if wants[4] else None, weight, down, up)
 
 
-def _backward(ctx, dy: Tensor, _) -> tuple:
+def _backward(ctx, dy: Tensor | None, _) -> tuple:
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
     wants_x, _, _, wants_down, wants_up, _, _ = ctx.needs_input_grad
     x, h, *weights = ctx.saved_tensors
     x, h = x if wants_down else None, h if wants_up else None

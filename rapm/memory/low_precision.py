@@ -182,7 +182,7 @@ def set_weight(unet: UNet, name: str, x: Tensor) -> None:
     """Fill the parameter `name` of the whole UNet with x, of its shape, or what stands for it with the parts of x."""
     module = unet.get_submodule(name.rpartition(".")[0])
     if isinstance(module, LowPrecision) and name.endswith(".weight"):
-        layout = torch.channels_last if x.dim() == 4 else torch.preserve_format
+        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
         for part, value in module.parts(x.contiguous(memory_format=layout)).items():
             getattr(module, part).copy_(value)
     else:

@@ -75,6 +75,14 @@ def test_kernel_and_reference(name: str, shape: tuple[int, ...], dtype: torch.dt
     assert error(made, dequantise_ref(*low, torch.float32)) <= ROUNDOFF[dtype] + 4 * ROUNDOFF[torch.float32]
 
 
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_weight_in_any_layout(name: str) -> None:
+    weight = normal(16, 8).t()
+    low = packed(name, weight)
+    assert error(dequantise(*low, torch.float32), weight) < 2 * ERRORS[name][1]
+    assert all(torch.equal(a, b) for a, b in zip(low, packed(name, weight.contiguous()), strict=True) if a is not None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ERRORS)
 @pytest.mark.parametrize("shape", REAL)

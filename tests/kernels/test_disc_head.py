@@ -289,6 +289,16 @@ def scaled(result: tuple, scale: float) -> tuple:
     return *result[:2], [scale * x for x in result[2]], result[3]
 
 
+def test_more_discriminators_than_two():
+    """A real feature and a row of weights for each. Their weights' gradients are each for itself, as with two."""
+    torch.manual_seed(0)
+    weights, feature = 0.3 * torch.randn(3, layout([32])[1], device=DEVICE), torch.randn(4, 1, 8, 8, 32, device=DEVICE)
+    given = [feature.movedim(-1, 2)], weights, [1.0] * 3
+    actual, expected = (head(*given, sides=(0, 1, 2)) for head in (disc_head, disc_head_ref))
+    for a, e in zip((*actual[:2], *actual[2]), (*expected[:2], *expected[2]), strict=True):
+        assert error(a, e) < SUMS * ROUNDOFF[torch.float32]
+
+
 def test_fp16_keeps_small_gradients():
     """A chain is taken without the divisor of the means, so that only its result meets fp16's smallest numbers."""
     (x,), weights = data(TINY, 1, torch.float16)

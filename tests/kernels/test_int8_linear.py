@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from launches import launched
-from ops import DEVICE, ROUNDOFF, SUMS, error, tensor
+from ops import DEVICE, ROUNDOFF, SUMS, Silent, error, tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -157,6 +157,12 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     x[2, 3, 5] = value
     y = op(x, *rest)
     assert not y[2, 3].isfinite().any() and y[:2].isfinite().all()
+
+
+def test_where_no_gradient_comes_in() -> None:
+    args = inputs(SMALL[1], torch.float32)
+    Silent.apply(op(*args)).sum().backward()
+    assert all(t.grad is None for t in args if torch.is_tensor(t))
 
 
 @pytest.mark.parametrize("wanted", ["x", "d", "u", "xd", "xu", "du"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops import DEVICE, check, tensor
+from ops import DEVICE, Silent, check, tensor
 from test_lora_linear import MANY_PARTS, close, same, step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -79,6 +79,12 @@ def test_every_way_of_computing(case: tuple, monkeypatch: pytest.MonkeyPatch) ->
             for name, value in way.items():
                 patch.setattr(module, name, value)
             check(op, lora_conv_ref, inputs(case, torch.float32, bias=False), torch.float32, roundings=ROUNDINGS)
+
+
+def test_where_no_gradient_comes_in() -> None:
+    args = inputs(SMALL[1], torch.float32)
+    Silent.apply(op(*args)).sum().backward()
+    assert all(t.grad is None for t in args if torch.is_tensor(t))
 
 
 @pytest.mark.parametrize("wanted", ["x", "d", "u", "xd", "xu", "du"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from launches import launched
-from ops import DEVICE, ROUNDOFF, SUMS, check, error, tensor
+from ops import DEVICE, ROUNDOFF, SUMS, Silent, check, error, tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +146,12 @@ def test_deferred(case: tuple, dtype: torch.dtype) -> None:
     assert lora_linear.deferrable(args[0], args[4]) and not lora_linear.deferrable(args[0], args[4].repeat(1, 17))
     wide = args[4].repeat(257, 1)
     assert lora_linear.deferrable(args[0], wide) == (wide.shape[1] == 1)
+
+
+def test_where_no_gradient_comes_in() -> None:
+    args = inputs(SMALL[1], torch.float32)
+    Silent.apply(op(*args)).sum().backward()
+    assert all(t.grad is None for t in args if torch.is_tensor(t))
 
 
 def test_nothing_kept_without_gradients() -> None:
