@@ -14,7 +14,7 @@ from rapm.kernels.group_norm_silu_tiles import (
     sums_of_runs,
     wide,
 )
-from rapm.kernels.runtime import jit, tl
+from rapm.kernels.runtime import apart, jit, tl
 
 
 @jit
@@ -138,9 +138,10 @@ def _whole_backward_kernel(
     d = load(dy + b * dy_batch + (r * dy_row + c), mask)
     xhat = load(x + b * x_batch + (r * x_row + c), mask) * rstd - (mean - add) * rstd
     d, half = act_gradient(d, xhat, w, offset, SILU, SHORT), 0.5 if SILU and SHORT else 1.0
-    s_d, s_product = half * tl.sum(d, axis=0, keep_dims=True), half * tl.sum(d * xhat, axis=0, keep_dims=True)
+    s_d = half * tl.sum(apart(d), axis=0, keep_dims=True)
+    s_product = half * tl.sum(apart(d * xhat), axis=0, keep_dims=True)
     s_xhat = tl.sum(tl.where(mask, xhat, 0.0), axis=0, keep_dims=True)
-    a, product = rstd * (tl.sum(s_d * w) / n), rstd * (tl.sum(s_product * w) / n)
+    a, product = rstd * (tl.sum(apart(s_d * w)) / n), rstd * (tl.sum(apart(s_product * w)) / n)
     if sums is not None:
         at = sums + b * 3 * C + c
         tl.store(at, s_d, mask=in_k)

@@ -61,8 +61,9 @@ def _statistics_kernel(
         mean += add_c
         origin += add_g
     own = owned(TILE, WIDTH, OWN_PAD)
-    e = tl.where(own, mean[None, :] - origin[:, None], 0.0)
-    e, m2, square = tl.reduce((e, tl.where(own, (q - s * s / n)[None, :], 0.0), e * e), 1, add3)
+    e, m2 = mean[None, :] - origin[:, None], (q - s * s / n)[None, :]
+    e, m2, square = tl.where(own, e, 0.0), tl.where(own, m2, 0.0), tl.where(own, e * e, 0.0)
+    e, m2, square = tl.reduce((e, m2, square), 1, add3)
     partial += (b * (2 * C // WIDTH) + group) * splits + tl.program_id(1)
     tl.store(partial, origin + e / WIDTH, mask=in_g)
     tl.store(partial + C // WIDTH * splits, m2 + n * (square - e * e / WIDTH), mask=in_g)
@@ -95,7 +96,8 @@ def _normalise_kernel(
         origin = load(partial + group * splits, in_g)
         n = tl.minimum(tl.maximum(positions - tl.arange(0, SPLITS)[None, :] * run, 0), run).to(tl.float32) * WIDTH
         e = s_mean - origin[:, None]
-        e, m2, square = tl.reduce((e * (n / (positions * WIDTH)), s_m2, e * e * n), 1, add3)
+        e, square = tl.where(n > 0, e * (n / (positions * WIDTH)), 0.0), tl.where(n > 0, e * e * n, 0.0)
+        e, m2, square = tl.reduce((e, s_m2, square), 1, add3)
         mean = origin + e
         rstd = tl.rsqrt((m2 + square) / (positions * WIDTH) - e * e + eps)
         if split == 0:
@@ -130,8 +132,8 @@ def _whole_forward_kernel(
         tl.store(v + at, z, mask=mask)
         add = 0.0
     mean = tl.sum(tl.where(mask, z + add, 0.0)) / n
-    deviation = tl.where(mask, z + add - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(deviation * deviation) / n + eps)
+    deviation = z + add - mean
+    rstd = tl.rsqrt(tl.sum(tl.where(mask, deviation * deviation, 0.0)) / n + eps)
     scale, offset = affine(mean - add, rstd, w, offset, SILU, SHORT)
     tl.store(y + at, act(z * scale + offset, SILU, SHORT), mask=mask)
     stats += b * (2 * C // WIDTH) + group

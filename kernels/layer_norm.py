@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapm.kernels.low_rank import matrix
-from rapm.kernels.runtime import enabled, jit, processors, tl, triton
+from rapm.kernels.runtime import apart, enabled, jit, processors, tl, triton
 
 WARP_ROW = 256  # columns that one warp holds: a 16-byte load a thread
 ROWS = 4  # rows, and warps, of a program whose warps hold rows
@@ -42,7 +42,7 @@ def layer_norm_ref(
 @jit
 def _mean(x, c):
     """Over the columns of a tile whose absent ones are 0: R W to R 1."""
-    return tl.sum(x, axis=1, keep_dims=True) / c
+    return tl.sum(apart(x), axis=1, keep_dims=True) / c
 
 
 @jit
@@ -67,8 +67,9 @@ def _layer_norm_fwd_kernel(
         tl.store(s_ptr + row * c + column, rounded, mask)
         s = rounded.to(tl.float32)  # what backward reads
     mean = tl.load(stats_ptr + row, row < n, other=0.0) if AGAIN else _mean(s, c)
-    d = tl.where(mask, s - mean, 0.0)
-    rstd = tl.load(stats_ptr + n + row, row < n, other=0.0) if AGAIN else tl.rsqrt(_mean(d * d, c) + eps)
+    d = s - mean
+    square = tl.where(mask, d * d, 0.0)
+    rstd = tl.load(stats_ptr + n + row, row < n, other=0.0) if AGAIN else tl.rsqrt(_mean(square, c) + eps)
     tl.store(y_ptr + row * c + column, (d * rstd * weight + bias).to(y_ptr.dtype.element_ty), mask)
     if not AGAIN:
         tl.store(stats_ptr + row, mean, row < n)

@@ -32,6 +32,15 @@ def jit(function: Callable) -> Callable:
     return triton.jit(function) if triton else function
 
 
+@jit
+def apart(x):
+    """x, as the operand of a sum over threads. Without it the compiler makes one FMA of a product and the first number
+    from another thread, so that each thread, whose own product is not rounded then, ends with other bits. A square it
+    would know never to be -0, and leave this out: there a mask does the same.
+    """
+    return x + 0.0
+
+
 def enabled(x: Tensor) -> bool:
     """Whether an operator on `x` runs its kernel. TypeError for a dtype that no kernel takes: no silent slow path."""
     if MODE == "reference" or triton is None or (MODE == "auto" and x.device.type == "cpu"):

@@ -191,6 +191,7 @@ def main(archs: list[int]) -> None:
     shared: dict[str, dict[int, int]] = defaultdict(dict)
     narrow: set[str] = set()
     hopper: set[str] = set()
+    uneven: set[str] = set()
     spills: dict[str, int] = defaultdict(int)  # bytes a thread
     count = 0
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -205,6 +206,9 @@ def main(archs: list[int]) -> None:
         shared[self.__name__][arch] = max(kernel.metadata.shared, shared[self.__name__].get(arch, 0))
         if "ld.global.b16" in kernel.asm["ptx"]:  # two bytes at a time
             narrow.add(self.__name__)
+        shuffled = re.findall(r"shfl\.sync\.\S+\s+(%\w+)", kernel.asm["ptx"])
+        if not {*shuffled}.isdisjoint(re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+)", kernel.asm["ptx"])):
+            uneven.add(self.__name__)  # a product and another thread's number in one instruction
         if all(word in kernel.asm["ptx"] for word in ("wgmma.mma_async", "cp.async.bulk.tensor")):
             hopper.add(self.__name__)
         return kernel
@@ -221,6 +225,7 @@ def main(archs: list[int]) -> None:
             for name, args in calls:
                 OPDEFS[name]._init_fn(*args)
     told = {"calls": count, "shared": shared, "spills": spills, "narrow": sorted(narrow), "hopper": sorted(hopper)}
+    told["uneven"] = sorted(uneven)
     print(json.dumps(told))
 
 

@@ -71,6 +71,11 @@ def test_no_kernel_spills(found: list[dict]) -> None:
     assert [{name: size for name, size in report.items() if size > SPILL} for report in spills] == [{}] * len(LIMITS)
 
 
+def test_every_thread_has_the_same_bits_of_a_sum(found: list[dict]) -> None:
+    """No bare product goes into a sum with another thread's number: who writes the sum would decide its bits."""
+    assert [report["uneven"] for report in found] == [[]] * len(LIMITS)
+
+
 def test_no_kernel_is_left_out(shared: dict[str, dict[str, int]], kernels: set[str]) -> None:
     """Each is launched by training, and so was compiled."""
     assert set(shared) == kernels
