@@ -96,7 +96,7 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
         store = solve_all(config, teacher, prompts)
     with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
         if distributed.first():
-            _set_aside(folder, done)
+            _set_aside(folder, done if checkpoint and checkpoint.parent.resolve() == folder.resolve() else 0)
             write_atomic(folder / RESOLVED, config.to_toml().encode())
             if budget:
                 write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
@@ -382,11 +382,17 @@ def _stored_prompts(config: Config, count: int) -> Prompts | None:
 
 
 def _keep_prompts(folder: Path, config: Config, prompts: list[Row]) -> Config:
-    """What came by the standard input, which cannot be read again, goes into a file of the run."""
+    """What came by the standard input, which cannot be read again, goes into a file of the run.
+
+    UserError if that is there, of other prompts.
+    """
     if config.prompts != "-":
         return config
-    write_atomic(folder / "prompts.txt", "".join(f"{row.text}\n" for row in prompts).encode())
-    return config.replace(prompts=str((folder / "prompts.txt").absolute()))
+    path, text = folder / "prompts.txt", "".join(f"{row.text}\n" for row in prompts).encode()
+    if path.exists() and path.read_bytes() != text:
+        raise UserError(f"{path} holds other prompts than the standard input: move it away, or take another output_dir")
+    write_atomic(path, text)
+    return config.replace(prompts=str(path.absolute()))
 
 
 def _anchored(config: Config) -> Config:
@@ -431,17 +437,16 @@ def _claimed(folder: Path) -> Iterator[None]:
 
     The first of several ranks does it, before any other looks into the folder.
     """
-    there = folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with ExitStack() as stack:
         try:
             if distributed.first():
-                ours = any(next(folder.glob(name), None) for name in (LOCK, "metrics.jsonl", "checkpoint-*"))
-                foreign = [] if ours else [name for name in OUTPUTS if (folder / name).exists()]
+                foreign = [] if _ours(folder) else [name for name in OUTPUTS if (folder / name).exists()]
                 if foreign:
                     raise UserError(f"output_dir {folder} holds {foreign[0]}, which no run wrote: choose another")
                 make_writable(folder)
                 stack.enter_context(held(folder))
-                stack.callback(_withdraw, folder, there)
+                stack.callback(_withdraw, folder, missing)
                 sweep(folder)
                 sweep_checkpoints(folder)
         except OSError as error:
@@ -450,14 +455,26 @@ def _claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def _withdraw(folder: Path, there: bool) -> None:
-    """Remove the folder that was not `there` before and has nothing in it but its lock."""
-    if not there and {path.name for path in folder.glob("*")} <= {LOCK}:
+def _ours(folder: Path) -> bool:
+    """Whether a run was at work in `folder`: a lock may be a refused one's, and a checkpoint-N another trainer's."""
+    if (folder / "metrics.jsonl").exists() or checkpoints(folder):
+        return True
+    with suppress(UserError):
+        return bool(Config.of_run(folder))
+    return False
+
+
+def _withdraw(folder: Path, missing: list[Path]) -> None:
+    """Remove the folder if it was `missing` before, with its parents, and has nothing in it but its lock."""
+    if missing and {path.name for path in folder.glob("*")} <= {LOCK}:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing[1:]:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _set_aside(folder: Path, done: int) -> None:
-    """Move what an earlier run left to `previous-K/`: all of it, or on resuming the checkpoints after `done`."""
+    """Move what an earlier run left to `previous-K/`: all of it, or if that goes on the checkpoints after `done`."""
     old = [path for path in checkpoints(folder) if int(path.name.partition("-")[2]) > done]
     best = find_best(folder)
     if done and best and best[0] > done:  # a run that goes on from before it will find its own

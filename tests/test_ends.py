@@ -46,6 +46,23 @@ def test_a_folder_of_others_is_left_alone(place, tmp_path, capsys, name):
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "precious"
 
 
+@pytest.mark.parametrize("beside", [".lock", "checkpoint-500/model.safetensors"])
+def test_another_trainers_folder_is_left_alone(place, tmp_path, capsys, beside):
+    """It writes the same names; and the lock is of a run that was refused."""
+    (tmp_path / "checkpoint-500").mkdir()
+    for name in ("pytorch_lora_weights.safetensors", beside):
+        (tmp_path / name).write_text("precious")
+    assert main(arguments(place, tmp_path)) == 2
+    assert "which no run wrote" in capsys.readouterr().err
+    assert (tmp_path / "pytorch_lora_weights.safetensors").read_text() == "precious"
+
+
+def test_nothing_is_left_of_a_dry_run(place, tmp_path):
+    (tmp_path / "a").mkdir()
+    assert main(arguments(place, tmp_path / "a/b/c/d", "--dry-run")) == 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+
+
 def test_a_stop_while_the_last_checkpoint_is_written_is_heard(place, tmp_path, monkeypatch, capsys):
     measure = Validation.__call__
 
