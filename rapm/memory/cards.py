@@ -56,18 +56,18 @@ DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` wo
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled; of small pictures as many as have its pixels
 ENCODE = 0.1  # activations of the text encoders, of their bytes
-SLACK = 1.02  # of what is counted outside training, all of which is alive at once: segments that are not filled
+SLACK = 1.03  # of what is counted outside training, all of which is alive at once: segments that are not filled
 # Of the host: Python, PyTorch, diffusers and CUDA; a shard, prompts and pictures that are read, made or written
 HOST = int(1.5 * GIB)
 COPIES = 3  # of a checkpoint's numbers, on the host while it is written: as tensors, in the file's order, as its bytes
 # Speed. Calibrated on slots with everything kept and two streams: of SDXL and SD1.5 at their own size and at 768x768,
-# ranks 1 to 64, on an H100 (3,017 GB/s, 796 TFLOP/s) and an H200 (4,237, 758). COPY and INT8 are what rows of
+# ranks 1 to 64, on an H100 (3,017 GB/s, 796 TFLOP/s) and H200s (4,237, 738 to 758). COPY and INT8 are what rows of
 # results/memory.json for 16G and less took beyond the rest: 0 to 42 us a tensor, and some 13 ms of SDXL's slot.
 PRODUCTS = 0.825  # of `tflops`, in products and convolutions
-ATTENTION = 3.5  # times as long an operation of it takes
+ATTENTION = 3.2  # times as long an operation of it takes
 LATENCY, LAUNCH = 1.8e-6, 1.8e-6 * 3018  # seconds, and seconds times GB/s, a launch: by itself, and by memory
 FORWARDS = 8  # without a gradient, that have a slot's launches
-RANKED, ODD = 5e-6, 10e-6  # seconds for each layer that a LoRA of a rank above 1 extends; of an odd one
+RANKED, ODD = 2.5e-6, 7.5e-6  # seconds for each layer that a LoRA of a rank above 1 extends; of an odd one
 UPDATE = 139  # bytes read and written for each of a LoRA's weights: gradients in pieces and as one, clipping, Adam
 COPY = 20e-6  # seconds that a tensor on its way to the host and back shows, even where its copies are hidden
 INT8 = 18e-6 * 3018  # seconds times GB/s: of a slot, for each linear layer that is multiplied in int8
