@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -19,24 +20,58 @@ from rapm.errors import ExportError, RunError, UserError
 if TYPE_CHECKING:  # what needs torch, and seconds, is imported once main is ready for a Ctrl-C
     from rapm.config import Config
 
+
+def text(given: str) -> str:
+    """What is not empty, as a variable of the shell is that nobody has set."""
+    if not given:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
+    return given
+
+
+def name(given: str) -> str:
+    """A path, or what may be one, with its ~ expanded: refused where it cannot even be looked at."""
+    from rapm.config import expanded
+
+    found = expanded(text(given))
+    try:
+        os.stat(found)
+    except OSError as error:  # what is not there is for who needs it
+        if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+            raise argparse.ArgumentTypeError(unusable(error)) from error
+    return found
+
+
+def path(given: str) -> Path:
+    """`name` as a Path."""
+    return Path(name(given))
+
+
+def unusable(error: OSError) -> str:
+    """What is wrong with its file name, of which a long one's beginning is enough."""
+    shown = str(error.filename or "a path")
+    long = error.errno == errno.ENAMETOOLONG
+    todo = "choose a shorter one (prompts go into a file, one a line)" if long else "choose another, or its rights"
+    return f"{shown if len(shown) <= 60 else shown[:60] + '...'}: {error.strerror}: {todo}"
+
+
 # Flag, the names people already type for it, the field it sets.
 FLAGS = (
-    (("--teacher", "--pretrained_model_name_or_path", "--pretrained_teacher_model"), "teacher", str),
-    (("--prompts",), "prompts", str),
-    (("--output_dir",), "output_dir", str),
-    (("--vram",), "vram", str),
+    (("--teacher", "--pretrained_model_name_or_path", "--pretrained_teacher_model"), "teacher", name),
+    (("--prompts",), "prompts", name),
+    (("--output_dir",), "output_dir", name),
+    (("--vram",), "vram", text),
     (("--max_train_steps",), "max_train_steps", int),
     (("--lora_rank", "--rank", "--network_dim"), "lora_rank", int),
     (("--seed",), "seed", int),
-    (("--resolution",), "resolution", str),
+    (("--resolution",), "resolution", text),
     (("--steps",), "steps", int),
-    (("--report_to",), "report_to", str),
+    (("--report_to",), "report_to", text),
     (("--learning_rate",), "learning_rate", float),
     (("--checkpointing_steps",), "checkpointing_steps", int),
     (("--validation_steps",), "validation_steps", int),
     (("--validation_prompts",), "validation_prompts", int),
-    (("--mixed_precision",), "mixed_precision", str),
-    (("--attention",), "attention", str),
+    (("--mixed_precision",), "mixed_precision", text),
+    (("--attention",), "attention", text),
 )
 
 HELP = {
@@ -99,9 +134,12 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, ExportError) as error:
         code, message = 1, error
     except OSError as error:
-        if error.errno not in TROUBLE:
+        if error.errno == errno.ENAMETOOLONG:
+            code, message = 2, UserError(unusable(error))
+        elif error.errno in TROUBLE:
+            code, message = 1, error
+        else:
             raise
-        code, message = 1, error
     except Interrupted as error:
         code, message = error.code, error
     except KeyboardInterrupt as stop:
@@ -148,61 +186,71 @@ def build_parser() -> Parser:
     sub = command("train", run_train, "Distil a teacher into a LoRA; without arguments the embedded teacher.")
     _add_settings(sub)
     sub.add_argument(
-        "--resume_from_checkpoint", metavar="latest|PATH", help="go on from there, in the same --output_dir"
+        "--resume_from_checkpoint", type=name, metavar="latest|PATH", help="go on from there, in the same --output_dir"
     )
     sub.add_argument("--dry-run", action="store_true", help="say what would be done, and compute nothing")
     sub = command("plan", run_plan, "What `train` would do within --vram: memory, time, disk; loads no weights.")
     _add_settings(sub)
     sub = command("doctor", run_doctor, "What is installed and active, what is missing, and what would fix it.")
-    sub.add_argument("--output_dir", type=Path, default=Path("."), help="the disk that is looked at")
+    sub.add_argument("--output_dir", type=path, default=Path("."), help="the disk that is looked at")
     sub = command("trajectories", run_trajectories, "Stage 1 only: compute or check the teacher's trajectories.")
     _add_settings(sub)
-    sub.add_argument("--verify", metavar="DIR", help="read every byte of a store and report what is damaged")
+    sub.add_argument("--verify", type=name, metavar="DIR", help="read every byte of a store and report what is damaged")
     sub = command("sample", run_sample, "Draw pictures with a LoRA, or with the bare teacher.")
     sub.add_argument("prompt", nargs="*", help="prompts; or --prompts FILE")
-    sub.add_argument("--prompts", metavar="FILE", help="as `rapm train` takes them")
-    sub.add_argument("--teacher", help="any base of the LoRA's family; without it the run's own, or `embedded`")
+    sub.add_argument("--prompts", type=name, metavar="FILE", help="as `rapm train` takes them")
+    sub.add_argument(
+        "--teacher", type=name, help="any base of the LoRA's family; without it the run's own, or `embedded`"
+    )
     _add_teacher_lora(sub)
-    sub.add_argument("--lora", type=Path, metavar="FILE|RUN", help="a LoRA file, or a run's output folder")
+    sub.add_argument("--lora", type=path, metavar="FILE|RUN", help="a LoRA file, or a run's output folder")
     sub.add_argument("--steps", type=int, help="without it the run's own, or 4")
     sub.add_argument("--guidance", type=float, default=1.0, help="1, as the LoRA needs it, is none")
     sub.add_argument("--negative_prompt", default="", help="of use with --guidance above 1 only")
     sub.add_argument("--seeds", type=int, nargs="+", default=[0], help="each prompt is drawn with each")
-    sub.add_argument("--resolution", metavar="HxW", help="in pixels; without it the run's, or the teacher's own")
-    sub.add_argument("--mixed_precision", metavar="no|fp16|bf16", help="without it the run's; fp16 on a GPU")
+    sub.add_argument(
+        "--resolution", type=text, metavar="HxW", help="in pixels; without it the run's, or the teacher's own"
+    )
+    sub.add_argument("--mixed_precision", type=text, metavar="no|fp16|bf16", help="without it the run's; fp16 on a GPU")
     sub.add_argument("--batch", type=int, default=4, help="pictures drawn together at the most: fewer need less memory")
     sub.add_argument(
-        "--output", type=Path, default=Path("samples.png"), metavar="FILE.png|FOLDER",
-        help="a grid; or a folder: a PNG for each picture, its settings inside as A1111 reads them, beside grid.png",
+        "--output", type=path, default=Path("samples.png"), metavar="FILE.png|FOLDER",
+        help="a grid; or a folder: a PNG for each picture, its settings inside as A1111 reads them, beside grid.png; "
+        "what is there stays, and the new names count on",
     )  # fmt: skip
     sub = command("evaluate", run_evaluate, "Measure a student: to its teacher, or with --captions on COCO.")
-    sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
-    sub.add_argument("--lora", type=Path, help="another LoRA file than the run's; `none`: the teacher itself")
-    sub.add_argument("--captions", type=Path, help="captions_val2014.json, or a CSV with a column `caption`")
-    sub.add_argument("--reference", type=Path, help="with --captions: a folder of images, or an .npz (mu, sigma)")
+    sub.add_argument("--run", type=path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    sub.add_argument("--lora", type=path, help="another LoRA file than the run's; `none`: the teacher itself")
+    sub.add_argument("--captions", type=path, help="captions_val2014.json, or a CSV with a column `caption`")
+    sub.add_argument("--reference", type=path, help="with --captions: a folder of images, or an .npz (mu, sigma)")
     sub.add_argument("--samples", type=int, help="pictures at most: 30000, or all that the trajectories give")
-    sub.add_argument("--clip", metavar="ID|DIR|none", help="the CLIP of the score: a hub id or a local folder")
-    sub.add_argument("--inception", type=Path, metavar="FILE", help="a local copy of the weights of FID's network")
+    sub.add_argument(
+        "--clip", type=name, metavar="ID|DIR|none", help="the CLIP of the score: a hub id or a local folder"
+    )
+    sub.add_argument("--inception", type=path, metavar="FILE", help="a local copy of the weights of FID's network")
     sub.add_argument("--pairs", type=int, help="embedded teacher: held-out caption and seed pairs a half (4096)")
     sub.add_argument("--batch", type=int, help="pictures drawn together")
     sub = command("export", run_export, "Write the LoRA files of a run's checkpoint again, and prove them.")
-    sub.add_argument("--run", type=Path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
+    sub.add_argument("--run", type=path, dest="folder", default=Path("runs/demo"), help="a run's output folder")
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of the files (default fp32)")
     sub.add_argument("--merge", action="store_true", help="also write merged/, a whole pipeline that needs no LoRA")
     sub.add_argument(
         "--push_to_hub",
         nargs="?",
+        type=text,
         const="",
         metavar="OWNER/NAME",
         help="upload the LoRA and its card to the Hugging Face Hub, to a new private model or one that is there",
     )
-    sub.add_argument("--checkpoint", default="latest", metavar="latest|best|PATH", help="of the run (default latest)")
+    sub.add_argument(
+        "--checkpoint", type=name, default="latest", metavar="latest|best|PATH", help="of the run (default latest)"
+    )
     sub = command("report", run_report, "Write a run as one HTML page: curves, pictures, settings, how to use it.")
-    sub.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its output folder")
+    sub.add_argument("folder", type=path, nargs="?", default=Path("runs/demo"), metavar="RUN", help="its output folder")
     sub = command("bench", run_bench, "Time the kernels on the shapes of a UNet pass, beside what else there is.")
     sub.add_argument("ops", nargs="*", metavar="OP", help="operators; without one, all")
     sub.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=["sd15", "sdxl"])
-    sub.add_argument("--output", type=Path, metavar="FILE.json", help="where to write everything that was measured")
+    sub.add_argument("--output", type=path, metavar="FILE.json", help="where to write everything that was measured")
     sub.add_argument("--quick", action="store_true", help="the largest shape of each only, without torch.compile")
     return parser
 
@@ -213,13 +261,17 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
     for names, field, kind in FLAGS:
         sub.add_argument(*names, dest=field, type=kind, metavar=field.upper(), help=HELP.get(field))
     _add_teacher_lora(sub)
-    sub.add_argument("--config", metavar="FILE.toml", help="any setting of rapm/config.py; flags override it")
-    sub.add_argument("--preset", help=f"the defaults of {', '.join(PRESETS)}; without it those of the teacher's family")
+    sub.add_argument(
+        "--config", type=name, metavar="FILE.toml", help="any setting of rapm/config.py; flags override it"
+    )
+    sub.add_argument(
+        "--preset", type=text, help=f"the defaults of {', '.join(PRESETS)}; without it those of the teacher's family"
+    )
 
 
 def _add_teacher_lora(sub: argparse.ArgumentParser) -> None:
     words = "a style LoRA fused into the teacher, with its strength (1 if left out); may be given several times"
-    sub.add_argument("--teacher_lora", action="append", metavar="FILE[:SCALE]", help=words)
+    sub.add_argument("--teacher_lora", type=name, action="append", metavar="FILE[:SCALE]", help=words)
 
 
 def settings(arguments: argparse.Namespace) -> Config:
@@ -263,8 +315,12 @@ def run_train(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     """`rapm plan`."""
     from rapm.memory.report import plan_for
+    from rapm.train import training_prompts
 
-    print(plan_for(settings(arguments)))
+    config = settings(arguments)
+    if config.prompts not in (None, "-"):  # the standard input is for the run
+        training_prompts(config)
+    print(plan_for(config))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -127,6 +128,11 @@ class Config:
         for name in ("resolution", "buckets", "teacher_lora"):
             if isinstance(value := changes.get(name), list):
                 changes[name] = tuple(tuple(x) if isinstance(x, list) else x for x in value)
+        for name in PATHS:
+            if isinstance(value := changes.get(name), str):
+                changes[name] = expanded(value)
+        if isinstance(styles := changes.get("teacher_lora"), tuple):
+            changes["teacher_lora"] = tuple(expanded(x) if isinstance(x, str) else x for x in styles)
         if isinstance(sizes := changes.get("resolution"), tuple) and sizes and all(isinstance(x, tuple) for x in sizes):
             if changes.get("buckets"):
                 raise UserError("buckets: name all sizes in `resolution`, or one there and the others in `buckets`")
@@ -147,6 +153,8 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.device.partition(":")[0] == "meta":  # torch takes it, but it holds no numbers
+            raise UserError(f"device = {self.device!r}: write cpu, cuda or cuda:N, or leave the setting out")
         for names, low, words in ((AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "at least 0")):
             for name in names:
                 if not low <= getattr(self, name) < float("inf"):
@@ -239,21 +247,30 @@ def toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
 
 
+def expanded(path: str) -> str:
+    """`path` with its ~ expanded, which shells leave in --option=~/x. UserError for the home of nobody."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(f"{path}: {path.split('/')[0]} is nobody's home here: write ./{path} if it is a name")
+    return found
+
+
 def parse_vram(text: str) -> int | None:
     """ "12G", "16GB" or "8192M" in bytes (binary units); None for "auto". UserError for anything else."""
     if text == "auto":
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])i?B?", text, re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise UserError(f"vram {text!r} is not a size: write 12G, 16GB or auto")
-    return int(float(match[1]) * 2 ** {"M": 20, "G": 30}[match[2].upper()])
+    size = float(match[1]) * 2 ** {"M": 20, "G": 30}[match[2].upper()] if match else 0
+    if not 1 <= size < 2**60:
+        raise UserError(f"vram {text[:40]!r} is not a size: write 12G, 16GB or auto")
+    return int(size)
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
     """ "HxW" or "N" (square) in pixels. UserError for anything else."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
     if not match:
-        raise UserError(f"resolution {text!r}: write HxW, for example 1024x768")
+        raise UserError(f"resolution {text[:40]!r}: write HxW, for example 1024x768")
     return int(match[1]), int(match[2] or match[1])
 
 

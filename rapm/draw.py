@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from rapm.disk import TEMPORARY, make_writable, write_atomic
 from rapm.errors import UserError
 from rapm.export.clients import run_name, style_tags, webui_settings, webui_text
 from rapm.export.files import base_name
+from rapm.export.lora_file import WEIGHTS
 from rapm.memory.drawing import teacher_to_draw
 from rapm.pictures import grid, grid_size, packed, png
 from rapm.sample import sample_batches
@@ -46,7 +49,8 @@ def draw(
     """Draw every prompt with every seed, and yield what was written: a grid, or first the pictures of a folder.
 
     What is None comes from the run whose folder `lora` is, else it is the embedded teacher, 4 steps, fp16 on a GPU.
-    UserError before any work for an output that cannot be written, and for a value that no picture can have.
+    No file is replaced: a folder's numbers go on after its highest, and a file that is there gets a -1, -2 ... beside
+    it. UserError before any work for an output that cannot be written, and for a value that no picture can have.
     """
     if batch < 1:
         raise UserError(f"batch {batch}: at least 1")
@@ -64,15 +68,19 @@ def draw(
     )  # fmt: skip
     for seed in seeds:
         config.replace(seed=seed)  # refuses what no seed is
-    folder = output if output.suffix.lower() not in IMAGES else None
+    suffix = output.suffix.lower()
+    folder = output if suffix not in IMAGES else None
+    if folder and not folder.is_dir() and suffix in Image.registered_extensions():
+        raise UserError(f"output {output}: choose a name in {', '.join(IMAGES)}, or a folder")
     sheet_path = folder / "grid.png" if folder else output
     _check_writable(sheet_path, output)
     loaded = teacher_to_draw(config, device, batch=batch, lora=lora)
     count = len(prompts) * len(seeds)
     size = grid_size(config.resolution or loaded.default_resolution, count, columns=len(seeds))
-    if folder is None and max(size) > IMAGES[output.suffix.lower()]:
+    if folder is None and max(size) > IMAGES[suffix]:
         raise UserError(f"output {output}: a grid of {size[0]}x{size[1]} pixels is too large for it: choose a folder")
     settings, tags = _settings(loaded, config), _tags(loaded, lora, run)
+    start = _next_number(folder) if folder else 0
     shown: list[Tensor] = []
     first = ""
     for some, images in sample_batches(
@@ -84,12 +92,13 @@ def draw(
             text = parameters(webui_text(prompts[number]) + tags, webui_text(negative), {**settings, "Seed": seed})
             first = first or text
             if folder:
-                path = folder / f"{number:05d}-{seed}.png"
+                path = _free(folder / f"{start + number:05d}-{seed}.png")  # another process may be at the same
                 write_atomic(path, png(Image.fromarray(image.numpy()), parameters=text))
                 yield path
         if folder is None or len(shown) + len(images) <= GRID_MAX:
             shown.extend(images)
     if folder is None or count <= GRID_MAX:
+        sheet_path = _free(sheet_path)
         write_atomic(sheet_path, packed(grid(shown, columns=len(seeds)), sheet_path.suffix.lower(), first))
         yield sheet_path
 
@@ -129,13 +138,29 @@ def _check_writable(path: Path, output: Path) -> None:
         make_writable(path.parent)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
-        temporary = path.with_name(path.name + TEMPORARY)
+        temporary = path.with_name(_free(path).name + TEMPORARY)
         temporary.touch()
         temporary.unlink(missing_ok=True)  # another process may be at the same
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror}): choose another") from error
 
 
+def _next_number(folder: Path) -> int:
+    """The first above all that its pictures have."""
+    found = (re.match(r"(\d{5,9})-", path.name) for path in folder.glob("*.png"))
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _free(path: Path) -> Path:
+    """`path`, or the first of NAME-1, NAME-2 ... beside it that nobody has."""
+    names = (path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
 def _settings_of(lora: Path | None) -> Config:
-    """The settings of the run whose folder `lora` is; the defaults for a file, or for none."""
-    return Config.of_run(lora) if lora is not None and (lora / RESOLVED).is_file() else Config()
+    """The settings of the run whose folder `lora` is; the defaults for a file, or for none. UserError without LoRA."""
+    if lora is None or not (lora / RESOLVED).is_file():
+        return Config()
+    if not (lora / WEIGHTS).is_file():
+        raise UserError(f"LoRA: the run {lora} has none yet: `rapm export --run {shlex.quote(str(lora))}` writes it")
+    return Config.of_run(lora)

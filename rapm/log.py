@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,11 +19,11 @@ class Log:
     """metrics.jsonl in `folder`, and the tracker that `report_to` names: TensorBoard where it is installed."""
 
     def __init__(self, folder: Path, report_to: str, done: int = 0) -> None:
-        """Lines after iteration `done` are dropped: a resumed run writes them again."""
+        """Lines after iteration `done` are dropped: a resumed run writes them again. So are those that are damaged."""
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and done else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= done]
-        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+        lines = read_metrics(path)[0] if done else []
+        kept = [json.dumps(line) + "\n" for line in lines if line["iteration"] <= done]
+        write_atomic(path, "".join(kept).encode())
         self._file = path.open("a", buffering=1)
         self._track, self._close = _tracker(folder, report_to, done)
 
@@ -46,6 +47,32 @@ class Log:
     def __exit__(self, *error: object) -> None:
         self._file.close()
         self._close()
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics.jsonl, none where there is no file yet, and how many are damaged.
+
+    The last one may be half a line, which a kill leaves: that is no damage.
+    """
+    texts = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines, damaged = [], 0
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if _written(line):
+            lines.append(line)
+        else:
+            damaged += number < len(texts)
+    return lines, damaged
+
+
+def _written(line: object) -> bool:
+    """Whether that is what `write` or `warn` wrote: numbers by name, and a warning's words."""
+    if not (isinstance(line, dict) and isinstance(line.get("iteration"), int)):
+        return False
+    return all(isinstance(value, str if name == "warning" else (int, float)) for name, value in line.items())
 
 
 def check_tracker(report_to: str) -> None:

@@ -173,7 +173,7 @@ def _parquet_rows(file: BinaryIO, name: str, column: str | None) -> Iterator[Row
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"prompts: {name} needs pyarrow: pip install rapm-fast[parquet]") from error
+        raise UserError(f"prompts: {name} needs pyarrow: pip install pyarrow") from error
     try:
         table = parquet.ParquetFile(file)
         kinds = {field.name: str(field.type) for field in table.schema_arrow}

@@ -320,7 +320,7 @@ def _load_pipeline(found: Source, dtype: torch.dtype, **parts: None) -> Diffusio
     for library in (diffusers, transformers):  # the parts load in a moment
         library.utils.logging.disable_progress_bar()
     location, folder = found.location, found.location.is_dir()
-    options: dict[str, object] = {**parts, **_dtype_option(dtype), "feature_extractor": None, "image_encoder": None}
+    options: dict[str, object] = {**parts, **dtype_option(dtype), "feature_extractor": None, "image_encoder": None}
     if found.pipeline == "StableDiffusionPipeline":
         options |= {"safety_checker": None, "requires_safety_checker": False}
     pipeline = getattr(diffusers, found.pipeline)
@@ -336,7 +336,7 @@ def _load_pipeline(found: Source, dtype: torch.dtype, **parts: None) -> Diffusio
     return pipe
 
 
-def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The argument that diffusers 0.40 has renamed."""
     import diffusers
 

@@ -57,7 +57,7 @@ from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.solver import check_grid
 from rapm.stop import Interrupted, advice, stop_signals
 from rapm.store import Store, positions_nbytes
-from rapm.teacher import Teacher, load_teacher
+from rapm.teacher import Teacher, dtype_option, load_teacher
 from rapm.training import Training
 from rapm.trajectories import prepare
 from rapm.zoo import scenes
@@ -154,7 +154,7 @@ def prepare_run(config: Config) -> tuple[Teacher, Config, list[Row], Budget | No
         raise UserError(f"attention xformers: {problem}, or use sdpa")
     device, budget = pick_device(config), None
     planned = Budget.wanted(config, device)
-    if planned and (config.teacher == "embedded" or (Path(config.teacher).expanduser() / "unet").is_dir()):
+    if planned and (config.teacher == "embedded" or (Path(config.teacher) / "unet").is_dir()):
         budget = Budget(model_of(config.teacher), config, device)
 
     def frozen(model: Model) -> str:
@@ -337,7 +337,7 @@ def finish(
     if merge:
         path = export_merged(folder, lora, teacher, dtype=dtype)
         verify_merged(path, teacher, lora, **proof, dtype=dtype)
-        how = "" if dtype == torch.float32 else f", if loaded with torch_dtype={dtype}"
+        how = "" if dtype == torch.float32 else f", if loaded with {next(iter(dtype_option(dtype)))}={dtype}"
         print(f"merged: {path} is a whole pipeline that samples as the student does, without a LoRA{how}")
     if repo:
         print(f"pushed: {upload(folder, repo)}, private until you publish it in its settings, unless it was public")
@@ -400,8 +400,8 @@ def _anchored(config: Config) -> Config:
 
     def whole(given: str) -> str:
         name, colon, end = given.rpartition(":")  # FILE:COLUMN of prompts, FILE:SCALE of a style
-        if Path(given).expanduser().exists():
-            return str(Path(given).expanduser().absolute())
+        if Path(given).exists():
+            return str(Path(given).absolute())
         return f"{whole(name)}:{end}" if colon else given
 
     return config.replace(
@@ -460,7 +460,7 @@ def _ours(folder: Path) -> bool:
     if (folder / "metrics.jsonl").exists() or checkpoints(folder):
         return True
     with suppress(UserError):
-        return bool(Config.of_run(folder))
+        return bool(find_best(folder) or Config.of_run(folder))
     return False
 
 

@@ -57,13 +57,15 @@ def test_the_snippet_runs_as_pasted(
     lora, noise = trained(teacher.unet), latents(teacher)
     folder = tmp_path / 'run "1"'
     export_lora(folder, lora, teacher, config=CONFIG, steps_done=7)
-    write_model_card(folder, teacher, config=CONFIG, prompts=[HOSTILE])
+    monkeypatch.chdir(tmp_path)
+    write_model_card(folder.name, teacher, config=CONFIG, prompts=[HOSTILE])  # and read in another place
     snippet = re.search(r"```python\n(.*?)\n```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     pasted: dict = {}
     exec(compile(snippet, "README.md", "exec"), pasted)
-    assert (tmp_path / "sample.png").is_file()
+    assert Path("sample.png").is_file()
     assert pasted["image"].size == (128, 128)
     assert pasted["prompt"] == HOSTILE
     stock = pasted["pipe"](

@@ -21,9 +21,10 @@ from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.evaluate import compare as module
+from rapm.evaluate import embedded
 from rapm.evaluate.captions import read_captions
 from rapm.evaluate.compare import compare
-from rapm.evaluate.metrics import fid, kid, square
+from rapm.evaluate.metrics import fid, kid, moments, square
 from rapm.export.files import export_lora
 from rapm.loading.families import model_of
 from rapm.lora import LoRA
@@ -249,6 +250,47 @@ def test_on_a_small_card_the_parts_take_turns(folder, tmp_path, monkeypatch, cli
         assert len(figures) == 1 and "frozen_weights" not in figures[0]["protocol"]
     else:
         assert figures[1]["protocol"]["frozen_weights"] == "int8" and len(figures) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"figures": [', b"[]", b'{"figures": [{"rows": []}]}', b"\xff", None])
+def test_what_the_figures_are_to_be_added_to_is_read_first(tmp_path, capsys, monkeypatch, damage):
+    """Cut, not ours, or a folder: no evaluation is made that has no place, on either way to one."""
+    path = tmp_path / "evaluation.json"
+    path.mkdir() if damage is None else path.write_bytes(damage)
+    for where in (module, embedded):
+        monkeypatch.setattr(where, "teacher_to_draw", lambda *given, **more: pytest.fail("the work has begun"))
+    for teacher in ("embedded", "another"):
+        (tmp_path / "config.toml").write_text(Config().replace(teacher=teacher).to_toml())
+        assert main(["evaluate", "--run", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{path} is to have the figures too, and cannot be read" in line and line.endswith("move it away")
+
+
+def spoiled(path: Path, how: str) -> None:
+    """Statistics that nobody can use."""
+    np.savez_compressed(path, mu=np.zeros(6), sigma=np.eye(6))
+    data = path.read_bytes()
+    if how == "flipped":
+        path.write_bytes(data[:60] + bytes(255 - x for x in data[60:90]) + data[90:])
+    elif how == "packed as nobody does":  # in the directory of the archive, where a reader looks
+        place = data.index(b"PK\1\2") + 10
+        path.write_bytes(data[:place] + b"\x63" + data[place + 1 :])
+    elif how == "an array":
+        with path.open("wb") as file:
+            np.save(file, np.eye(6))
+    elif isinstance(how, int):
+        path.write_bytes(data[:how])
+    else:
+        np.savez(path, **{"scalar": dict(mu=0.0, sigma=np.eye(6)), "a row": dict(mu=np.zeros((1, 6)), sigma=np.eye(6)),
+                          "words": dict(mu="mu", sigma="sigma"), "half": dict(mu=np.zeros(6))}[how])  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [0, 3, 100, "flipped", "packed as nobody does", "an array", "scalar", "a row", "words",
+                                 "half"])  # fmt: skip
+def test_statistics_that_are_damaged(tmp_path, how):
+    spoiled(tmp_path / "stats.npz", how)
+    with pytest.raises(UserError, match=r"reference: .*stats\.npz (is no \.npz with|has mu)"):
+        moments(tmp_path / "stats.npz")
 
 
 def test_a_disk_too_small_is_known_before_a_picture_is_drawn(folder, tmp_path, monkeypatch):

@@ -29,6 +29,20 @@ def test_sizes():
     assert parse_resolutions("512x768, 512") == {"resolution": (512, 768), "buckets": ((512, 512),)}
 
 
+@pytest.mark.parametrize("text", ["9" * 300 + "G", "9" * 400 + "G", "0G", "0.0000000001G", "twelve"])
+def test_what_is_no_size_of_memory(text):
+    with pytest.raises(UserError, match=r"is not a size: write 12G, 16GB or auto$") as error:
+        parse_vram(text)
+    assert len(str(error.value)) < 100
+
+
+def test_sizes_and_devices_that_cannot_be():
+    with pytest.raises(UserError, match="write HxW"):
+        parse_resolution("9" * 5000)
+    with pytest.raises(UserError, match="device = 'meta': write cpu, cuda or cuda:N"):
+        Config().replace(device="meta")
+
+
 def test_a_list_of_resolutions(tmp_path):
     (tmp_path / "c.toml").write_text("resolution = [[512, 768], [512, 512]]\n")
     config = Config().replace(**Config.from_toml(tmp_path / "c.toml"))

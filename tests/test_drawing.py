@@ -85,7 +85,7 @@ def pixels(path: Path) -> torch.Tensor:
         (8, "full", True, False, 4),
         (7, "full", True, False, 2),
         (5.5, "int8", True, False, 4),  # what a card of 6 GB leaves
-        (4.8, "int8", True, True, 2),
+        (4.85, "int8", True, True, 2),
     ],
 )
 def test_what_gives_way_on_sdxl(monkeypatch, gib, mode, unet_waits, tiled, batch) -> None:

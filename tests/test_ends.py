@@ -63,6 +63,17 @@ def test_nothing_is_left_of_a_dry_run(place, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 
+def test_another_runs_checkpoint_sets_this_run_aside(place, tmp_path):
+    """All of it: its figures and files are not those of the run that goes on here."""
+    run = tmp_path / "run"
+    assert main(arguments(place, run)) == 0
+    shutil.copytree(run / "checkpoint-2", tmp_path / "other/checkpoint-2")
+    assert main(arguments(place, run, "--resume_from_checkpoint", str(tmp_path / "other/checkpoint-2"))) == 0
+    aside = {path.name for path in (run / "previous-1").iterdir()}
+    assert {"checkpoint-2", "checkpoint-4", "metrics.jsonl", "config.toml", "README.md"} <= aside
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4"]
+
+
 def test_a_stop_while_the_last_checkpoint_is_written_is_heard(place, tmp_path, monkeypatch, capsys):
     measure = Validation.__call__
 

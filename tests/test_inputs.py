@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from rapm import draw
-from rapm.cli import main
+from rapm.cli import build_parser, main, settings
+from rapm.config import Config
 from rapm.store import METADATA
 
 
@@ -85,12 +87,96 @@ def test_sample_on_a_full_disk(capsys: pytest.CaptureFixture, tmp_path: Path, mo
 
 def test_verify_of_what_is_no_store(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     """A damaged one is a result, on the standard output."""
-    for name in (str(tmp_path / "nosuch"), str(tmp_path), str(tmp_path / ("a" * 300)), ""):
+    for name in (str(tmp_path / "nosuch"), str(tmp_path)):
         assert "not a store of trajectories" in refused(["trajectories", "--verify", name], capsys)
     (tmp_path / METADATA).write_text("{}")
     assert main(["trajectories", "--verify", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert "is damaged" in out and err == ""
+
+
+LONG = "a red seven on the left, " * 12
+PATHS = [
+    *(("train", option) for option in ("--prompts", "--output_dir", "--teacher", "--teacher_lora", "--config",
+                                       "--resume_from_checkpoint")),
+    *(("sample", "x", option) for option in ("--lora", "--teacher", "--prompts", "--output")),
+    *(("evaluate", option) for option in ("--run", "--lora", "--captions", "--reference", "--clip", "--inception")),
+    ("trajectories", "--verify"), ("trajectories", "--prompts"), ("export", "--run"), ("export", "--checkpoint"),
+    ("report",), ("doctor", "--output_dir"), ("plan", "--output_dir"), ("bench", "--output"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PATHS, ids=" ".join)
+@pytest.mark.usefixtures("nothing_loaded")
+def test_paths_that_nothing_can_be(words, capsys, tmp_path, monkeypatch) -> None:
+    """Too long, as a prompt in the place of its file; empty, as a variable that is not set; the home of nobody."""
+    line = refused([*words, LONG], capsys)
+    assert "a red seven on the left, a red" in line and "File name too long" in line and len(line) < 260
+    assert "it is empty" in refused([*words, ""], capsys)
+    assert "~nosuchuser is nobody's home" in refused([*words, "~nosuchuser/x"], capsys)
+
+    def locked(path: str) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with monkeypatch.context() as patch:  # a test may be root, whom no right keeps out
+        patch.setattr("rapm.cli.os.stat", locked)
+        assert "x/y: Permission denied: choose another, or its rights" in refused([*words, "x/y"], capsys)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", [("train", "--preset"), ("plan", "--vram"), ("sample", "x", "--resolution"), ("export", "--push_to_hub")]
+)
+def test_words_that_are_empty(words, capsys) -> None:
+    assert "it is empty" in refused([*words, ""], capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_name_of_a_file_of_settings_that_is_too_long(capsys, tmp_path) -> None:
+    (tmp_path / "a.toml").write_text(f'teacher = "{"a" * 300}"\n')
+    line = refused(["plan", "--config", "a.toml"], capsys)
+    assert "aaa...: File name too long: choose a shorter one" in line and len(line) < 200
+
+
+def test_home_is_not_a_folder_named_so(capsys, tmp_path, monkeypatch) -> None:
+    """A shell leaves the ~ of --option=~/x, and a file of settings has none to expand it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    given = build_parser().parse_args(["sample", "--prompts=~/p.txt", "--lora=~/a", "--output=~/b.png"])
+    assert given.prompts == str(tmp_path / "home/p.txt")
+    assert (given.lora, given.output) == (tmp_path / "home/a", tmp_path / "home/b.png")
+    (tmp_path / "a.toml").write_text('store = "~/s"\nprompts = "~/p.csv:text"\nteacher_lora = ["~/l:0.5"]\n')
+    config = settings(build_parser().parse_args(["train", "--config=a.toml", "--output_dir=~/r"]))
+    assert [config.output_dir, config.store, config.prompts, *config.teacher_lora] == [
+        str(tmp_path / "home" / name) for name in ("r", "s", "p.csv:text", "l:0.5")
+    ]
+    (tmp_path / "a.toml").write_text('teacher = "~nosuchuser/x"\n')
+    assert "~nosuchuser is nobody's home" in refused(["plan", "--config=a.toml"], capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_sample_makes_no_folder_of_another_kind_of_picture(capsys, tmp_path) -> None:
+    assert "output x.gif: choose a name in .png, " in refused(["sample", "x", "--output", "x.gif"], capsys)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_sample_with_a_run_that_has_no_lora_yet(capsys, tmp_path) -> None:
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run/config.toml").write_text(Config().to_toml())
+    assert "has none yet: `rapm export --run 'my run'` writes it" in refused(["sample", "x", "--lora=my run"], capsys)
+
+
+def test_sample_replaces_no_file(capsys, tmp_path, monkeypatch) -> None:
+    """Neither a picture of the name that was given, or that is the default, nor those of a folder."""
+    monkeypatch.chdir(tmp_path)
+    for output in ("samples.png", "pictures"):
+        for prompt in ("a red seven", "a blue one"):
+            assert main(["sample", prompt, "--steps=1", *(["--output", output] if output == "pictures" else [])]) == 0
+    names = ["samples.png", "samples-1.png", *(f"pictures/{x}.png" for x in ("00000-0", "grid", "00001-0", "grid-1"))]
+    assert capsys.readouterr().out.split() == names
+    assert len({(tmp_path / name).read_bytes() for name in names}) == 4  # a picture and a grid of each prompt
 
 
 # A shell's background jobs, and what they start, do not hear SIGINT

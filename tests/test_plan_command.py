@@ -52,6 +52,12 @@ def test_what_is_no_teacher_is_refused(capsys, tmp_path, teacher, message):
     assert code == 2 and message in said
 
 
+def test_prompts_that_cannot_be_read_are_refused(capsys, tmp_path):
+    code, said = plan(capsys, "--teacher", "sd15", "--prompts", tmp_path / "nosuch.txt")
+    assert code == 2 and "prompts: cannot read" in said
+    assert plan(capsys, "--teacher", "sd15", "--prompts", "-")[0] == 0  # those of the run
+
+
 def test_names_of_families(capsys, monkeypatch, tmp_path):
     assert NAMES == {"sd15": "sd15", "sd1": "sd15", "sd21": "sd21", "sd2": "sd21", "sdxl": "sdxl"}
     assert all(model_of(name.upper()).name == family in FAMILIES for name, family in NAMES.items())

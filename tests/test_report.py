@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from rapm.cli import main
 from rapm.config import Config
 from rapm.disk import write_atomic
+from rapm.log import Log, read_metrics
 from rapm.pictures import png
 from rapm.report.chart import Chart, svg
 from rapm.report.page import CLOSENESS, MACHINE, TRAINING, write_report
@@ -122,6 +123,56 @@ def test_a_run_that_has_just_begun_has_one_too(tmp_path, capsys):
     assert "Not exported yet" in page.text and "0 of 20,000 iterations" in page.text
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("samples.png", b""), ("samples.png", 40), ("samples.png", 200), ("samples/000009.png", b"no picture"),
+    ("evaluation.json", 30), ("evaluation.json", b"[]"), ("evaluation.json", b'{"figures": [3]}'), ("plan.json", 20),
+    ("plan.json", b'{"budget": 3}'), ("plan.json", b"[" * 10**5), ("README.md", b"\xff"),
+    ("pytorch_lora_weights.safetensors", 9), ("pytorch_lora_weights.safetensors", b""), *[(name, None) for name in (
+        "samples.png", "samples/000009.png", "evaluation.json", "plan.json", "README.md",
+        "pytorch_lora_weights.safetensors")],
+])  # fmt: skip
+def test_what_is_damaged_is_left_out(folder, name, damage):
+    """Cut, other than what was written, or a folder: a note in its place, and every other part."""
+    before, path = Page(write_report(folder)), folder / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage is None:
+        path.mkdir()
+    else:
+        path.write_bytes(data[:damage] if isinstance(damage, int) else damage)
+    page = Page(write_report(folder))
+    assert f"Not shown: {path.name} cannot be read (" in page.text and page.text.count("Not shown") == 1
+    assert not page.open and page.source.count("<h2>") == before.source.count("<h2>")
+    counts = [sum(tag == "img" for tag, _ in each.tags) for each in (before, page)]
+    assert counts[1] == counts[0] - name.endswith("png")
+
+
+def test_damaged_figures_are_counted(folder):
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    lines[10:10] = [b"\xff\x00", b'{"iteration": 11, "lo}', b"3", b'{"loss": 1.0}', b'{"iteration": 11, "loss": "x"}']
+    (folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    page = Page(write_report(folder))
+    assert "Not shown: damaged lines of metrics.jsonl (5)." in page.text and "300 of 500 iterations" in page.text
+    with Log(folder, "none", done=20):
+        pass
+    assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")[0]] == [*range(1, 21)]
+
+
+def test_a_mistake_of_ours_is_not_hidden(folder, monkeypatch):
+    monkeypatch.setattr("rapm.report.page._settings", lambda config: config.nothing)
+    with pytest.raises(AttributeError):
+        write_report(folder)
+
+
+def test_pictures_that_were_put_beside_the_grids(folder):
+    """As by `rapm sample --output run/samples`."""
+    for name in ("00000-0", "grid", "000010-x"):
+        write_atomic(folder / "samples" / f"{name}.png", png(Image.new("RGB", (8, 8))))
+    (folder / "samples.png").unlink()
+    page = Page(write_report(folder))
+    assert "The newest so far" in page.text and "Iteration 8" in page.text and "Not shown" not in page.text
 
 
 def points(text: str, colour: int) -> list[tuple[float, float]]:

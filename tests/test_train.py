@@ -201,18 +201,6 @@ def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(place, fini
     assert all(torch.equal(x, theirs[name]) for name, x in mine.items())
 
 
-def test_another_runs_checkpoint_sets_this_one_aside(place, finished, tmp_path):
-    """All of it: its figures and files are not those of the run that goes on here."""
-    shutil.copytree(finished, tmp_path / "run")
-    shutil.copytree(finished / "checkpoint-3", tmp_path / "other/checkpoint-3")
-    (tmp_path / "run/evaluation.json").write_text("{}")
-    other = str(tmp_path / "other/checkpoint-3")
-    assert main(arguments(place, tmp_path / "run", "--resume_from_checkpoint", other)) == 0
-    aside = {path.name for path in (tmp_path / "run/previous-1").iterdir()}
-    assert {"checkpoint-3", "checkpoint-6", "metrics.jsonl", "evaluation.json", "config.toml"} <= aside
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
-
-
 def test_export_again(finished, tmp_path, capsys):
     before = load_file(finished / "pytorch_lora_weights.safetensors")
     (finished / "pytorch_lora_weights.safetensors").unlink()

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from exports import rewrite
 
 import rapm.sample
 from rapm.evaluate.embedded import Evaluation, Row, Sampler, frechet_distance, table, teacher_samplers
+from rapm.export.lora_file import WEIGHTS
 from rapm.memory import cards
 from rapm.memory.planner import Planner
 from rapm.sample import sample
@@ -191,6 +193,14 @@ def test_evaluate_command(tmp_path, monkeypatch, capsys):
     names = ["teacher 8", "teacher 4 guided", "teacher 4 unguided", "student 4", "student 1", "student 2", "student 8"]
     assert [row["name"] for row in report["rows"]] == names
     assert set(report["rows"][0]) == set(Row.__dataclass_fields__)
+    own = report["protocol"]["weights"]
+    assert own.startswith(f"{WEIGHTS} sha256 ")
+    rewrite(run / WEIGHTS, lambda tensors, _: [x.mul_(2) for x in tensors.values()])
+    (run / WEIGHTS).rename(tmp_path / "other.safetensors")  # and it needs none of its own
+    words = ["evaluate", "--run", str(run), "--lora", str(tmp_path / "other.safetensors"), "--pairs", "4"]
+    assert main(words) == 0
+    other = json.loads((run / "evaluation.json").read_text())["protocol"]["weights"]
+    assert other.startswith(f"{tmp_path / 'other.safetensors'} sha256 ") and other[-16:] != own[-16:]
     assert main(["evaluate", "--run", str(run), "--pairs", "5"]) == 2
     capsys.readouterr()
     assert main(["evaluate", "--run", str(run), "--lora", "none"]) == 2

@@ -39,7 +39,8 @@ from rapm.evaluate.metrics import (
     square,
     versions,
 )
-from rapm.export.lora_file import WEIGHTS, read_lora, text_lora
+from rapm.evaluate.record import RECORD, identity, read_record
+from rapm.export.lora_file import read_lora, text_lora
 from rapm.layers import Lora
 from rapm.memory import cards
 from rapm.memory.drawing import teacher_to_draw
@@ -125,6 +126,7 @@ def compare(
         raise UserError(f"samples {samples}, batch {batch}: at least 4, and at least 1")
     config = Config.of_run(folder)
     need_writable(folder)
+    read_record(folder / RECORD)
     drawn = read_captions(captions, samples) if captions else None
     store = None if captions else Store.open(config.store or folder / "trajectories")
     real = None if reference is None else moments(reference) if reference.suffix == ".npz" else pictures(reference)
@@ -149,7 +151,7 @@ def compare(
         "CLIP score": measured.clip_name or "none", "rapm-fast": __version__, **versions(),
         "device": str(teacher.unet.device),
     }  # fmt: skip
-    _keep(folder / "evaluation.json", {"protocol": protocol, "rows": rows})
+    _keep(folder / RECORD, {"protocol": protocol, "rows": rows})
     return _table(rows) + "\n\n" + "\n".join(f"{name}: {value}" for name, value in protocol.items())
 
 
@@ -251,9 +253,7 @@ def _subject(config: Config, path: Path | None, teacher: Teacher) -> Subject:
         steps = config.steps * config.fine_steps
         return Subject(f"teacher, {steps} steps", None, steps, config.guidance, "none", None)
     weights = read_lora(path, teacher.unet)
-    file = path / WEIGHTS if path.is_dir() else path
-    name = f"student, {config.steps} steps"
-    return Subject(name, weights, config.steps, 1.0, f"sha256 {sha256(file.read_bytes())[:16]}", path)
+    return Subject(f"student, {config.steps} steps", weights, config.steps, 1.0, identity(path), path)
 
 
 def _draw(
@@ -329,7 +329,7 @@ def _count(real: list[Path] | tuple[Tensor, Tensor]) -> str:
 
 def _keep(path: Path, entry: dict) -> None:
     """Add the entry to `figures` in evaluation.json, in the place of an earlier one of the same protocol."""
-    report = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    report = read_record(path)
     same = [e for e in report.get("figures", []) if e["protocol"] != entry["protocol"]]
     write_atomic(path, (json.dumps({**report, "figures": [*same, entry]}, indent=2) + "\n").encode())
 

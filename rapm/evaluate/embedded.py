@@ -24,6 +24,7 @@ from rapm.config import Config
 from rapm.device import pick_device
 from rapm.disk import need_writable, write_atomic
 from rapm.errors import UserError
+from rapm.evaluate.record import RECORD, identity, read_record
 from rapm.export.lora_file import WEIGHTS, read_lora
 from rapm.finite import finite
 from rapm.layers import Lora
@@ -181,7 +182,7 @@ class Evaluation:
 def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, batch: int = 512) -> str:
     """The table of a run's student (or the file `lora`), in its own steps and in 1, 2 and 8, beside its teacher.
 
-    Kept in evaluation.json. UserError before any picture is drawn.
+    Kept in evaluation.json, with whose weights they are. UserError before any picture is drawn.
     """
     if pairs < 4 or pairs % 2 or batch < 1:
         raise UserError(f"pairs {pairs}, batch {batch}: an even number of at least 4, and at least 1")
@@ -191,9 +192,11 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
         raise UserError("evaluate: this table has the embedded teacher in it already: leave out --lora none")
     config = Config.of_run(folder)
     need_writable(folder)
+    read_record(folder / RECORD)
     path = lora or folder / WEIGHTS
     teacher = teacher_to_draw(config, pick_device(config), batch=batch, lora=path)
     weights = read_lora(path, teacher.unet)
+    protocol = {"weights": f"{lora or WEIGHTS} {identity(path)}"}
     whole = config.steps * config.fine_steps
     evaluation = Evaluation(
         teacher, reference_steps=whole, guidance=config.guidance, pairs=pairs, batch=batch,
@@ -201,9 +204,9 @@ def evaluate_run(folder: Path, *, lora: Path | None = None, pairs: int = 4096, b
     )  # fmt: skip
     students = [Sampler(f"student {n}", n, lora=weights) for n in dict.fromkeys((config.steps, 1, 2, 8))]
     rows = [evaluation.floor, *map(evaluation.row, [*teacher_samplers(config.guidance, config.steps), *students])]
-    protocol = {"pairs": pairs, "reference_steps": whole, "guidance": config.guidance, "torch": torch.__version__}
+    protocol |= {"pairs": pairs, "reference_steps": whole, "guidance": config.guidance, "torch": torch.__version__}
     protocol |= {"device": str(teacher.unet.device), **teacher.shortcuts}
-    save_rows(folder / "evaluation.json", rows, protocol)
+    save_rows(folder / RECORD, rows, protocol)
     return table(rows)
 
 
@@ -226,9 +229,12 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def save_rows(path: Path, rows: Iterable[Row], protocol: Mapping[str, object]) -> None:
-    """The rows and how they were obtained, as JSON; the `figures` of `rapm.evaluate.compare` in the file stay."""
+    """The rows and how they were obtained, as JSON; the `figures` of `rapm.evaluate.compare` in the file stay.
+
+    UserError for a file that is damaged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"protocol": dict(protocol), "rows": [asdict(r) for r in rows]}
-    if path.is_file() and (figures := json.loads(path.read_text("utf-8")).get("figures")):
+    if figures := read_record(path).get("figures"):
         report["figures"] = figures
     write_atomic(path, (json.dumps(report, indent=2) + "\n").encode())

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -33,6 +35,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SUBSETS, SUBSET = 100, 1000  # KID's usual averaging
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's releases
 INCEPTION_SHA256 = INCEPTION[-12:-4]  # how it begins, in the name as torch.hub's convention has it
+NOT_MOMENTS = (  # what numpy and zipfile raise of a file that is damaged, or no .npz
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 LIBRARIES = ("torch", "torchmetrics", "torch-fidelity", "transformers", "diffusers", "pillow")
 
 
@@ -213,11 +218,11 @@ def moments(path: Path) -> tuple[Tensor, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError) as error:
+    except NOT_MOMENTS as error:
         raise UserError(
             f"reference: {path} is no .npz with `mu` and `sigma` ({error}): give one, or a folder"
         ) from error
-    if covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
         raise UserError(
             f"reference: {path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}: get it again"
         )

@@ -83,7 +83,7 @@ The licence of the base model applies.
 {recipe(config)}, LoRA strength 1.0.
 
 ```python
-{_snippet(repo or folder.as_posix(), teacher, config, prompts[0], shared=repo is not None)}
+{_snippet(repo or folder.resolve().as_posix(), teacher, config, prompts[0], shared=repo is not None)}
 ```
 
 {_elsewhere(teacher, config)}
@@ -146,6 +146,7 @@ def _snippet(lora: str, teacher: Teacher, config: Config, prompt: str, *, shared
     base += f", variant={_literal(only)}" if only else ""
     stock = teacher.pipe.scheduler.config
     height, width = config.resolution or teacher.default_resolution
+    # torch_dtype, though diffusers 0.40 and later warn of it: those before take no notice of its successor `dtype`
     return f"""{imports}import torch
 from diffusers import DDIMScheduler, {kind}
 

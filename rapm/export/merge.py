@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from rapm.export.files import base_name, compare, encoded
 from rapm.export.lora_file import Weights, folded
+from rapm.teacher import Teacher, dtype_option
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from rapm.teacher import Teacher
 
 MERGED = "merged"
 
@@ -87,7 +86,7 @@ def verify_merged(
     unet = teacher.unet
     noise = noise.to(unet.device, unet.dtype)
     text = encoded(teacher, prompts, noise)
-    pipe = type(teacher.pipe).from_pretrained(path, torch_dtype=dtype)  # else parts differ in theirs
+    pipe = type(teacher.pipe).from_pretrained(path, **dtype_option(dtype))  # else parts differ in theirs
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             _cast(module, unet.dtype)

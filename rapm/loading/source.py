@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rapm.architecture import complete, each, trained_size
+from rapm.config import expanded
 from rapm.errors import UserError
 from rapm.export.lora_file import PICKLES
 from rapm.loading.single_file import base_parts, family_of, header_statements, statements, unet_places
@@ -71,7 +72,7 @@ def find(given: str, dtype: torch.dtype = torch.float32) -> Source:
 
 def local_family(given: str) -> str | None:
     """The family of a local teacher, from its configs or header; None for a hub id and for what `find` refuses."""
-    path = Path(given).expanduser()
+    path = Path(expanded(given))
     try:
         if path.is_dir():
             return _family(complete(read_json(path / "unet" / "config.json")))
@@ -96,7 +97,7 @@ def first_line(error: Exception) -> str:
 def _locate(given: str) -> Path:
     if given == "embedded":
         return EMBEDDED
-    path = Path(given).expanduser()
+    path = Path(expanded(given))
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
     if path.suffix in PICKLES and path.exists():

@@ -46,7 +46,7 @@ PIECES = 0.45  # of a LoRA in the UNet's dtype: its gradient's parts
 WORKSPACE = 320 * MIB  # of cuBLAS and cuDNN, and what small tensors round up to
 # Alive in a forward without gradients: times the largest convolution input and the largest up-projection. With keys and
 # WORKSPACE it covers what batches of 1 to 32 trajectories reserved on an H200 (benchmarks/trajectories.py).
-FORWARD = 6, 1.3
+FORWARD = 6.15, 1.3
 # CUDA context, cuBLAS and cuDNN, compiled kernels, and a captured slot: what nvidia-smi says of the process beyond what
 # is reserved. On an H100 858 to 892 MiB with SDXL's slots of 8,343 launches, 946 and 950 with stock's of 19,133.
 CONTEXT = 824 * MIB
@@ -56,7 +56,7 @@ DISPLAY = int(0.4 * GIB)  # what a desktop takes of a card that `--vram auto` wo
 DECODE = 4096  # bytes a pixel that the VAE takes in fp32: some 4 GiB for 1024x1024
 TILE = 512  # pixels a side of what is decoded at a time when tiled; of small pictures as many as have its pixels
 ENCODE = 0.1  # activations of the text encoders, of their bytes
-SLACK = 1.03  # of what is counted outside training, all of which is alive at once: segments that are not filled
+SLACK = 1.02  # of what is counted outside training, all of which is alive at once: segments that are not filled
 # Of the host: Python, PyTorch, diffusers and CUDA; a shard, prompts and pictures that are read, made or written
 HOST = int(1.5 * GIB)
 COPIES = 3  # of a checkpoint's numbers, on the host while it is written: as tensors, in the file's order, as its bytes

@@ -1,7 +1,8 @@
 """`rapm report`: a run as one HTML page that needs nothing else: curves as SVG, grids inside, nothing loaded.
 
 It reads what a run has written (config.toml, metrics.jsonl, samples.png, samples/, evaluation.json, README.md), so a
-run that still goes on, or was stopped, has a report too. A figure that no chart names gets one of its own.
+run that still goes on, or was stopped, has a report too. A figure that no chart names gets one of its own; what cannot
+be read is left out, with a note in its place: a damaged file is to end no run that has just finished.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import io
 import json
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rapm.config import PRESETS, Config
 from rapm.disk import write_atomic
 from rapm.export.clients import WORKFLOW
 from rapm.export.lora_file import WEIGHTS
+from rapm.log import read_metrics
 from rapm.report.chart import Chart, svg
 
 REPORT, PLAN = "report.html", "plan.json"
@@ -58,25 +61,27 @@ MACHINE = (
     Chart("Skipped updates", "Losses or gradients that were not finite, so far.", {"skipped": "updates"}),
 )
 Series = dict[str, list[tuple[int, float]]]  # figure -> (iteration, value)
+# What reading raises of a damaged file: from the disk, safetensors, Pillow; of JSON also where it is not what we wrote.
+DAMAGE = (
+    OSError, SafetensorError, EOFError, SyntaxError, Image.DecompressionBombError,
+    ValueError, LookupError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
+
+
+class Unreadable(Exception):
+    """A damaged file: what shows it is left out, with these words in its place."""
 
 
 def write_report(folder: Path) -> Path:
     """`report.html` in a run's folder. UserError where there is no run."""
     folder = Path(folder)
-    config, lines = Config.of_run(folder), read_metrics(folder / "metrics.jsonl")
-    write_atomic(folder / REPORT, page(folder, config, lines).encode(errors="replace"))
+    config, (lines, damaged) = Config.of_run(folder), read_metrics(folder / "metrics.jsonl")
+    write_atomic(folder / REPORT, page(folder, config, lines, damaged).encode(errors="replace"))
     return folder / REPORT
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; none where there is no file yet."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
-
-
-def page(folder: Path, config: Config, lines: list[dict[str, Any]]) -> str:
-    """The report as HTML."""
+def page(folder: Path, config: Config, lines: list[dict[str, Any]], damaged: int) -> str:
+    """The report as HTML. `damaged`: lines of metrics.jsonl that could not be read."""
     series = _series(lines)
     done = max((line["iteration"] for line in lines), default=0)
     last = {name: points[-1][1] for name, points in series.items()}
@@ -90,15 +95,16 @@ def page(folder: Path, config: Config, lines: list[dict[str, Any]]) -> str:
     sections = [
         _tiles(series, last, best, done, config),
         _warnings(lines),
-        _section("Pictures", _pictures(folder)),
-        _section("How close", _charts(CLOSENESS, series, best)),
-        _section("How to use the file", _use(folder, config)),
-        _section("Measured", _evaluation(folder / "evaluation.json")),
-        _section("Training", _charts(TRAINING + slots, series)),
-        _section("Machine", _charts((*MACHINE, *rest), series)),
-        _section("Plan", _plan(folder, config, last, done)),
-        _section("Settings", _settings(config)),
-        _section("Last figures", _table(sorted(last.items()), ("figure", "value"), folded="all figures")),
+        _note(f"damaged lines of metrics.jsonl ({damaged})") if damaged else "",
+        _section("Pictures", _pictures, folder),
+        _section("How close", _charts, CLOSENESS, series, best),
+        _section("How to use the file", _use, folder, config),
+        _section("Measured", _evaluation, folder / "evaluation.json"),
+        _section("Training", _charts, TRAINING + slots, series),
+        _section("Machine", _charts, (*MACHINE, *rest), series),
+        _section("Plan", _plan, folder, config, last, done),
+        _section("Settings", _settings, config),
+        _section("Last figures", _table, sorted(last.items()), ("figure", "value"), "all figures"),
     ]
     return f"""<!doctype html>
 <html lang="en">
@@ -172,32 +178,32 @@ def _warnings(lines: list[dict[str, Any]]) -> str:
 
 
 def _pictures(folder: Path) -> str:
-    """The last grid, and evenly spaced earlier ones."""
+    """The last grid, and evenly spaced earlier ones: those that the run has numbered."""
     parts = []
-    if (folder / "samples.png").is_file():
-        parts.append(_figure(folder / "samples.png", "What the file draws, from the same noise as the teacher", WIDE))
-    earlier = sorted((folder / "samples").glob("*.png"))
+    if (folder / "samples.png").exists():
+        caption = "What the file draws, from the same noise as the teacher"
+        parts.append(_shown(_figure, folder / "samples.png", caption, WIDE))
+    earlier = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal())
     if not parts and earlier:
-        parts.append(_figure(earlier.pop(), "The newest so far", WIDE))
+        parts.append(_shown(_figure, earlier.pop(), "The newest so far", WIDE))
     if earlier:
         count = min(SHOWN, len(earlier))
         chosen = [earlier[(i + 1) * len(earlier) // count - 1] for i in range(count)]
-        grids = "".join(_figure(path, f"Iteration {int(path.stem):,}", NARROW) for path in chosen)
+        grids = "".join(_shown(_figure, path, f"Iteration {int(path.stem):,}", NARROW) for path in chosen)
         parts.append(f"<details><summary>How it got there</summary>{grids}</details>")
     return "".join(parts)
 
 
 def _figure(path: Path, caption: str, width: int) -> str:
-    with Image.open(path) as image:
-        prompts = json.loads(image.info.get("prompts", "[]"))
+    with _reading(path), Image.open(path) as image:
+        names = "".join(f"<li>{escape(prompt)}</li>" for prompt in json.loads(image.info.get("prompts", "[]")))
         image = image.convert("RGB")
-        if image.width > width:
-            image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-        data = io.BytesIO()
-        image.save(data, "png", optimize=True)
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    image.save(data, "png", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    names = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
-    below = f"<ol>{names}</ol>" if prompts and width == WIDE else ""
+    below = f"<ol>{names}</ol>" if names and width == WIDE else ""
     image = f'<div class="wide"><img src="{source}" alt="Grid of samples"></div>'
     return f'<figure class="grid"><figcaption>{escape(caption)}</figcaption>{image}{below}</figure>'
 
@@ -212,10 +218,8 @@ def _charts(charts: Iterable[Chart], series: Series, best: tuple[int, float] | N
 
 def _use(folder: Path, config: Config) -> str:
     """The recipe, and the snippet of the model card."""
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS).exists():
         return "<p>Not exported yet.</p>"
-    card = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
-    snippet = card.partition("```python\n")[2].partition("```")[0]
     known = (folder / WORKFLOW).is_file()
     elsewhere = "the model card says how in ComfyUI, A1111 and Forge" if known else "others do not know its base model"
     text = (
@@ -223,27 +227,38 @@ def _use(folder: Path, config: Config) -> str:
         f"<b>CFG 1</b>, trailing timesteps in diffusers; {elsewhere}.</p>"
         f'<p>From here: <code>rapm sample "a prompt" --lora {escape(shlex.quote(str(folder)))}</code></p>'
     )
-    return text + (f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else "")
+    return text + _shown(_snippet, folder / "README.md")
 
 
 def _steps(path: Path) -> str:
     """Which iteration the file is of: its header says."""
-    with safe_open(path, framework="pt") as file:
+    with _reading(path), safe_open(path, framework="pt") as file:
         steps = (file.metadata() or {}).get("ss_steps")
-    return f" (of iteration {int(steps):,})" if steps else ""
+        return f" (of iteration {int(steps):,})" if steps else ""
+
+
+def _snippet(card: Path) -> str:
+    """The Python of the model card."""
+    if not card.exists():
+        return ""
+    with _reading(card):
+        text = card.read_text("utf-8")
+    snippet = text.partition("```python\n")[2].partition("```")[0]
+    return f"<p>In diffusers:</p><pre>{escape(snippet)}</pre>" if snippet else ""
 
 
 def _evaluation(path: Path) -> str:
     """The tables of `rapm evaluate`, each with its protocol."""
-    if not path.is_file():
+    if not path.exists():
         return ""
-    report = json.loads(path.read_text("utf-8"))
     parts = []
-    for part in [report, *report.get("figures", [])]:
-        if part.get("rows"):
-            columns = list(dict.fromkeys(name for row in part["rows"] for name in row))
-            parts.append(_table([[row.get(c, "") for c in columns] for row in part["rows"]], columns))
-            parts.append(_table(part["protocol"].items(), ("protocol", ""), folded="how it was measured"))
+    with _reading(path):
+        report = json.loads(path.read_text("utf-8"))
+        for part in [report, *report.get("figures", [])]:
+            if part.get("rows"):
+                columns = list(dict.fromkeys(name for row in part["rows"] for name in row))
+                parts.append(_table([[row.get(c, "") for c in columns] for row in part["rows"]], columns))
+                parts.append(_table(part["protocol"].items(), ("protocol", ""), "how it was measured"))
     return "".join(parts)
 
 
@@ -257,13 +272,14 @@ def _plan(folder: Path, config: Config, last: dict[str, Any], done: int) -> str:
         ("training", f"{config.max_train_steps:,} iterations of {slots} slots, batch 1"),
         ("memory", f"budget {config.vram}"),
     ]
-    if (folder / PLAN).is_file():
-        plan = json.loads((folder / PLAN).read_text("utf-8"))
-        phases = ", ".join(f"{name} {size / 1024:.1f} GiB" for name, size in plan["phases"].items())
-        rows[-1:] = [
-            ("memory", f"budget {plan['budget'] / 1024:.1f} GiB; planned: {phases}"),
-            ("kept and recomputed", f"{plan['summary']}; {plan['slowdown']:.2f} times as long as without a limit"),
-        ]
+    if (folder / PLAN).exists():
+        with _reading(folder / PLAN):
+            plan = json.loads((folder / PLAN).read_text("utf-8"))
+            phases = ", ".join(f"{name} {size / 1024:.1f} GiB" for name, size in plan["phases"].items())
+            rows[-1:] = [
+                ("memory", f"budget {plan['budget'] / 1024:.1f} GiB; planned: {phases}"),
+                ("kept and recomputed", f"{plan['summary']}; {plan['slowdown']:.2f} times as long as without a limit"),
+            ]
     if last.get("iterations_per_second"):
         left = (config.max_train_steps - done) / last["iterations_per_second"]
         rows.append(("time", f"{_time(last.get('seconds'))} so far, {_time(left) or 'nothing'} to go"))
@@ -291,8 +307,30 @@ def _table(rows: Iterable[Iterable[object]], columns: Iterable[str], folded: str
     return f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table
 
 
-def _section(title: str, body: str) -> str:
+def _section(title: str, part: Callable[..., str], *given: object) -> str:
+    body = _shown(part, *given)
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def _shown(part: Callable[..., str], *given: object) -> str:
+    """The part, or a note in its place."""
+    try:
+        return part(*given)
+    except Unreadable as error:
+        return _note(str(error))
+
+
+def _note(text: str) -> str:
+    return f'<p class="fine">Not shown: {escape(text)}.</p>'
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Around what reads the file, and nothing else: elsewhere such an error is a mistake of ours."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise Unreadable(f"{path.name} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _time(seconds: float | None) -> str:
