@@ -29,15 +29,15 @@ def text(given: str) -> str:
 
 
 def name(given: str) -> str:
-    """A path, or what may be one, with its ~ expanded: refused where it cannot even be looked at."""
+    """A path, or what may be one, with its ~ expanded."""
     from rapm.config import expanded
 
     found = expanded(text(given))
     try:
         os.stat(found)
-    except OSError as error:  # what is not there is for who needs it
-        if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
-            raise argparse.ArgumentTypeError(unusable(error)) from error
+    except OSError as error:  # what is not there, or not to be read, is for who needs it
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(too_long(error)) from error
     return found
 
 
@@ -46,12 +46,10 @@ def path(given: str) -> Path:
     return Path(name(given))
 
 
-def unusable(error: OSError) -> str:
-    """What is wrong with its file name, of which a long one's beginning is enough."""
-    shown = str(error.filename or "a path")
-    long = error.errno == errno.ENAMETOOLONG
-    todo = "choose a shorter one (prompts go into a file, one a line)" if long else "choose another, or its rights"
-    return f"{shown if len(shown) <= 60 else shown[:60] + '...'}: {error.strerror}: {todo}"
+def too_long(error: OSError) -> str:
+    """What is wrong with a file's name, of which the beginning is enough."""
+    shown = str(error.filename or "a path")[:60]
+    return f"{shown}...: {error.strerror}: choose a shorter one (prompts go into a file, one a line)"
 
 
 # Flag, the names people already type for it, the field it sets.
@@ -135,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         code, message = 1, error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            code, message = 2, UserError(unusable(error))
+            code, message = 2, UserError(too_long(error))
         elif error.errno in TROUBLE:
             code, message = 1, error
         else:
@@ -238,7 +236,7 @@ def build_parser() -> Parser:
         "--push_to_hub",
         nargs="?",
         type=text,
-        const="",
+        const=True,
         metavar="OWNER/NAME",
         help="upload the LoRA and its card to the Hugging Face Hub, to a new private model or one that is there",
     )
@@ -419,9 +417,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     from rapm.train import export_run
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
-    export_run(
-        arguments.folder, arguments.checkpoint, dtype=dtype, merge=arguments.merge, push_to_hub=arguments.push_to_hub
-    )
+    repo = "" if arguments.push_to_hub is True else arguments.push_to_hub  # without a name, or None
+    export_run(arguments.folder, arguments.checkpoint, dtype=dtype, merge=arguments.merge, push_to_hub=repo)
 
 
 def run_report(arguments: argparse.Namespace) -> None:

@@ -92,15 +92,12 @@ def draw(
             text = parameters(webui_text(prompts[number]) + tags, webui_text(negative), {**settings, "Seed": seed})
             first = first or text
             if folder:
-                path = _free(folder / f"{start + number:05d}-{seed}.png")  # another process may be at the same
-                write_atomic(path, png(Image.fromarray(image.numpy()), parameters=text))
-                yield path
+                name = f"{start + number:05d}-{seed}.png"
+                yield _write_new(folder / name, png(Image.fromarray(image.numpy()), parameters=text))
         if folder is None or len(shown) + len(images) <= GRID_MAX:
             shown.extend(images)
     if folder is None or count <= GRID_MAX:
-        sheet_path = _free(sheet_path)
-        write_atomic(sheet_path, packed(grid(shown, columns=len(seeds)), sheet_path.suffix.lower(), first))
-        yield sheet_path
+        yield _write_new(sheet_path, packed(grid(shown, columns=len(seeds)), sheet_path.suffix.lower(), first))
 
 
 def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> str:
@@ -138,7 +135,7 @@ def _check_writable(path: Path, output: Path) -> None:
         make_writable(path.parent)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
-        temporary = path.with_name(_free(path).name + TEMPORARY)
+        temporary = path.with_name(path.name + TEMPORARY)
         temporary.touch()
         temporary.unlink(missing_ok=True)  # another process may be at the same
     except OSError as error:
@@ -151,10 +148,25 @@ def _next_number(folder: Path) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def _free(path: Path) -> Path:
-    """`path`, or the first of NAME-1, NAME-2 ... beside it that nobody has."""
-    names = (path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count())
-    return next(name for name in names if not name.exists())
+def _write_new(path: Path, data: bytes) -> Path:
+    """Write to `path`, or to the first of NAME-1, NAME-2 ... beside it that nobody has, nor a process beside us."""
+    others = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(1))
+    name = next(filter(_made, itertools.chain([path], others)))
+    try:
+        write_atomic(name, data)
+    except BaseException:
+        name.unlink(missing_ok=True)
+        raise
+    return name
+
+
+def _made(path: Path) -> bool:
+    """Whether an empty file could be made: there was none."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _settings_of(lora: Path | None) -> Config:

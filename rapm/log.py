@@ -14,13 +14,15 @@ from tqdm import tqdm
 from rapm.disk import write_atomic
 from rapm.errors import UserError
 
+METRICS = "metrics.jsonl"
+
 
 class Log:
     """metrics.jsonl in `folder`, and the tracker that `report_to` names: TensorBoard where it is installed."""
 
     def __init__(self, folder: Path, report_to: str, done: int = 0) -> None:
         """Lines after iteration `done` are dropped: a resumed run writes them again. So are those that are damaged."""
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         lines = read_metrics(path)[0] if done else []
         kept = [json.dumps(line) + "\n" for line in lines if line["iteration"] <= done]
         write_atomic(path, "".join(kept).encode())

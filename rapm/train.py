@@ -47,7 +47,7 @@ from rapm.export.merge import export_merged, verify_merged
 from rapm.finite import LOSSES
 from rapm.kernels.attention import xformers_problem
 from rapm.loading.families import Model, model_of
-from rapm.log import Log, check_tracker
+from rapm.log import METRICS, Log, check_tracker
 from rapm.lora import LoRA
 from rapm.memory.budget import Budget, record, words
 from rapm.pictures import labelled_grid, png
@@ -64,8 +64,8 @@ from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
-    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "metrics.jsonl", "logs", RESOLVED,
-    "evaluation.json", "evaluation", "report.html", "merged", WORKFLOW, BEST, PLAN,
+    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "logs", RESOLVED, "evaluation.json", "evaluation",
+    "report.html", "merged", WORKFLOW, BEST, PLAN, METRICS,
 )  # fmt: skip
 SAVED_EVERY = 15 * 60.0  # seconds after which a checkpoint is due, however few the iterations
 STORE_PATIENCE = 10.0  # seconds to wait for another run's work on a shared store
@@ -97,6 +97,7 @@ def _train(folder: Path, config: Config, resume: str | None, dry_run: bool) -> P
     with advice("the same command goes on, with --resume_from_checkpoint latest from the newest checkpoint"):
         if distributed.first():
             _set_aside(folder, done if checkpoint and checkpoint.parent.resolve() == folder.resolve() else 0)
+            (folder / METRICS).touch()  # the first and the last of a run's files: by it a folder is known as one's
             write_atomic(folder / RESOLVED, config.to_toml().encode())
             if budget:
                 write_atomic(folder / PLAN, json.dumps(record(budget), indent=1).encode())
@@ -135,7 +136,7 @@ def export_run(
         raise UserError(f"export: {folder} has no checkpoint: {words}")
     with _claimed(folder), advice("the same command does it again"):
         checkpoint = find_checkpoint(folder, which)
-        config = Config.of_run(folder).replace(output_dir=str(folder))
+        config = replace(Config.of_run(folder), output_dir=str(folder))  # whose ~, if any, is a name
         repo = None if push_to_hub is None else claim_repo(push_to_hub or run_name(config))
         teacher, config, prompts, _ = prepare_run(config)
         state = load_checkpoint(checkpoint, config)
@@ -384,14 +385,15 @@ def _stored_prompts(config: Config, count: int) -> Prompts | None:
 def _keep_prompts(folder: Path, config: Config, prompts: list[Row]) -> Config:
     """What came by the standard input, which cannot be read again, goes into a file of the run.
 
-    UserError if that is there, of other prompts.
+    UserError if that is there, and is of other prompts and not just of more or fewer.
     """
     if config.prompts != "-":
         return config
     path, text = folder / "prompts.txt", "".join(f"{row.text}\n" for row in prompts).encode()
-    if path.exists() and path.read_bytes() != text:
+    there = path.read_bytes() if path.exists() else b""
+    if not (text.startswith(there) or there.startswith(text)):
         raise UserError(f"{path} holds other prompts than the standard input: move it away, or take another output_dir")
-    write_atomic(path, text)
+    write_atomic(path, max(there, text, key=len))
     return config.replace(prompts=str(path.absolute()))
 
 
@@ -457,11 +459,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def _ours(folder: Path) -> bool:
     """Whether a run was at work in `folder`: a lock may be a refused one's, and a checkpoint-N another trainer's."""
-    if (folder / "metrics.jsonl").exists() or checkpoints(folder):
-        return True
-    with suppress(UserError):
-        return bool(find_best(folder) or Config.of_run(folder))
-    return False
+    return (folder / METRICS).exists() or bool(checkpoints(folder)) or find_best(folder) is not None
 
 
 def _withdraw(folder: Path, missing: list[Path]) -> None:
@@ -479,7 +477,7 @@ def _set_aside(folder: Path, done: int) -> None:
     best = find_best(folder)
     if done and best and best[0] > done:  # a run that goes on from before it will find its own
         old.append(folder / BEST)
-    if not done and (folder / "metrics.jsonl").exists():
+    if not done and (folder / METRICS).exists():
         old += [path for name in OUTPUTS if (path := folder / name).exists()]
     if old:
         number = next(i for i in itertools.count(1) if not (folder / f"previous-{i}").exists())

@@ -241,7 +241,8 @@ def _claim(folder: Path, metadata: Metadata, rows: list[Row], sizes: list[int]) 
             )
         write_atomic(folder / METADATA, pack_metadata(metadata))
     except OSError as error:
-        raise UserError(f"store {folder} cannot be written ({error.strerror}): take another output_dir") from error
+        why = error.strerror or error
+        raise UserError(f"store {folder} cannot be written ({why}): take another output_dir") from error
     return missing
 
 

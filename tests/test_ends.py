@@ -20,8 +20,9 @@ from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import RunError, UserError
 from rapm.evaluate.validate import Validation
+from rapm.prompts import Row
 from rapm.store import Store
-from rapm.train import export_run
+from rapm.train import _keep_prompts, export_run
 from rapm.training import Training
 
 SETTINGS = "trajectories = 3\nvalidation_prompts = 1\nfine_steps = 2\nguidance = 3.0\n"
@@ -55,6 +56,22 @@ def test_another_trainers_folder_is_left_alone(place, tmp_path, capsys, beside):
     assert main(arguments(place, tmp_path)) == 2
     assert "which no run wrote" in capsys.readouterr().err
     assert (tmp_path / "pytorch_lora_weights.safetensors").read_text() == "precious"
+
+
+def test_settings_make_no_run(place, tmp_path, capsys):
+    """A settings file of the name that a run gives its own, beside other things of its user."""
+    (tmp_path / "config.toml").write_text("# why\nseed = 1\n")
+    (tmp_path / "README.md").write_text("precious")
+    assert main(arguments(place, tmp_path)) == 2
+    assert "which no run wrote" in capsys.readouterr().err and (tmp_path / "README.md").read_text() == "precious"
+
+
+@pytest.mark.parametrize("more, kept", [("a\nb\nc\n", "a\nb\nc\n"), ("a\n", "a\nb\n")])
+def test_more_or_fewer_prompts_of_one_list(tmp_path, more, kept):
+    """As for more or fewer trajectories: the longer list stays."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    config = _keep_prompts(tmp_path, Config(prompts="-"), [Row(text) for text in more.split()])
+    assert (tmp_path / "prompts.txt").read_text() == kept and config.prompts == str(tmp_path / "prompts.txt")
 
 
 def test_nothing_is_left_of_a_dry_run(place, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -135,6 +136,7 @@ def test_parse():
     assert parse_style("a/b.safetensors")[1] == 1 and parse_style("b.safetensors:-0.25")[1] == -0.25
     path, scale = parse_style("C:\\loras\\b.safetensors")
     assert (str(path), scale) == ("C:\\loras\\b.safetensors", 1.0)
+    assert parse_style("./~nosuchuser.safetensors:0.5") == (Path("~nosuchuser.safetensors"), 0.5)  # a name, here
     with pytest.raises(UserError, match="finite"):
         parse_style("b.safetensors:nan")
 

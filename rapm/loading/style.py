@@ -61,7 +61,6 @@ def parse_style(spec: str) -> tuple[Path, float]:
         path, strength = Path(spec), 1.0  # a colon of the path's own
     if not math.isfinite(strength):
         raise UserError(f"teacher_lora {spec!r}: the scale must be a finite number")
-    path = path.expanduser()
     return (path / WEIGHTS if path.is_dir() else path), strength
 
 

@@ -26,7 +26,7 @@ from rapm.config import PRESETS, Config
 from rapm.disk import write_atomic
 from rapm.export.clients import WORKFLOW
 from rapm.export.lora_file import WEIGHTS
-from rapm.log import read_metrics
+from rapm.log import METRICS, read_metrics
 from rapm.report.chart import Chart, svg
 
 REPORT, PLAN = "report.html", "plan.json"
@@ -75,7 +75,7 @@ class Unreadable(Exception):
 def write_report(folder: Path) -> Path:
     """`report.html` in a run's folder. UserError where there is no run."""
     folder = Path(folder)
-    config, (lines, damaged) = Config.of_run(folder), read_metrics(folder / "metrics.jsonl")
+    config, (lines, damaged) = Config.of_run(folder), read_metrics(folder / METRICS)
     write_atomic(folder / REPORT, page(folder, config, lines, damaged).encode(errors="replace"))
     return folder / REPORT
 
