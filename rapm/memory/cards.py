@@ -61,7 +61,8 @@ SLACK = 1.02  # of what is counted outside training, all of which is alive at on
 HOST = int(1.5 * GIB)
 COPIES = 3  # of a checkpoint's numbers, on the host while it is written: as tensors, in the file's order, as its bytes
 # Speed. Calibrated on slots with everything kept and two streams: of SDXL and SD1.5 at their own size and at 768x768,
-# ranks 1 to 64, on an H100 (3,017 GB/s, 796 TFLOP/s) and H200s (4,237, 738 to 758). COPY and INT8 are what rows of
+# ranks 1 to 64, on H200s (4,237 GB/s, 738 and 746 TFLOP/s), with an H100's parting of LAUNCH (3,017 GB/s); what an odd
+# rank takes was timed by kernel alone. COPY and INT8 are what rows of
 # results/memory.json for 16G and less took beyond the rest: 0 to 42 us a tensor, and some 13 ms of SDXL's slot.
 PRODUCTS = 0.825  # of `tflops`, in products and convolutions
 ATTENTION = 3.2  # times as long an operation of it takes
