@@ -83,7 +83,7 @@ JOBS = (
     Job("ablation", 3, 1, 450, "ablation.json", "benchmarks/quality.py ablation --iterations 2000 --pairs 4096"),
     Job("low-precision-quality", 3, 1, 230, "low_precision.json", "benchmarks/low_precision.py --parts quality"),
     Job("search", 3, 1, 250, "search.json", "benchmarks/quality.py search --iterations 1050 --pairs 4096"),
-    Job("memcheck", 3, 1, 200, "",
+    Job("memcheck", 3, 1, 550, "",
         f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {CHECKER} memcheck {{python}} tests/sanitize.py"),
     Job("racecheck", 3, 1, 200, "", f"{CHECKER} racecheck {{python}} tests/sanitize.py --calls 3"),
 )  # fmt: skip

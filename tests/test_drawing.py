@@ -86,6 +86,7 @@ def pixels(path: Path) -> torch.Tensor:
         (7, "full", True, False, 2),
         (5.5, "int8", True, False, 4),  # what a card of 6 GB leaves
         (4.85, "int8", True, True, 2),
+        (4.8, "int8", True, True, 1),
     ],
 )
 def test_what_gives_way_on_sdxl(monkeypatch, gib, mode, unet_waits, tiled, batch) -> None:
