@@ -38,6 +38,7 @@ from rapm.config import RESOLVED, Config
 from rapm.device import DTYPES, check_training, cores, pick_device
 from rapm.disk import LOCK, held, make_writable, sweep, write_atomic
 from rapm.errors import RunError, UserError
+from rapm.evaluate.record import RECORD
 from rapm.export.card import write_model_card
 from rapm.export.clients import WORKFLOW, run_name, sampled_elsewhere, write_workflow
 from rapm.export.files import export_lora, verify_export
@@ -52,7 +53,7 @@ from rapm.lora import LoRA
 from rapm.memory.budget import Budget, record, words
 from rapm.pictures import labelled_grid, png
 from rapm.prompts import BUNDLED, Prompts, Row, load_prompts
-from rapm.report.page import PLAN, write_report
+from rapm.report.page import PLAN, REPORT, write_report
 from rapm.report.panel import Watch, best_line, card_figures, panel
 from rapm.solver import check_grid
 from rapm.stop import Interrupted, advice, stop_signals
@@ -64,8 +65,8 @@ from rapm.zoo import scenes
 
 # What a run writes beside its checkpoints and trajectories.
 OUTPUTS = (
-    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "logs", RESOLVED, "evaluation.json", "evaluation",
-    "report.html", "merged", WORKFLOW, BEST, PLAN, METRICS,
+    WEIGHTS, "diffusers", "README.md", "samples.png", "samples", "logs", RESOLVED, RECORD, "evaluation",
+    REPORT, "merged", WORKFLOW, BEST, PLAN, METRICS,
 )  # fmt: skip
 SAVED_EVERY = 15 * 60.0  # seconds after which a checkpoint is due, however few the iterations
 STORE_PATIENCE = 10.0  # seconds to wait for another run's work on a shared store

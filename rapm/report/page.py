@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from rapm.config import PRESETS, Config
 from rapm.disk import write_atomic
+from rapm.evaluate.record import RECORD
 from rapm.export.clients import WORKFLOW
 from rapm.export.lora_file import WEIGHTS
 from rapm.log import METRICS, read_metrics
@@ -99,7 +100,7 @@ def page(folder: Path, config: Config, lines: list[dict[str, Any]], damaged: int
         _section("Pictures", _pictures, folder),
         _section("How close", _charts, CLOSENESS, series, best),
         _section("How to use the file", _use, folder, config),
-        _section("Measured", _evaluation, folder / "evaluation.json"),
+        _section("Measured", _evaluation, folder / RECORD),
         _section("Training", _charts, TRAINING + slots, series),
         _section("Machine", _charts, (*MACHINE, *rest), series),
         _section("Plan", _plan, folder, config, last, done),
